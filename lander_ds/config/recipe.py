@@ -1,0 +1,346 @@
+"""The recipe: every option of every stage, typed. This file is the reference of what a recipe may say.
+
+Field docstrings follow their field. Marks in brackets say where a choice comes from: (P) the LANDeRMT paper,
+(I) inferred by this project, (R) a named ancestor. `lander_ds.config.loader` builds these classes from YAML and
+refuses unknown keys; `lander_ds.config.checks` refuses combinations that cannot work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Topology = Literal["zero3"]
+Split = Literal["train", "detect", "valid", "test"]
+CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str
+    """HF model directory (config.json, safetensors, tokenizer)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights and of the arithmetic. The optimizer always keeps float32 masters."""
+    trust_remote_code: bool = False
+    """Run Python code that the model directory ships. Only for directories whose code has been read."""
+
+
+@dataclass(frozen=True)
+class ColumnConfig:
+    """Names of the columns (JSONL keys, TSV header names or 0-based numbers, HF columns; dots reach into nested ones)."""
+
+    src: str = "src"
+    """Source text. `{src}`/`{tgt}` are replaced by language codes, e.g. `translation.{src}`."""
+    tgt: str = "tgt"
+    """Target text."""
+    src_lang: str | None = None
+    """When given: keep only rows whose value equals the pair's source language."""
+    tgt_lang: str | None = None
+    """When given: keep only rows whose value equals the pair's target language."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus, or one family of corpora when `path` holds placeholders."""
+
+    path: str
+    """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are replaced for every pair."""
+    split: Split = "train"
+    """What the corpus is for. `detect` feeds the detect stage; without one it is cut from `train`."""
+    format: CorpusFormat = "auto"
+    """`auto` decides by the file name. Files may be plain, .gz, .xz or .zst."""
+    pairs: tuple[str, ...] = ()
+    """Pairs this corpus serves; empty means all pairs of the recipe."""
+    columns: ColumnConfig = field(default_factory=ColumnConfig)
+    """Where the texts stand in each row."""
+    swap: bool = False
+    """Read the corpus backwards: a file for en-de serves de-en. Placeholders are filled with the languages swapped."""
+    limit: int | None = None
+    """Use at most this many sentence pairs of the corpus (the first ones that pass the filters)."""
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which sentence pairs are dropped. Each reason is counted and each dropped line recorded."""
+
+    min_chars: int = 1
+    """Shorter sources or targets (after stripping) are dropped."""
+    max_chars: int = 2000
+    """Longer sources or targets are dropped."""
+    max_length_ratio: float = 6.0
+    """Drop where the longer side has more than this many times the UTF-8 bytes of the shorter. 0 switches it off."""
+    drop_duplicates: bool = True
+    """Keep the first of equal (source, target) pairs within a pair's split."""
+    drop_identical: bool = True
+    """Drop where source equals target."""
+    test_overlap: Literal["off", "exact", "normalised"] = "normalised"
+    """Drop training and detection pairs whose source or target also stands in valid or test.
+    `normalised` compares NFKC, case-folded text without punctuation and white space."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a sentence becomes a prompt. The target follows directly after the prompt."""
+
+    template: str = "{src_name}: {src}\n{tgt_name}:"
+    """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names."""
+    target_prefix: str = " "
+    """Put between prompt and target."""
+    separator: str = "\n\n"
+    """Put between few-shot examples."""
+    shots: int = 0
+    """Few-shot examples in front of every prompt, also in training (taken from the training split, seeded)."""
+    language_names: dict[str, str] = field(default_factory=dict)
+    """Overrides or additions to the built-in English names, e.g. `{de: German}`."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpora and how they become token ids."""
+
+    pairs: tuple[str, ...]
+    """Translation directions, `en-de`: source `en`, target `de`."""
+    corpora: tuple[CorpusConfig, ...]
+    """Where the sentence pairs come from."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """What is dropped."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """What the model reads."""
+    max_length: int = 256
+    """Longest example in tokens, prompt and target together; longer ones are dropped and counted."""
+    detect_examples: int = 128
+    """Sentence pairs per pair set aside from `train` for detection, when no corpus has `split: detect`."""
+    cache_dir: str | None = None
+    """Where tokenised corpora are kept, by content hash. Default: `<run_dir>/cache`. Runs may share one."""
+    workers: int = 1
+    """Processes that tokenise."""
+
+
+@dataclass(frozen=True)
+class DetectConfig:
+    """The awareness pass."""
+
+    examples: int | None = None
+    """At most this many sentence pairs per pair; default all of the detection split."""
+    batch_tokens: int = 2048
+    """Tokens per micro-batch. The result does not depend on it."""
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which decoder layers are trained."""
+
+    criterion: Literal["relevance", "awareness", "last", "random", "list", "all"] = "relevance"
+    """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); the others are ablations."""
+    k: int = 4
+    """How many (P: 4). Ignored by `list` and `all`."""
+    scope: Literal["shared", "per_pair"] = "shared"
+    """`shared`: one set from the mean over pairs (I). `per_pair`: each pair's own top k; it owns neurons only there."""
+    layers: tuple[int, ...] = ()
+    """The layers of `criterion: list`, counted from 0."""
+
+
+@dataclass(frozen=True)
+class BankChoice:
+    """How the neurons of a selected layer are divided into banks."""
+
+    criterion: Literal["spread", "ratio", "entropy", "random"] = "spread"
+    """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024), `random` control."""
+    rho: float = 0.9
+    """Share of neurons that become general (P sweeps 0.5, 0.7, 0.9)."""
+    spread: Literal["std", "cv"] = "std"
+    """Spread over pairs of the normalised awareness: standard deviation, or divided by the mean (I)."""
+    min_awareness: float = 0.0
+    """Quantile of least aware neurons that goes to the frozen bank first (I)."""
+    kappa: float = 0.7
+    """`ratio`: a pair owns a neuron when its share exceeds kappa times the largest share (R)."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """From awareness to banks. Runs in seconds and needs no model."""
+
+    layers: LayerChoice = field(default_factory=LayerChoice)
+    """Which layers."""
+    banks: BankChoice = field(default_factory=BankChoice)
+    """Which neurons."""
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """The gates (conditional awareness-based routing)."""
+
+    gate: Literal["input", "output", "none"] = "input"
+    """What the gate scalars multiply: the FFN input (P), each bank's output, or nothing."""
+    gate_init: Literal["preserve", "paper"] = "preserve"
+    """`preserve` (I): c_G = 2c, c_S = 2(1-c), exactly 1 at step 0. `paper`: c_G = c, c_S = 1-c."""
+    gate_eval: Literal["soft", "hard"] = "soft"
+    """Gate at inference: the sigmoid, or rounded to 0/1 (R)."""
+    hidden: int = 128
+    """Inner width of the gate network (R)."""
+    alpha_max: float = 0.0
+    """Noise on the gate logits grows linearly from 0 to this over training (R: up to 5)."""
+    other_pairs: Literal["keep", "mask"] = "keep"
+    """Neurons specific to other pairs stay in the forward pass, or are zeroed."""
+    budget_weight: float = 0.0
+    """Weight of the budget loss |mean(1-c) - p| (R)."""
+    budget: float = 0.5
+    """p of the budget loss."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate per parameter group."""
+
+    general: float = 2e-5
+    """General banks."""
+    specific: float = 2e-5
+    """Specific banks."""
+    gates: float = 2e-4
+    """Gates."""
+    dense: float = 2e-5
+    """Whole tensors, of the baselines `full` and `layers`."""
+    lora: float = 1e-3
+    """Adapters of the baseline `lora`."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The LoRA baseline (through PEFT)."""
+
+    r: int = 16
+    """Rank."""
+    alpha: float = 32.0
+    """Scale: alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter input."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Selective fine-tuning and the baselines it is compared with."""
+
+    method: Literal["lander", "full", "layers", "lora"] = "lander"
+    """`lander`: banks and gates. Baselines: everything, the whole FFNs of the selected layers, LoRA."""
+    banks: tuple[Literal["general", "specific"], ...] = ("general", "specific")
+    """Which banks are trained (ablations `general-only`, `specific-only`)."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_tokens: int = 16384
+    """Token budget of a global batch: prompt and target tokens over all ranks and micro-batches."""
+    micro_batch: int = 1
+    """Packed sequences of `pack_tokens` per micro-batch and rank. Changes memory and speed, not the result."""
+    pack_tokens: int = 1024
+    """Token capacity of one packed sequence."""
+    temperature: float = 1.0
+    """Pairs are sampled in proportion to size ** (1 / temperature)."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain SGD for numerical comparisons."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moments."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    lr: LearningRates = field(default_factory=LearningRates)
+    """Learning rates."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after warm-up; linear and cosine end at `min_lr_ratio`."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate over peak."""
+    clip: float = 1.0
+    """Global gradient norm; 0 switches clipping off."""
+    valid_every: int = 0
+    """Validation loss per pair every so many steps; 0: only at the end."""
+    valid_examples: int | None = None
+    """At most this many validation sentences per pair."""
+    patience: int = 0
+    """Stop after so many validations without improvement; 0 never stops early."""
+    save_every: int = 0
+    """Checkpoint every so many steps; there is always one at the end."""
+    log_every: int = 1
+    """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Only for `method: lora`."""
+
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    """Decoding of the test split."""
+
+    systems: tuple[Literal["base", "fewshot", "trained"], ...] = ("base", "fewshot", "trained")
+    """Untouched base zero-shot, base with examples in the prompt, the trained model."""
+    split: Split = "test"
+    """Which split is translated."""
+    limit: int | None = None
+    """At most this many sentences per pair (the first ones)."""
+    shots: int = 4
+    """Examples in the prompt of the system `fewshot`."""
+    beams: int = 1
+    """1 is greedy search."""
+    length_penalty: float = 1.0
+    """Exponent of the length in beam search."""
+    batch_size: int = 16
+    """Sentences decoded together on a rank."""
+    max_new_tokens: int = 128
+    """Longest translation in tokens."""
+    weights: Literal["replicated", "sharded"] = "replicated"
+    """Every rank holds the model, or ZeRO-3 shards it (for models that do not fit on one device)."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Automatic metrics."""
+
+    bootstrap_samples: int = 1000
+    """Resamples of the paired bootstrap."""
+    ter: bool = True
+    """Also compute TER."""
+    tokenizers: dict[str, str] = field(default_factory=dict)
+    """sacreBLEU tokenizer per target language where the default is not wanted, e.g. `{ja: char}`."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """HF directories made from the trained model."""
+
+    formats: tuple[Literal["dense", "routed"], ...] = ("routed",)
+    """`routed`: exact, ships its own modelling file. `dense`: a standard architecture, exact without gates."""
+    dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
+    """Type of the exported weights; `model` keeps the base's."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run needs to know."""
+
+    run_dir: str
+    """Where every artefact of the run is written."""
+    model: ModelConfig
+    """The base model."""
+    data: DataConfig
+    """The corpora."""
+    deepspeed: str
+    """DeepSpeed JSON (`ds_configs/<size>/<topology>.json`)."""
+    topology: Topology = "zero3"
+    """How the model is spread over the ranks."""
+    seed: int = 1
+    """Seed of everything random."""
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    """Options of stage detect."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Options of stage select."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    """Options of the gates."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Options of stage train."""
+    translate: TranslateConfig = field(default_factory=TranslateConfig)
+    """Options of stage translate."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """Options of stage score."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """Options of stage export."""
