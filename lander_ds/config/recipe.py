@@ -312,6 +312,9 @@ class ExportConfig:
     """`routed`: exact, ships its own modelling file. `dense`: a standard architecture, exact without gates."""
     dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
     """Type of the exported weights; `model` keeps the base's."""
+    verify: int = 2
+    """Sentences per pair on which each export is compared with the trained model (logits in float32 and greedy
+    translations); 0 skips it. Needs memory for two copies of the model."""
 
 
 @dataclass(frozen=True)

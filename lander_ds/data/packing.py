@@ -1,4 +1,4 @@
-"""Packed micro-batches: many examples in one row of tokens, without padding and without attention across examples.
+"""Packed micro-batches: many examples in one row of tokens, no padding, no attention across examples.
 
 Shapes: T tokens, E examples, N target tokens in the micro-batch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
@@ -68,7 +69,8 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
     target_positions = np.concatenate(
         [
-            np.arange(start + example.prompt_length - 1, start + length - 1, dtype=np.int64)
+            # Without a prompt nothing predicts the first token.
+            np.arange(start + max(example.prompt_length, 1) - 1, start + length - 1, dtype=np.int64)
             for start, length, example in zip(starts, lengths, examples, strict=True)
         ]
     )

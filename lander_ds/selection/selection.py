@@ -1,16 +1,16 @@
 """The selection: which layers are trained and which bank each of their neurons belongs to, and its file.
 
-`selection.safetensors` holds, per selected layer `layers.{i}.permutation` [f] and `layers.{i}.bank_of` [f], and JSON
-metadata with pairs, banks, criteria and the hashes of what it was made from.
+`selection.safetensors` holds, per selected layer `layers.{i}.permutation` [f] and `layers.{i}.bank_of` [f],
+and JSON metadata with pairs, banks, criteria and the hashes of what it was made from.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from lander_ds.errors import ArtefactError
 
 FORMAT = "lander-selection-1"
+BankKind = Literal["general", "specific", "frozen"]
 
 
 @dataclass(frozen=True)
 class Bank:
     """The neurons of a layer that the same set of language pairs owns."""
 
-    kind: Literal["general", "specific", "frozen"]
+    kind: BankKind
     """`general` is owned by every pair that selected the layer; `frozen` by none."""
     owners: tuple[str, ...]
     """Language pairs, in the selection's order; empty for frozen."""
@@ -34,7 +35,7 @@ class Bank:
 
     @property
     def group(self) -> str:
-        """Name of the bank's parameter group, e.g. `general`, `specific:en-de`, `specific:en-de+en-fr`, `frozen`."""
+        """Name of the bank's parameter group, e.g. `specific:en-de+en-fr`, `frozen`."""
         return self.kind if self.kind == "frozen" else f"{self.kind}:{'+'.join(self.owners)}"
 
 
@@ -72,7 +73,7 @@ class Selection:
     layers: tuple[LayerSelection, ...]
     """Selected layers by ascending index."""
     metadata: Mapping[str, Any]
-    """JSON values: criteria and their parameters, `base_fingerprint`, `awareness_hash`, remarks for the report."""
+    """JSON values: criteria, `base_fingerprint`, `awareness_hash`, `remarks`; see `build_selection`."""
 
     def layer(self, index: int) -> LayerSelection:
         """The selection of decoder layer `index` (KeyError when it is not selected)."""
@@ -88,12 +89,15 @@ class Selection:
             tensors[f"layers.{layer.layer}.permutation"] = layer.permutation.contiguous()
             tensors[f"layers.{layer.layer}.bank_of"] = layer.bank_of().contiguous()
         description = {
+            "format": FORMAT,
             "pairs": list(self.pairs),
             "neurons": self.neurons,
             "layers": [
                 {
                     "layer": layer.layer,
-                    "banks": [{"kind": b.kind, "owners": list(b.owners), "size": b.size} for b in layer.banks],
+                    "banks": [
+                        {"kind": b.kind, "owners": list(b.owners), "size": b.size} for b in layer.banks
+                    ],
                 }
                 for layer in self.layers
             ],
@@ -101,7 +105,9 @@ class Selection:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, metadata={"format": FORMAT, "selection": json.dumps(description)})
+        # One metadata key only: safetensors writes several in random order, and equal contents must give
+        # equal bytes.
+        save_file(tensors, temporary, metadata={"selection": json.dumps(description, sort_keys=True)})
         temporary.replace(path)
 
     @staticmethod
@@ -109,17 +115,16 @@ class Selection:
         """Read a selection.
 
         Raises:
-            ArtefactError: the file is missing, damaged or not a selection.
+            ArtefactError: the file is missing, damaged, not a selection, or its banks do not fit its neurons.
         """
         cure = "run stage select (again)"
         if not path.exists():
             raise ArtefactError(f"{path} does not exist: {cure}")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                description = json.loads((file.metadata() or {}).get("selection", "{}"))
+                if description.get("format") != FORMAT:
                     raise ArtefactError(f"{path} is not a {FORMAT} file: {cure}")
-                description = json.loads(metadata["selection"])
                 layers = tuple(
                     LayerSelection(
                         entry["layer"],
@@ -128,6 +133,46 @@ class Selection:
                     )
                     for entry in description["layers"]
                 )
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                stored = [file.get_tensor(f"layers.{layer.layer}.bank_of") for layer in layers]
+            selection = Selection(
+                tuple(description["pairs"]), description["neurons"], layers, description["metadata"]
+            )
+            fault = _fault(selection, stored)
+        except (
+            SafetensorError,
+            OSError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             raise ArtefactError(f"{path} is damaged ({error}): {cure}") from None
-        return Selection(tuple(description["pairs"]), description["neurons"], layers, description["metadata"])
+        if fault is not None:
+            raise ArtefactError(f"{path} is damaged ({fault}): {cure}")
+        return selection
+
+
+def _fault(selection: Selection, bank_of: Sequence[torch.Tensor]) -> str | None:
+    """What contradicts itself in a selection from a file with these `bank_of` [f] per layer, or None."""
+    everyone = torch.arange(selection.neurons)
+    indices = [layer.layer for layer in selection.layers]
+    if indices != sorted(set(indices)):
+        return "layers are not in ascending order"
+    for layer, stored in zip(selection.layers, bank_of, strict=True):
+        place = f"layer {layer.layer}"
+        if not torch.equal(layer.permutation.sort().values, everyone):
+            return f"{place}: the permutation does not hold each of {selection.neurons} neurons once"
+        if (
+            min(bank.size for bank in layer.banks) < 1
+            or sum(b.size for b in layer.banks) != selection.neurons
+        ):
+            return f"{place}: the bank sizes do not sum to {selection.neurons} neurons"
+        if not torch.equal(layer.bank_of(), stored):
+            return f"{place}: bank_of contradicts the permutation"
+        for bank in layer.banks:
+            if bank.kind not in get_args(BankKind) or (bank.kind == "frozen") != (not bank.owners):
+                return f"{place}: {bank.kind} bank with {len(bank.owners)} owners"
+            if not set(bank.owners) <= set(selection.pairs):
+                return f"{place}: a bank is owned by {', '.join(bank.owners)}, not all of them selected pairs"
+    return None

@@ -1,0 +1,8 @@
+"""`python -m lander_ds` and `deepspeed --module lander_ds`."""
+
+import sys
+
+from lander_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What all checks of a recipe share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lander_ds import console
+from lander_ds.config.document import KeyPath, Problems, dotted
+from lander_ds.config.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The recipe, the stage about to run, and where to put what is found.
+
+    Keys are dotted: `data.corpora.0.limit`.
+    """
+
+    recipe: Recipe
+    stage: str | None
+    """A stage, `all`, `tokenizer`, or None for a check of the whole recipe."""
+    problems: Problems
+
+    def runs(self, *stages: str) -> bool:
+        """Whether one of `stages` is about to run; `all` and None run every stage."""
+        return self.stage in (None, "all", *stages)
+
+    def refuse(self, key: str, message: str) -> None:
+        """Record what is wrong with `key`, and the cure."""
+        self.problems.add(key_path(key), message)
+
+    def refuse_repeats(self, key: str, items: Sequence[object]) -> None:
+        """Record a problem when `items` holds something twice."""
+        repeated = dict.fromkeys(str(item) for item in items if items.count(item) > 1)
+        if repeated:
+            self.refuse(key, f"{', '.join(repeated)} is given twice; name each once")
+
+    def warn(self, key: str, message: str) -> None:
+        """Tell that `key` has no effect or is risky."""
+        if console.rank() == 0:
+            path = key_path(key)
+            logger.warning("%s: %s: %s", self.problems.document.place(path), dotted(path), message)
+
+
+def key_path(key: str) -> KeyPath:
+    """`data.corpora.0` -> `("data", "corpora", 0)`."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))

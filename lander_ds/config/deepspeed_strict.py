@@ -1,0 +1,258 @@
+"""The DeepSpeed JSON against what DeepSpeed knows, on all levels, and what this trainer can honour."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, get_args
+
+from lander_ds.config.document import (
+    Document,
+    KeyPath,
+    Problems,
+    describe,
+    dotted,
+    lookup,
+    nearest,
+    read_text,
+)
+from lander_ds.config.yaml_source import parse_yaml
+from lander_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+AUTO: tuple[KeyPath, ...] = (
+    ("train_batch_size",),
+    ("train_micro_batch_size_per_gpu",),
+    ("gradient_accumulation_steps",),
+    ("gradient_clipping",),
+    ("bf16", "enabled"),
+    ("fp16", "enabled"),
+)
+"""Keys that the recipe fills when they are "auto" or absent."""
+
+_RECIPE_KEY_OF_PARAMETER = {
+    "lr": "train.lr",
+    "betas": "train.betas",
+    "eps": "train.eps",
+    "weight_decay": "train.weight_decay",
+}
+
+
+def read_deepspeed_json(path: Path) -> Document:
+    """The file as a document whose every key and value DeepSpeed knows and this trainer can honour.
+
+    Raises:
+        ConfigError: one message with every problem found.
+    """
+    text = read_text(path, "the DeepSpeed JSON (recipe key deepspeed)")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); "
+            f"JSON has no comments, no trailing commas and double quotes only"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: a DeepSpeed JSON is an object of keys, found {describe(value)}")
+    # JSON is YAML but for tabs: the YAML reader adds line numbers and refuses duplicate keys.
+    document = parse_yaml(text.replace("\t", " "), str(path))
+    document.value = value
+    problems = Problems(document)
+    model = _schema().DeepSpeedJson
+    _check_keys(model, value, (), problems)
+    problems.refuse()
+    _check_values(model, value, problems)
+    problems.refuse()
+    _check_supported(value, problems)
+    problems.refuse()
+    return document
+
+
+@cache
+def _schema() -> ModuleType:
+    """`deepspeed_schema`, imported so that DeepSpeed's log lines go where ours go.
+
+    DeepSpeed logs to standard output, which carries results here, and greets every import with a warning.
+    """
+    logging.disable(logging.WARNING)
+    try:
+        from lander_ds.config import deepspeed_schema
+    finally:
+        logging.disable(logging.NOTSET)
+    own = logging.getLogger("DeepSpeed")
+    own.handlers.clear()
+    own.propagate = True
+    return deepspeed_schema
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number; write a finite number")
+
+
+def _names(model: type[BaseModel]) -> dict[str, Any]:
+    """Every key that a model accepts -> its pydantic field; aliases, the documented names, come first."""
+    fields = model.model_fields
+    return {field.alias: field for field in fields.values() if field.alias} | dict(fields.items())
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class in `Section` or `Section | None`."""
+    from pydantic import BaseModel
+
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in _names(model).items():
+        yield (*prefix, name)
+        inner = _model_in(field.annotation)
+        if inner:
+            yield from _all_keys(inner, (*prefix, name))
+
+
+def _replacement(field: Any) -> str | None:
+    """The key that DeepSpeed wants instead of a deprecated one; None for keys that are not deprecated."""
+    extra = field.json_schema_extra or {}
+    return (extra.get("new_param") or "nothing") if extra.get("deprecated") else None
+
+
+def _check_keys(model: type[BaseModel], value: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """Unknown, removed and deprecated keys of one section and the sections inside it."""
+    schema, names = _schema(), _names(model)
+    valid = [name for name, field in names.items() if not _replacement(field)]
+    for key, item in value.items():
+        here = (*path, key)
+        if not path and key in schema.REFUSED:
+            problems.add(here, schema.REFUSED[key])
+        elif path == ("zero_optimization",) and key in schema.REFUSED_IN_ZERO:
+            problems.add(here, f"{schema.REFUSED_IN_ZERO[key].strip()} Remove it.")
+        elif key not in names:
+            near = nearest(key, [*valid, *(schema.REFUSED if not path else ())])
+            elsewhere = [dotted(other) for other in _all_keys(schema.DeepSpeedJson) if other[-1] == key]
+            if near:
+                hint = f"did you mean {dotted((*path, near))}?"
+            elif elsewhere:
+                hint = f"did you mean {elsewhere[0]}?"
+            else:
+                hint = f"{dotted(path) or 'DeepSpeed'} knows {', '.join(sorted(valid))}"
+            problems.add(here, f"DeepSpeed has no such key; {hint}")
+        elif replacement := _replacement(names[key]):
+            problems.add(here, f"deprecated by DeepSpeed; write {replacement} instead")
+        elif (inner := _model_in(names[key].annotation)) and isinstance(item, dict):
+            _check_keys(inner, item, here, problems)
+
+
+def _check_values(model: type[BaseModel], value: dict[str, Any], problems: Problems) -> None:
+    from pydantic import ValidationError
+
+    plain = _without(value, AUTO)
+    try:
+        built = model(**plain)
+    except ValidationError as error:
+        for entry in error.errors():
+            # A location may end in names of pydantic's own, such as the members of a union.
+            path = _known_part(entry["loc"], plain)
+            message = entry["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+            if entry["type"] in ("model_type", "dict_type"):
+                message = "expected an object { }"
+            problems.add(path, f"{message[:1].lower()}{message[1:]}, found {describe(lookup(plain, path))}")
+        return
+    _check_exact_types(built, plain, (), problems)
+
+
+def _without(value: dict[str, Any], paths: tuple[KeyPath, ...]) -> dict[str, Any]:
+    """A copy of `value` without the keys among `paths` that are "auto"."""
+    result = copy.deepcopy(value)
+    for path in paths:
+        if lookup(result, path) == "auto":
+            del lookup(result, path[:-1])[path[-1]]
+    return result
+
+
+def _known_part(location: tuple[str | int, ...], value: Any) -> KeyPath:
+    path: KeyPath = ()
+    for part in location:
+        inside = (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int)
+        )
+        if not inside:
+            break
+        path, value = (*path, part), value[part]
+    return path
+
+
+def _check_exact_types(model: BaseModel, value: dict[str, Any], path: KeyPath, problems: Problems) -> None:
+    """Pydantic reads "3" as 3 and 1 as true; whoever else reads the JSON would not."""
+    from pydantic import BaseModel
+
+    attributes = {name: name for name in type(model).model_fields}
+    attributes |= {field.alias: name for name, field in type(model).model_fields.items() if field.alias}
+    for key, item in value.items():
+        read = getattr(model, attributes[key])
+        if isinstance(read, BaseModel) and isinstance(item, dict):
+            _check_exact_types(read, item, (*path, key), problems)
+        elif isinstance(read, bool | int | float) and item != "auto":
+            kind = "true or false" if isinstance(read, bool) else "a number"
+            if isinstance(item, str) or isinstance(item, bool) != isinstance(read, bool):
+                problems.add(
+                    (*path, key), f"expected {kind}, found {describe(item)}; write {json.dumps(read)}"
+                )
+
+
+def _check_supported(value: dict[str, Any], problems: Problems) -> None:
+    """What DeepSpeed accepts and this trainer cannot honour."""
+    for path, reason in _schema().REFUSED_WHEN_SET.items():
+        if lookup(value, path) not in (None, False, 0, "auto"):
+            problems.add(path, reason)
+    zero = value.get("zero_optimization") or {}
+    for name in ("offload_optimizer", "offload_param"):
+        block = zero.get(name) or {}
+        path = ("zero_optimization", name)
+        if block.get("device") != "nvme":
+            continue
+        nvme = block.get("nvme_path")
+        if nvme in (None, "auto"):
+            problems.add(path, "device nvme needs nvme_path; add a directory on a local disk")
+        elif not Path(nvme).is_dir():
+            problems.add((*path, "nvme_path"), f"{nvme} is no directory; make it or name another")
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) not in (1.0, "auto"):
+        problems.add(
+            ("zero_optimization", "offload_optimizer", "ratio"),
+            "DeepSpeed would step a part with an optimizer that does not know the active banks; write 1.0",
+        )
+    if value.get("managed_gradient_accumulation") is False:
+        problems.add(("managed_gradient_accumulation",), "the training loop relies on true; remove it")
+    if value.get("zero_allow_untested_optimizer") is False:
+        problems.add(
+            ("zero_allow_untested_optimizer",), "DeepSpeed would refuse lander_ds's optimizer; remove it"
+        )
+    if value.get("zero_force_ds_cpu_optimizer") is True:
+        problems.add(
+            ("zero_force_ds_cpu_optimizer",), "DeepSpeed would refuse lander_ds's optimizer; remove it"
+        )
+    if str(value.get("gradient_allreduce_op", "mean")).lower() == "sum":
+        problems.add(("gradient_allreduce_op",), "DeepSpeed has it for ZeRO 1 and 2 only; remove it")
+    _check_optimizer(value.get("optimizer") or {}, problems)
+
+
+def _check_optimizer(block: dict[str, Any], problems: Problems) -> None:
+    for name, value in (block.get("params") or {}).items():
+        if value == "auto":
+            continue
+        key = _RECIPE_KEY_OF_PARAMETER.get(name)
+        cure = f'set {key} in the recipe and write "auto" here' if key else "remove it"
+        problems.add(("optimizer", "params", name), f"the recipe describes the optimizer; {cure}")
+    if block.get("legacy_fusion"):
+        problems.add(("optimizer", "legacy_fusion"), "the recipe describes the optimizer; remove it")

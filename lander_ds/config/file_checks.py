@@ -1,0 +1,148 @@
+"""Checks of the files, directories and hardware that a recipe names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lander_ds.config.check import Check
+from lander_ds.config.recipe import ColumnConfig
+from lander_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from lander_ds.data.corpus import Corpus
+
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def check_files(check: Check) -> None:
+    """Record missing and unfit files and directories."""
+    _check_directories(check)
+    if check.runs("prepare", "tokenizer"):
+        _check_corpora(check)
+    if check.runs("prepare", "detect", "train", "translate", "export"):
+        _check_model(check)
+    if check.recipe.model.dtype == "float16" and check.runs("detect", "train", "translate"):
+        _check_float16(check)
+
+
+def _check_directories(check: Check) -> None:
+    recipe = check.recipe
+    for key, value in (("run_dir", recipe.run_dir), ("data.cache_dir", recipe.data.cache_dir)):
+        if value is None:
+            continue
+        if not value.strip():
+            check.refuse(key, "is empty; name a directory")
+            continue
+        # The nearest directory that exists is where a new one would be made.
+        existing = Path(value)
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            check.refuse(key, f"{existing} is a file; name a directory")
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            check.refuse(key, f"{existing} is not writable; name a directory you may write to")
+    if recipe.run_dir and Path(recipe.run_dir).resolve() == Path(recipe.model.path).resolve():
+        check.refuse("run_dir", "is the model's directory; name another one, so that the base stays as it is")
+
+
+def _check_corpora(check: Check) -> None:
+    """Missing files, and files that serve both training and evaluation."""
+    from lander_ds.data.corpus import resolve
+
+    try:
+        corpora = resolve(check.recipe.data)
+    except DataError as error:
+        named = re.search(r"data\.corpora\[(\d+)\]", str(error))
+        check.refuse(f"data.corpora.{named[1]}.path" if named else "data.corpora", str(error))
+        return
+    _refuse_same_lines_for_every_pair(check, corpora)
+    training = {(c.pair, c.paths, c.columns): c for c in corpora if c.split in ("train", "detect")}
+    for corpus in corpora:
+        twin = training.get((corpus.pair, corpus.paths, corpus.columns))
+        if corpus.split in ("valid", "test") and twin and corpus.paths[0].is_file():
+            check.refuse(
+                corpus.key.replace("[", ".").rstrip("]") + ".path",
+                f"{corpus.name} is both split: {twin.split} ({twin.key}) and split: {corpus.split}; "
+                f"scores on training data mean nothing: use two files",
+            )
+            return
+
+
+def _refuse_same_lines_for_every_pair(check: Check, corpora: list[Corpus]) -> None:
+    seen: dict[tuple[str, tuple[Path, ...], ColumnConfig], str] = {}
+    for corpus in corpora:
+        if corpus.format == "tmx" or corpus.columns.src_lang or corpus.columns.tgt_lang:
+            continue
+        first = seen.setdefault((corpus.key, corpus.paths, corpus.columns), corpus.pair)
+        if first != corpus.pair:
+            check.refuse(
+                corpus.key.replace("[", ".").rstrip("]") + ".path",
+                f"{first} and {corpus.pair} would read the same lines; use {{pair}}, {{src}} or {{tgt}} in "
+                f"path or columns, or columns.src_lang and tgt_lang, or list the one pair it serves",
+            )
+            return
+
+
+def _check_model(check: Check) -> None:
+    recipe = check.recipe
+    path = Path(recipe.model.path)
+    config = path / "config.json"
+    if not recipe.model.path:
+        check.refuse("model.path", "is empty; name a Hugging Face model directory")
+    elif not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        # A recipe can be looked at before its model is fetched.
+        tell = check.refuse if check.stage else check.warn
+        tell(
+            "model.path",
+            f"{path} {what}; name a directory with config.json, safetensors and a tokenizer "
+            f"(models are not downloaded by name)",
+        )
+    elif not config.is_file():
+        check.refuse("model.path", f"{path} has no config.json; name a Hugging Face model directory")
+    else:
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            check.refuse("model.path", f"{config} is not a readable JSON file ({error}); restore the model")
+            return
+        _check_layers(check, content)
+
+
+def _check_layers(check: Check, config: Any) -> None:
+    """The selection against the number of decoder layers, where the model's config.json tells it."""
+    text = config.get("text_config", config) if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        check.refuse("model.path", "config.json holds no JSON object; restore the model")
+        return
+    count = next((text[key] for key in _LAYER_KEYS if isinstance(text.get(key), int)), None)
+    layers = check.recipe.select.layers
+    if count is None or layers.criterion == "all":
+        return
+    if layers.criterion == "list":
+        if max(layers.layers) >= count:
+            check.refuse(
+                "select.layers.layers",
+                f"the model has no layer {max(layers.layers)}; its layers are 0 to {count - 1}",
+            )
+        return
+    most = count - 1 if layers.criterion == "relevance" else count
+    if layers.k > most:
+        check.refuse(
+            "select.layers.k",
+            f"criterion {layers.criterion} can choose at most {most} of the model's {count} layers, "
+            f"found {layers.k}; lower it",
+        )
+
+
+def _check_float16(check: Check) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        check.refuse(
+            "model.dtype", "float16 needs a GPU and this machine has none; write bfloat16 or float32"
+        )

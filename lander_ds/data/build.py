@@ -1,0 +1,336 @@
+"""Building prepared data: corpora to filtered, tokenised Arrow files, streaming, named by content."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets.arrow_writer import ArrowWriter
+
+from lander_ds.config.recipe import Recipe, Split
+from lander_ds.console import ProgressTask, progress
+from lander_ds.data.corpus import Corpus
+from lander_ds.data.encoding import Encoded, Encoder
+from lander_ds.data.filters import Filter, HeldOut
+from lander_ds.data.prepared import FEATURES, FORMAT, prepared_options, read_manifest, split_file
+from lander_ds.data.prompt import choose_shots, seeded_hash
+from lander_ds.data.readers import read
+from lander_ds.data.rows import Rejection, Row
+from lander_ds.errors import ArtefactError, DataError
+from lander_ds.run import json_hash, write_json
+
+REJECTED_TEXT_CHARS = 200
+
+
+@dataclass
+class Counts:
+    """What became of the lines of one split of one pair."""
+
+    read: int = 0
+    """Lines read."""
+    kept: int = 0
+    """Examples written."""
+    tokens: int = 0
+    """Their tokens, prompts included."""
+    target_tokens: int = 0
+    """Their target tokens, end of sequence included."""
+    moved_to_detect: int = 0
+    """Training examples set aside for detection."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Dropped lines by reason."""
+    first_dropped: list[str] = field(default_factory=list)
+    """The first few, for an error message."""
+
+
+def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str], tokenizer: str) -> str:
+    """Name of the cache entry for these data options, corpus contents and tokenizer.
+
+    Where the corpora and the model lie does not count, only what stands in them.
+
+    Args:
+        recipe: the recipe.
+        corpora: from `resolve`.
+        contents: content hash of every path in `corpora`.
+        tokenizer: from `tokenizer_fingerprint`.
+    """
+    options = prepared_options(recipe)
+    data = {name: value for name, value in options["data"].items() if name != "corpora"}
+    described = [
+        asdict(replace(corpus, paths=())) | {"contents": [contents[str(path)] for path in corpus.paths]}
+        for corpus in corpora
+    ]
+    return json_hash([FORMAT, data, described, options["seed"], tokenizer])
+
+
+def build(
+    recipe: Recipe, corpora: list[Corpus], encoder: Encoder, entry: Path, digest: str, anew: bool = False
+) -> dict[str, Any]:
+    """Fill the cache entry `entry` unless it is there already; returns its manifest.
+
+    Interrupted builds leave nothing, and of two builds of the same entry the first one to end wins.
+
+    Args:
+        recipe: the recipe.
+        corpora: from `resolve`.
+        encoder: tokenises.
+        entry: directory to make.
+        digest: from `entry_hash`.
+        anew: replace what is there.
+
+    Raises:
+        DataError: a corpus is unfit, or a split is empty after filtering.
+    """
+    if not anew and (manifest := _complete(entry)) is not None:
+        return manifest
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", suffix=".tmp", dir=entry.parent))
+    try:
+        counts = _Builder(recipe, corpora, encoder, temporary).run()
+        files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        manifest = {
+            "format": FORMAT,
+            "hash": digest,
+            "pairs": list(recipe.data.pairs),
+            "splits": {pair: list(splits) for pair, splits in counts.items()},
+            "files": files,
+            "statistics": {
+                pair: {split: _statistics(count) for split, count in splits.items()}
+                for pair, splits in counts.items()
+            },
+        }
+        write_json(temporary / "manifest.json", manifest)
+        temporary.chmod(0o755)
+        _move_into_place(temporary, entry, anew)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return read_manifest(entry)
+
+
+def _complete(entry: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(entry)
+    except ArtefactError:
+        return None
+
+
+def _move_into_place(temporary: Path, entry: Path, anew: bool) -> None:
+    if entry.exists() and (anew or _complete(entry) is None):
+        # Readers of the old entry keep their memory maps until they close them.
+        discarded = temporary.with_suffix(".old")
+        entry.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+    try:
+        temporary.rename(entry)
+    except OSError:
+        if _complete(entry) is None:
+            raise
+        # Another process has built the same entry meanwhile; it has the same content.
+
+
+def _statistics(counts: Counts) -> dict[str, Any]:
+    values = asdict(counts)
+    del values["first_dropped"]
+    return values
+
+
+class _Builder:
+    def __init__(self, recipe: Recipe, corpora: list[Corpus], encoder: Encoder, directory: Path) -> None:
+        self._recipe, self._data = recipe, recipe.data
+        self._corpora, self._encoder, self._directory = corpora, encoder, directory
+        self._held_out = HeldOut(self._data.filters)
+        self._shots: dict[str, list[tuple[str, str]]] = {}
+        self._counts: dict[str, dict[str, Counts]] = {pair: {} for pair in self._data.pairs}
+
+    def run(self) -> dict[str, dict[str, Counts]]:
+        bytes_to_read = sum(_size(corpus) * self._readings(corpus) for corpus in self._corpora)
+        with (
+            (self._directory / "rejected.jsonl").open("w", encoding="utf-8") as self._rejected,
+            progress("prepare (bytes)", bytes_to_read) as self._bar,
+        ):
+            for pair in self._data.pairs:
+                for split in ("test", "valid"):
+                    for corpus in self._of(pair, split):
+                        self._remember_held_out(corpus)
+            for pair in self._data.pairs:
+                self._shots[pair] = self._choose_shots(pair)
+                self._prepare_pair(pair)
+        return self._counts
+
+    def _readings(self, corpus: Corpus) -> int:
+        held_out = corpus.split in {"test", "valid"}
+        for_shots = corpus.split == "train" and self._data.prompt.shots > 0
+        return 2 if held_out or for_shots else 1
+
+    def _of(self, pair: str, split: Split) -> list[Corpus]:
+        return [corpus for corpus in self._corpora if corpus.pair == pair and corpus.split == split]
+
+    def _remember_held_out(self, corpus: Corpus) -> None:
+        for item in _reading(corpus, self._bar):
+            if isinstance(item, Row):
+                self._held_out.add(item)
+
+    def _choose_shots(self, pair: str) -> list[tuple[str, str]]:
+        # One to spare: a prompt never shows its own example.
+        count = self._data.prompt.shots + 1 if self._data.prompt.shots else 0
+        if count == 0:
+            return []
+        keep = Filter(self._data.filters, self._held_out)
+        usable = (
+            (item.src, item.tgt)
+            for corpus in self._of(pair, "train")
+            for item in _reading(corpus, self._bar)
+            if isinstance(item, Row) and keep.reason(item) is None
+        )
+        shots = choose_shots(usable, count, self._recipe.seed, pair)
+        if len(shots) < count:
+            raise DataError(
+                f"data.prompt.shots: {self._data.prompt.shots} examples of {pair} are wanted, and its "
+                "training split has "
+                f"{len(shots)} usable ones (one more is needed): lower it, or add training data"
+            )
+        return shots
+
+    def _prepare_pair(self, pair: str) -> None:
+        for split in ("test", "valid"):
+            if corpora := self._of(pair, split):
+                examples = self._examples(pair, split, corpora, Filter(self._data.filters, None))
+                self._write(pair, split, examples)
+        # Detection and training share one memory of duplicates: nothing that detects is trained on.
+        keep = Filter(self._data.filters, self._held_out)
+        detect, train = self._of(pair, "detect"), self._of(pair, "train")
+        if detect:
+            self._write(pair, "detect", self._examples(pair, "detect", detect, keep))
+        if train:
+            set_aside: list[tuple[Row, Encoded]] = []
+            examples = self._examples(pair, "train", train, keep)
+            if not detect and self._data.detect_examples > 0:
+                examples = self._without_detection(pair, examples, set_aside)
+            self._write(pair, "train", examples)
+            if set_aside:
+                self._counts[pair]["detect"] = Counts(read=len(set_aside))
+                self._write(pair, "detect", set_aside)
+
+    def _examples(
+        self, pair: str, split: Split, corpora: list[Corpus], keep: Filter
+    ) -> Iterator[tuple[Row, Encoded]]:
+        counts = self._counts[pair].setdefault(split, Counts())
+        rows = (row for corpus in corpora for row in self._kept_rows(corpus, keep, counts))
+        for row, encoded in self._encoder.encode(pair, rows, self._data.prompt, self._shots[pair]):
+            if len(encoded[0]) > self._data.max_length:
+                text = f"{len(encoded[0])} tokens: {row.src} | {row.tgt}"
+                self._reject(pair, split, counts, Rejection(row.file, row.line, "too_many_tokens", text))
+            else:
+                yield row, encoded
+
+    def _kept_rows(self, corpus: Corpus, keep: Filter, counts: Counts) -> Iterator[Row]:
+        kept = 0
+        for item in _reading(corpus, self._bar):
+            counts.read += 1
+            if isinstance(item, Rejection):
+                self._reject(corpus.pair, corpus.split, counts, item)
+            elif reason := keep.reason(item):
+                rejection = Rejection(item.file, item.line, reason, f"{item.src} | {item.tgt}")
+                self._reject(corpus.pair, corpus.split, counts, rejection)
+            else:
+                yield item
+                kept += 1
+                if kept == corpus.limit:
+                    return
+
+    def _reject(self, pair: str, split: str, counts: Counts, rejection: Rejection) -> None:
+        counts.dropped[rejection.reason] += 1
+        text = rejection.text.encode("utf-8", "backslashreplace").decode()[:REJECTED_TEXT_CHARS]
+        if len(counts.first_dropped) < 3:
+            counts.first_dropped.append(
+                f"{rejection.file} line {rejection.line}: {rejection.reason}: {text[:60]!r}"
+            )
+        record = {
+            "file": rejection.file,
+            "line": rejection.line,
+            "reason": rejection.reason,
+            "pair": pair,
+            "split": split,
+            "text": text,
+        }
+        self._rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _without_detection(
+        self, pair: str, examples: Iterable[tuple[Row, Encoded]], set_aside: list[tuple[Row, Encoded]]
+    ) -> Iterator[tuple[Row, Encoded]]:
+        # A heap holds the examples with the smallest seeded hashes so far; whatever falls out of it is
+        # trained on.
+        heap: list[tuple[int, int, tuple[Row, Encoded]]] = []
+        for number, example in enumerate(examples):
+            row = example[0]
+            key = -seeded_hash(self._recipe.seed, f"detect:{pair}", row.src, row.tgt)
+            if len(heap) < self._data.detect_examples:
+                heapq.heappush(heap, (key, -number, example))
+            else:
+                yield heapq.heappushpop(heap, (key, -number, example))[2]
+        set_aside += [example for _, _, example in sorted(heap, key=lambda item: -item[1])]
+        self._counts[pair]["train"].moved_to_detect = len(set_aside)
+
+    def _write(self, pair: str, split: Split, examples: Iterable[tuple[Row, Encoded]]) -> None:
+        path = self._directory / split_file(pair, split)
+        with ArrowWriter(path=str(path), features=FEATURES) as writer:
+            counts = self._counts[pair].setdefault(split, Counts())
+            for row, (ids, prompt_length) in examples:
+                writer.write(
+                    {
+                        "id": f"{pair}:{split}:{counts.kept}",
+                        "src": row.src,
+                        "tgt": row.tgt,
+                        "input_ids": ids,
+                        "prompt_length": prompt_length,
+                        "length": len(ids),
+                    }
+                )
+                counts.kept += 1
+                counts.tokens += len(ids)
+                counts.target_tokens += len(ids) - prompt_length
+            if counts.kept == 0:
+                raise self._empty(pair, split, counts)
+            writer.finalize()
+
+    def _empty(self, pair: str, split: str, counts: Counts) -> DataError:
+        if counts.moved_to_detect:
+            return DataError(
+                f"train of {pair}: all {counts.moved_to_detect} examples that pass the filters were set "
+                "aside for "
+                "detection: lower data.detect_examples, add training data, or give a corpus with split: "
+                "detect"
+            )
+        dropped = ", ".join(f"{reason} {count}" for reason, count in counts.dropped.items()) or "nothing"
+        first = "; ".join(counts.first_dropped)
+        return DataError(
+            f"{split} of {pair}: nothing is left of {counts.read} lines (dropped: {dropped}; {first}): relax "
+            "data.filters or data.max_length, or correct data.corpora"
+        )
+
+
+def _reading(corpus: Corpus, bar: ProgressTask) -> Iterator[Row | Rejection]:
+    """The items of a corpus; the bar ends where the corpus does even when only its beginning is wanted."""
+    left = _size(corpus)
+
+    def advance(count: int) -> None:
+        nonlocal left
+        left -= count
+        bar.advance(count, note=corpus.paths[0].name)
+
+    try:
+        yield from read(corpus, advance)
+    finally:
+        bar.advance(left)
+
+
+def _size(corpus: Corpus) -> int:
+    files = [file for path in corpus.paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(os.path.getsize(file) for file in files if file.is_file())

@@ -1,0 +1,112 @@
+"""Which sentence pairs are dropped, and why."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from functools import cache
+
+from lander_ds.config.recipe import FilterConfig
+from lander_ds.data.hashes import HashSet, text_hash
+from lander_ds.data.rows import Reason, Row
+from lander_ds.errors import ConfigError
+
+
+def check_filters(config: FilterConfig) -> None:
+    """Refuse limits that nothing can meet.
+
+    Raises:
+        ConfigError: a limit is negative, or the minimum lies above the maximum.
+    """
+    if config.min_chars < 0 or config.max_chars < max(1, config.min_chars):
+        raise ConfigError(
+            f"data.filters: min_chars {config.min_chars} and max_chars {config.max_chars} leave nothing: "
+            "raise max_chars"
+        )
+    if config.max_length_ratio != 0 and config.max_length_ratio < 1:
+        raise ConfigError(
+            f"data.filters.max_length_ratio: {config.max_length_ratio} leaves nothing: use 1 or more, or 0 "
+            "to switch it off"
+        )
+
+
+class HeldOut:
+    """The sentences of valid and test, of every pair and both sides, as hashes."""
+
+    def __init__(self, config: FilterConfig) -> None:
+        self._mode = config.test_overlap
+        self._exact, self._normalised = HashSet(), HashSet()
+
+    def add(self, row: Row) -> None:
+        """Remember a row of valid or test."""
+        for text in (row.src, row.tgt):
+            self._exact.add(text_hash(text))
+            if self._mode == "normalised" and (normal := normalise(text)):
+                self._normalised.add(text_hash(normal))
+
+    def overlap(self, row: Row) -> Reason | None:
+        """Why a row must not be trained on, if so."""
+        texts = (row.src, row.tgt)
+        if self._mode == "off":
+            return None
+        if any(text_hash(text) in self._exact for text in texts):
+            return "test_overlap_exact"
+        if self._mode == "normalised" and any(
+            text_hash(normalise(text)) in self._normalised for text in texts
+        ):
+            return "test_overlap_normalised"
+        return None
+
+
+class Filter:
+    """The filters of one pair's split. Remembers what it has seen, so each row is asked about once.
+
+    Args:
+        config: the recipe's filters.
+        held_out: sentences that must not be trained on; None for valid and test themselves.
+    """
+
+    def __init__(self, config: FilterConfig, held_out: HeldOut | None) -> None:
+        self._config, self._held_out = config, held_out
+        self._seen = HashSet()
+
+    def reason(self, row: Row) -> Reason | None:
+        """Why a row is dropped, or None when it is kept."""
+        if reason := self._shape(row):
+            return reason
+        if self._config.drop_identical and row.src == row.tgt:
+            return "identical"
+        if self._held_out and (reason := self._held_out.overlap(row)):
+            return reason
+        if self._config.drop_duplicates and not self._seen.add(text_hash(f"{row.src}\0{row.tgt}")):
+            return "duplicate"
+        return None
+
+    def _shape(self, row: Row) -> Reason | None:
+        config = self._config
+        shorter, longer = sorted((len(row.src), len(row.tgt)))
+        if shorter == 0:
+            return "empty"
+        if shorter < config.min_chars:
+            return "too_short"
+        if longer > config.max_chars:
+            return "too_long"
+        small, large = sorted((len(row.src.encode()), len(row.tgt.encode())))
+        if config.max_length_ratio and large > config.max_length_ratio * small:
+            return "length_ratio"
+        return None
+
+
+def normalise(text: str) -> str:
+    """Text for comparison: NFKC, case-folded, without punctuation and white space."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return unicodedata.normalize("NFKC", folded).translate(_dropped_characters())
+
+
+@cache
+def _dropped_characters() -> dict[int, None]:
+    return {
+        code: None
+        for code in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(code))[0] in "PZ" or chr(code).isspace()
+    }

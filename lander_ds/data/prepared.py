@@ -1,0 +1,145 @@
+"""Prepared data: the tokenised corpora of a recipe as memory-mapped Arrow files, as stages read them.
+
+A cache entry `<cache>/prepared-<hash>/` holds `{pair}.{split}.arrow`, `rejected.jsonl` and `manifest.json`.
+It is written under another name and renamed when it is complete. `data/prepared.json` in the run directory
+says which entry belongs to the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from lander_ds.config.recipe import Recipe, Split
+from lander_ds.errors import ArtefactError
+from lander_ds.run import RunDirectory, json_hash, read_json
+
+FORMAT = "lander-prepared-1"
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "src": datasets.Value("string"),
+        "tgt": datasets.Value("string"),
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "prompt_length": datasets.Value("int32"),
+        "length": datasets.Value("int32"),
+    }
+)
+
+CURE = "run stage prepare (again)"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """The text of one example."""
+
+    id: str
+    """`{pair}:{split}:{n}`, the same in every run on the same data."""
+    src: str
+    """Source text."""
+    tgt: str
+    """Target text (the reference)."""
+
+
+class PreparedSplit:
+    """One split of one pair. Only lengths are in memory; the rest is read from the memory map."""
+
+    def __init__(self, pair: str, split: str, path: Path) -> None:
+        table = datasets.Dataset.from_file(str(path)).data
+        self.pair, self.split = pair, split
+        self.lengths: np.ndarray = table.column("length").to_numpy()
+        """[n] int32: tokens of prompt, target and end of sequence."""
+        self._prompt_lengths: np.ndarray = table.column("prompt_length").to_numpy()
+        self.target_lengths: np.ndarray = self.lengths - self._prompt_lengths
+        """[n] int32: tokens of the target and the end of sequence."""
+        self._columns = {name: table.column(name) for name in ("id", "src", "tgt", "input_ids")}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, index: int) -> tuple[np.ndarray, int]:
+        """Token ids [length] int32 of prompt, target and end of sequence, and the length of the prompt."""
+        ids: np.ndarray = self._columns["input_ids"][int(index)].values.to_numpy()
+        return ids, int(self._prompt_lengths[index])
+
+    def sentence(self, index: int) -> Sentence:
+        """The text of an example."""
+        values = (self._columns[name][int(index)].as_py() for name in ("id", "src", "tgt"))
+        return Sentence(*values)
+
+
+class PreparedData:
+    """All prepared splits of a recipe."""
+
+    def __init__(self, entry: Path) -> None:
+        """Open a cache entry.
+
+        Raises:
+            ArtefactError: it is missing or damaged.
+        """
+        manifest = read_manifest(entry)
+        self.pairs: tuple[str, ...] = tuple(manifest["pairs"])
+        self.hash: str = manifest["hash"]
+        self._entry = entry
+        self._splits: dict[str, list[str]] = manifest["splits"]
+
+    def split(self, split: Split) -> dict[str, PreparedSplit]:
+        """The named split of every pair that has it, in the order of the recipe's pairs."""
+        return {
+            pair: PreparedSplit(pair, split, self._entry / split_file(pair, split))
+            for pair in self.pairs
+            if split in self._splits[pair]
+        }
+
+    @staticmethod
+    def load(run: RunDirectory, recipe: Recipe) -> PreparedData:
+        """The data that stage prepare made for this recipe.
+
+        Raises:
+            ArtefactError: prepare has not run for this recipe's data, or its cache is gone.
+        """
+        pointer_path = run.data / "prepared.json"
+        pointer = read_json(pointer_path, CURE)
+        if pointer.get("options_hash") != json_hash(prepared_options(recipe)):
+            raise ArtefactError(
+                f"{pointer_path}: was made for other data options, another model or another seed: {CURE}"
+            )
+        return PreparedData(run.path / pointer["entry"])
+
+
+def prepared_options(recipe: Recipe) -> dict[str, Any]:
+    """Everything in a recipe that the prepared data depends on, as JSON values."""
+    data = asdict(recipe.data)
+    # Where the cache lies and how many processes fill it change nothing in it.
+    del data["cache_dir"], data["workers"]
+    return {
+        "data": data,
+        "model": {"path": recipe.model.path, "trust_remote_code": recipe.model.trust_remote_code},
+        "seed": recipe.seed,
+    }
+
+
+def split_file(pair: str, split: str) -> str:
+    """Name of the Arrow file of a split in a cache entry."""
+    return f"{pair}.{split}.arrow"
+
+
+def read_manifest(entry: Path) -> dict[str, Any]:
+    """The manifest of a cache entry whose files are all there.
+
+    Raises:
+        ArtefactError: something is missing or has another size than when it was written.
+    """
+    manifest: dict[str, Any] = read_json(entry / "manifest.json", CURE)
+    if manifest.get("format") != FORMAT:
+        raise ArtefactError(f"{entry}: is not a {FORMAT} cache entry: {CURE}")
+    for name, size in manifest["files"].items():
+        file = entry / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ArtefactError(f"{file}: is missing or damaged: {CURE} with --force")
+    return manifest

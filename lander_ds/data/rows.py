@@ -1,0 +1,85 @@
+"""What readers yield: sentence pairs, and lines that hold none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Reason = Literal[
+    "invalid_utf8",
+    "malformed",
+    "empty",
+    "too_short",
+    "too_long",
+    "length_ratio",
+    "identical",
+    "test_overlap_exact",
+    "test_overlap_normalised",
+    "duplicate",
+    "too_many_tokens",
+]
+"""Why a line is dropped, in the order in which the reasons are tried."""
+
+_LINE_BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sentence pair of a corpus, stripped and on one line."""
+
+    file: str
+    """Where it stands."""
+    line: int
+    """Line number from 1 (row number in an HF data set; the line of `</tu>` in TMX)."""
+    src: str
+    """Source text."""
+    tgt: str
+    """Target text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A line that is dropped."""
+
+    file: str
+    """Where it stands."""
+    line: int
+    """Line number from 1."""
+    reason: Reason
+    """Why it is dropped."""
+    text: str
+    """What stands there, for a person to look at."""
+
+
+def make_row(file: str, line: int, src: Any, tgt: Any) -> Row | Rejection:
+    """A row, or its rejection: `malformed` when a value is no text, `invalid_utf8` when it is no UTF-8."""
+    if not isinstance(src, str) or not isinstance(tgt, str):
+        return Rejection(file, line, "malformed", f"not two texts: {src!r}, {tgt!r}")
+    try:
+        (src + tgt).encode()
+    except UnicodeEncodeError:
+        return Rejection(file, line, "invalid_utf8", repr(src + " | " + tgt))
+    return Row(file, line, one_line(src), one_line(tgt))
+
+
+def one_line(text: str) -> str:
+    """`text` stripped, its line breaks and tabs turned into spaces: prompts and outputs are line-based."""
+    return _LINE_BREAKS.sub(" ", text).strip()
+
+
+def lookup(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column; dots reach into nested mappings unless a column has the whole name.
+
+    Raises:
+        KeyError: there is no such column.
+    """
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(column)
+        value = value[part]
+    return value

@@ -1,0 +1,176 @@
+"""Batched greedy and beam search with a KV cache, through HF `generate`.
+
+Prompts of a pair that begin alike (few-shot examples) share one KV cache: the common beginning is read once
+per pair instead of once per sentence. Shapes: B sentences, P tokens of common beginning, R tokens of the
+longest rest.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lander_ds.config.recipe import TranslateConfig
+
+MIN_SHARED_TOKENS = 16
+"""A shorter common beginning is not worth a forward pass of its own."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What the model wrote after a prompt."""
+
+    text: str
+    """First line, without surrounding white space."""
+    tokens: int
+    """Generated tokens, the closing one included."""
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """The common beginning of a pair's prompts and what attention keeps of it."""
+
+    length: int
+    """P; 0 when nothing is shared."""
+    cache: DynamicCache | None
+    """Keys and values of one row; None when P is 0."""
+
+
+NO_PREFIX = SharedPrefix(0, None)
+
+
+class Decoder:
+    """Decodes batches of prompts with one model.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: its tokenizer, with end-of-sequence and padding tokens.
+        config: beams, length penalty, longest translation.
+        synced: keep calling the model until every rank has finished its batch (ZeRO-3 needs all ranks in
+        every
+            call).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TranslateConfig,
+        synced: bool = False,
+    ) -> None:
+        self._model, self._tokenizer, self._synced = model, tokenizer, synced
+        self._stops = stop_tokens(tokenizer)
+        self._pad = int(tokenizer.pad_token_id)
+        self._config = GenerationConfig(
+            do_sample=False,
+            num_beams=config.beams,
+            length_penalty=config.length_penalty,
+            early_stopping=False,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=self._stops,
+            pad_token_id=self._pad,
+            use_cache=True,
+        )
+
+    @torch.no_grad()
+    def shared_prefix(self, prompts: Sequence[Sequence[int]]) -> SharedPrefix:
+        """Read the common beginning of `prompts` once; `decode` of any of them can then start behind it.
+
+        Models with a sliding window do without where a prompt and its translation might outgrow the window:
+        padding between the prefix and the rest would push the prefix out of the window early.
+        """
+        length = common_prefix_length(prompts)
+        longest = max(map(len, prompts)) + int(self._config.max_new_tokens)
+        window = getattr(self._model.config, "sliding_window", None)
+        if length < MIN_SHARED_TOKENS or (window is not None and longest > window):
+            return NO_PREFIX
+        row = torch.tensor([list(prompts[0][:length])], device=self._model.device)
+        output = self._model(input_ids=row, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        return SharedPrefix(length, cache) if isinstance(cache, DynamicCache) else NO_PREFIX
+
+    @torch.no_grad()
+    def decode(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix = NO_PREFIX) -> list[Hypothesis]:
+        """Continue every prompt up to the end of its line.
+
+        Args:
+            prompts: B token id sequences; all begin with the prefix.
+            prefix: from `shared_prefix`.
+
+        Returns:
+            B hypotheses in the order of the prompts.
+        """
+        device, shared = self._model.device, prefix.length
+        longest = max(map(len, prompts))
+        # Left padding, behind the shared prefix: [B, P + R].
+        padding = [longest - len(prompt) for prompt in prompts]
+        rows = [
+            [*prompt[:shared], *([self._pad] * pad), *prompt[shared:]]
+            for prompt, pad in zip(prompts, padding, strict=True)
+        ]
+        mask = torch.ones(len(prompts), longest, dtype=torch.int64)
+        for row, pad in enumerate(padding):
+            mask[row, shared : shared + pad] = 0
+        arguments: dict[str, Any] = {}
+        if prefix.cache is not None:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_repeat_interleave(len(prompts) * int(self._config.num_beams))
+            arguments["past_key_values"] = cache
+        with own_generation_config_hidden(self._model):
+            sequences = self._model.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=mask.to(device),
+                generation_config=self._config,
+                synced_gpus=self._synced,
+                **arguments,
+            )
+        return [self._hypothesis(row) for row in sequences[:, longest:].tolist()]
+
+    def _hypothesis(self, ids: list[int]) -> Hypothesis:
+        end = next((index + 1 for index, token in enumerate(ids) if token in self._stops), len(ids))
+        text = self._tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # The closing token may hold text before the line end ('.\n' in byte-level vocabularies).
+        return Hypothesis(str(text).partition("\n")[0].strip(), end)
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a translation: end of sequence first, then every token that holds a line end."""
+    # '\n', its byte-level spelling, and its byte-fallback spelling; decoding each of 262k tokens would be
+    # slow.
+    spellings = ("\n", "\u010a", "<0x0A>")
+    candidates = [
+        index
+        for token, index in tokenizer.get_vocab().items()
+        if any(spelling in token for spelling in spellings)
+    ]
+    newlines = sorted(index for index in candidates if "\n" in tokenizer.decode([index]))
+    return [int(tokenizer.eos_token_id), *(index for index in newlines if index != tokenizer.eos_token_id)]
+
+
+def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens with which all prompts begin, leaving at least one token of each prompt."""
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
+    equal = next(
+        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+    )
+    return max(0, min(equal, min(map(len, prompts)) - 1))
+
+
+@contextmanager
+def own_generation_config_hidden(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the model's own generation_config (sampling, repetition penalties, ...) out of `generate`.
+
+    `generate` fills what an explicit configuration leaves open from the model's own.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,119 @@
+"""Which language a translation is written in, and how often it is the wrong one.
+
+py3langid's model ships in its package. On short software sentences it errs, and more so the more languages it
+may choose from, so it chooses among the languages of the recipe and a few large ones, and the rate of the
+references is reported next to the rates of the systems: that is what it makes of perfect translations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+from lander_ds.data.languages import normalise_code
+
+LARGE_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "ru", "tr", "vi", "zh")
+"""Always candidates: what a model that misses the target language is likely to write."""
+
+_OTHER_CODES = {
+    "nb": "no",
+    "iw": "he",
+    "in": "id",
+    "fil": "tl",
+    "cmn": "zh",
+    "sh": "hr",
+    "ara": "ar",
+    "arb": "ar",
+    "bul": "bg",
+    "ces": "cs",
+    "dan": "da",
+    "deu": "de",
+    "ell": "el",
+    "eng": "en",
+    "est": "et",
+    "fas": "fa",
+    "fin": "fi",
+    "fra": "fr",
+    "heb": "he",
+    "hin": "hi",
+    "hrv": "hr",
+    "hun": "hu",
+    "ind": "id",
+    "isl": "is",
+    "ita": "it",
+    "jpn": "ja",
+    "kor": "ko",
+    "lit": "lt",
+    "lvs": "lv",
+    "nld": "nl",
+    "nob": "no",
+    "pol": "pl",
+    "por": "pt",
+    "ron": "ro",
+    "rus": "ru",
+    "slk": "sk",
+    "slv": "sl",
+    "spa": "es",
+    "srp": "sr",
+    "swe": "sv",
+    "tha": "th",
+    "tur": "tr",
+    "ukr": "uk",
+    "vie": "vi",
+    "zho": "zh",
+}
+"""Codes that corpora use for languages that the identifier knows under another one."""
+
+
+class LanguageIdentifier:
+    """Identifies the language of translations.
+
+    Args:
+        languages: codes of the recipe's languages; those that the identifier does not know are no candidates.
+    """
+
+    def __init__(self, languages: Iterable[str]) -> None:
+        known = known_languages()
+        wanted = {code for code in map(identifier_code, languages) if code is not None}
+        self._candidates = sorted(wanted | (set(LARGE_LANGUAGES) & known))
+        self._identifier = _load()
+        self._identifier.set_languages(self._candidates)
+
+    def off_target(self, texts: Sequence[str], target_language: str) -> float | None:
+        """Share of texts that are written in another language than `target_language`.
+
+        Texts without a letter have no language and do not count.
+
+        Returns:
+            0 to 1, or None when the identifier does not know the language or no text has a letter.
+        """
+        target = identifier_code(target_language)
+        written = [text for text in texts if any(character.isalpha() for character in text)]
+        if target is None or not written:
+            return None
+        identified = [str(self._identifier.classify(text)[0]) for text in written]
+        return sum(language != target for language in identified) / len(identified)
+
+
+def identifier_code(language: str) -> str | None:
+    """The identifier's code of a language: `zh` for `zh-Hant`, `de` for `deu_Latn`; None when it has none."""
+    code = normalise_code(language)
+    for candidate in (code, code.partition("-")[0]):
+        mapped = _OTHER_CODES.get(candidate, candidate)
+        if mapped in known_languages():
+            return mapped
+    return None
+
+
+@cache
+def known_languages() -> frozenset[str]:
+    """Codes that the identifier can give."""
+    return frozenset(_load().labels) - {"zxx"}
+
+
+def _load() -> Any:
+    from py3langid.langid import MODEL_FILE
+    from py3langid.langid import LanguageIdentifier as Identifier
+
+    return Identifier.from_model_file(MODEL_FILE)

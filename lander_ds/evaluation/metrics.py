@@ -1,0 +1,172 @@
+"""Metrics through sacreBLEU: BLEU, chrF2, chrF2++ and TER, with signatures and paired bootstrap tests."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.significance import PairedTest
+
+from lander_ds.config.recipe import ScoreConfig
+from lander_ds.data.languages import normalise_code
+from lander_ds.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BOOTSTRAPPED = ("bleu", "chrf", "chrfpp")
+"""Metrics with confidence intervals and p-values. `chrf` is chrF2, `chrfpp` chrF2++ (word order 2)."""
+
+_DEFAULT_TOKENIZERS = {"zh": "zh", "yue": "zh", "cmn": "zh", "zho": "zh", "ja": "ja-mecab", "jpn": "ja-mecab"}
+_KOREAN = ("ko", "kor")
+# Written without spaces between words, and no segmenter is installed: characters are the words.
+_WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "tha", "lao", "khm", "mya", "bod", "dzo")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A corpus score and what the bootstrap says of it."""
+
+    score: float
+    """Points, 0 to 100."""
+    mean: float
+    """Mean over bootstrap samples."""
+    ci: float
+    """Half the width of the 95 % confidence interval."""
+    p: float | None
+    """p-value of the difference to the baseline; None for the baseline itself."""
+
+
+def bleu_tokenizer(language: str, overrides: Mapping[str, str]) -> str:
+    """The sacreBLEU tokenizer for a target language.
+
+    Chinese `zh`, Japanese `ja-mecab`, Korean `ko-mecab` (`char` where its package is not installed), other
+    languages written without spaces `char`, all others `13a`.
+
+    Args:
+        language: code as in the recipe; region and script are ignored where nothing is known about them.
+        overrides: `score.tokenizers` of the recipe.
+
+    Raises:
+        ConfigError: an override names a tokenizer that sacreBLEU does not have, or that is not installed.
+    """
+    code = normalise_code(language)
+    bare = code.partition("-")[0]
+    own = {normalise_code(name): tokenizer for name, tokenizer in overrides.items()}
+    for candidate in (code, bare):
+        if candidate in own:
+            return _checked_tokenizer(own[candidate], candidate)
+    if bare in _KOREAN:
+        return _korean_tokenizer()
+    if bare in _WITHOUT_SPACES:
+        return "char"
+    return _DEFAULT_TOKENIZERS.get(bare, "13a")
+
+
+def check_tokenizers(overrides: Mapping[str, str]) -> None:
+    """Refuse tokenizers that cannot be used.
+
+    Raises:
+        ConfigError: see `bleu_tokenizer`.
+    """
+    for language, tokenizer in overrides.items():
+        _checked_tokenizer(tokenizer, language)
+
+
+def evaluate(
+    references: Sequence[str],
+    hypotheses: Mapping[str, Sequence[str]],
+    tokenizer: str,
+    config: ScoreConfig,
+    seed: int,
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, str]]:
+    """BLEU, chrF2 and chrF2++ of systems, each tested against the first by paired bootstrap (R, Koehn 2004).
+
+    Args:
+        references: N texts.
+        hypotheses: system -> N texts; the first system is the baseline.
+        tokenizer: for BLEU.
+        config: number of bootstrap samples.
+        seed: of the bootstrap.
+
+    Returns:
+        system -> metric -> estimate, and metric -> sacreBLEU signature.
+    """
+    metrics = {
+        "bleu": BLEU(tokenize=tokenizer, references=[references]),
+        "chrf": CHRF(references=[references]),
+        "chrfpp": CHRF(word_order=2, references=[references]),
+    }
+    with _bootstrap_seed(seed):
+        test = PairedTest(list(hypotheses.items()), metrics, None, "bs", n_samples=config.bootstrap_samples)
+        signatures, results = test()
+    estimates: dict[str, dict[str, Estimate]] = {system: {} for system in hypotheses}
+    for metric, label in zip(metrics, signatures, strict=True):
+        baseline = results[label][0]
+        for system, result in zip(hypotheses, results[label], strict=True):
+            p = result.p_value
+            # sacreBLEU counts strictly larger differences only and so calls equal systems different.
+            if p is not None and result.score == baseline.score:
+                p = 1.0
+            estimates[system][metric] = Estimate(result.score, float(result.mean), float(result.ci), p)
+    return estimates, {
+        metric: str(signatures[label]) for metric, label in zip(metrics, signatures, strict=True)
+    }
+
+
+def translation_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
+    """Corpus TER in percent (lower is better) and its sacreBLEU signature."""
+    metric = TER()
+    score = metric.corpus_score(list(hypotheses), [list(references)])
+    return float(score.score), str(metric.get_signature())
+
+
+def _checked_tokenizer(tokenizer: str, language: str) -> str:
+    where = f"score.tokenizers.{language}"
+    if tokenizer not in BLEU.TOKENIZERS:
+        known = ", ".join(sorted(BLEU.TOKENIZERS))
+        raise ConfigError(f"{where}: sacreBLEU has no tokenizer {tokenizer!r}: use one of {known}")
+    if problem := _problem_with(tokenizer):
+        raise ConfigError(
+            f"{where}: {tokenizer} cannot be used here ({problem}): install what it needs, or use char"
+        )
+    return tokenizer
+
+
+@cache
+def _korean_tokenizer() -> str:
+    if _problem_with("ko-mecab") is None:
+        return "ko-mecab"
+    logger.warning("BLEU into Korean counts characters: for words pip install 'sacrebleu[ko]'")
+    return "char"
+
+
+@cache
+def _problem_with(tokenizer: str) -> str | None:
+    try:
+        BLEU(tokenize=tokenizer)
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a missing package, or a sentencepiece model that cannot be fetched
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+@contextmanager
+def _bootstrap_seed(seed: int) -> Iterator[None]:
+    # sacreBLEU reads its seed from the environment only, and takes 0 for "no seed": 12345 is its own default.
+    before: Any = os.environ.get("SACREBLEU_SEED")
+    os.environ["SACREBLEU_SEED"] = str(seed or 12345)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SACREBLEU_SEED"]
+        else:
+            os.environ["SACREBLEU_SEED"] = before

@@ -1,0 +1,146 @@
+"""From translations to scores: the contents of `scores.json`.
+
+Per pair and system: BLEU, chrF2 (`chrf`), chrF2++ (`chrfpp`) and TER, bootstrap mean and half-width of the
+95 % interval (`*_mean`, `*_ci`), the p-value of the difference to the untouched base (`p_*`), the share of
+translations in another language than the target (`off_target`) and the share of empty ones (`empty`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from lander_ds.config.recipe import ScoreConfig
+from lander_ds.data.languages import split_pair
+from lander_ds.errors import ArtefactError
+from lander_ds.evaluation.language import LanguageIdentifier
+from lander_ds.evaluation.metrics import (
+    BOOTSTRAPPED,
+    Estimate,
+    bleu_tokenizer,
+    evaluate,
+    translation_error_rate,
+)
+from lander_ds.evaluation.translations import Translation
+
+BASELINE = "base"
+TRAINED = "trained"
+FEWSHOT = "fewshot"
+MEANS = (*BOOTSTRAPPED, "ter", "off_target")
+
+Translations = Mapping[str, Sequence[Translation]]
+"""System -> its translations of one pair."""
+
+
+def score_pair(
+    pair: str, translations: Translations, config: ScoreConfig, seed: int, identifier: LanguageIdentifier
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Score every system on one pair.
+
+    Args:
+        pair: translation direction.
+        translations: at least one system.
+        config: metrics and bootstrap.
+        seed: of the bootstrap.
+        identifier: for the off-target rate.
+
+    Returns:
+        The pair's entry in `scores.json`, and metric -> sacreBLEU signature.
+
+    Raises:
+        ArtefactError: there is no sentence, or systems translated other sentences or have other references.
+        ConfigError: the recipe's tokenizer for the target language cannot be used.
+    """
+    language = split_pair(pair)[1]
+    tokenizer = bleu_tokenizer(language, config.tokenizers)
+    references, hypotheses = aligned(pair, translations)
+    estimates, signatures = evaluate(references, hypotheses, tokenizer, config, seed)
+    systems: dict[str, dict[str, Any]] = {}
+    for system, texts in hypotheses.items():
+        figures = _figures(estimates[system], compared=next(iter(hypotheses)) == BASELINE != system)
+        if config.ter:
+            figures["ter"], signatures["ter"] = translation_error_rate(references, texts)
+        figures["off_target"] = identifier.off_target(texts, language)
+        figures["empty"] = sum(not text for text in texts) / len(texts)
+        systems[system] = figures
+    entry = {
+        "sentences": len(references),
+        "tokenizer": tokenizer,
+        "systems": systems,
+        **{f"p_{metric}": systems.get(TRAINED, {}).get(f"p_{metric}") for metric in BOOTSTRAPPED},
+        **_against_fewshot(references, hypotheses, tokenizer, config, seed),
+        "off_target_reference": identifier.off_target(references, language),
+    }
+    return entry, signatures
+
+
+def aligned(pair: str, translations: Translations) -> tuple[list[str], dict[str, list[str]]]:
+    """References, and every system's hypotheses in the same order, the baseline first.
+
+    Raises:
+        ArtefactError: see `score_pair`.
+    """
+    ordered = sorted(translations, key=lambda system: system != BASELINE)
+    first, reference = ordered[0], translations[ordered[0]]
+    cure = "run stage translate (again) for both"
+    if not reference:
+        raise ArtefactError(f"{pair}: {first} has translated no sentence: is there test data for this pair?")
+    hypotheses = {}
+    for system in ordered:
+        by_id = {translation.id: translation for translation in translations[system]}
+        if different := sorted({translation.id for translation in reference}.symmetric_difference(by_id)):
+            raise ArtefactError(
+                f"{pair}: {first} translated {len(reference)} sentences and {system} {len(by_id)}; "
+                f"{len(different)} sentence ids stand in one of them only, e.g. {different[0]!r}: {cure}"
+            )
+        for translation in reference:
+            if translation.ref != by_id[translation.id].ref:
+                raise ArtefactError(
+                    f"{pair}: sentence {translation.id!r} has different references in {first} and {system}: "
+                    f"{cure}"
+                )
+        hypotheses[system] = [by_id[translation.id].hyp for translation in reference]
+    return [translation.ref for translation in reference], hypotheses
+
+
+def means(pairs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """System -> metric -> mean over pairs; None where a pair lacks the figure."""
+    systems = next(iter(pairs.values()))["systems"]
+    return {
+        system: {
+            metric: _mean([pair["systems"][system].get(metric) for pair in pairs.values()])
+            for metric in MEANS
+        }
+        for system in systems
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return fmean(present) if len(present) == len(values) else None
+
+
+def _figures(estimates: Mapping[str, Estimate], compared: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for metric, estimate in estimates.items():
+        figures |= {metric: estimate.score, f"{metric}_mean": estimate.mean, f"{metric}_ci": estimate.ci}
+        if compared:
+            figures[f"p_{metric}"] = estimate.p
+    return figures
+
+
+def _against_fewshot(
+    references: Sequence[str],
+    hypotheses: Mapping[str, Sequence[str]],
+    tokenizer: str,
+    config: ScoreConfig,
+    seed: int,
+) -> dict[str, float | None]:
+    """p-values of the trained model against the base with examples in its prompt, the fairer comparison."""
+    names = {metric: f"p_{metric}_vs_fewshot" for metric in BOOTSTRAPPED}
+    if FEWSHOT not in hypotheses or TRAINED not in hypotheses:
+        return dict.fromkeys(names.values())
+    compared = {system: hypotheses[system] for system in (FEWSHOT, TRAINED)}
+    estimates, _ = evaluate(references, compared, tokenizer, config, seed)
+    return {name: estimates[TRAINED][metric].p for metric, name in names.items()}

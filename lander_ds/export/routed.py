@@ -1,0 +1,106 @@
+"""Export `routed`: banks and gates as they were trained, with a modelling file that needs only transformers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lander_ds.errors import ConfigError
+from lander_ds.export.trained import TrainedModel
+from lander_ds.export.writer import ShardWriter, copy_companions, fresh_directory, publish
+from lander_ds.families.loading import tied_parameters
+from lander_ds.routing import modeling_lander, routed_ffn
+from lander_ds.routing.surgery import OPTIONS, routed_ffns
+from lander_ds.run import write_json
+
+
+def export_routed(trained: TrainedModel, directory: Path, dtype: torch.dtype | None) -> None:
+    """Write the directory.
+
+    Args:
+        trained: base and trained tensors.
+        directory: where to; replaced when it exists.
+        dtype: of the exported weights; None keeps the base's types.
+
+    Raises:
+        ConfigError: the method has no routed form.
+    """
+    if trained.checkpoint.state["method"] != "lander":
+        raise ConfigError(
+            f"export.formats: routed exists for train.method lander only, this checkpoint is of method "
+            f"{trained.checkpoint.state['method']}: use export.formats: [dense]"
+        )
+    temporary = fresh_directory(directory)
+    writer = ShardWriter(temporary)
+    tied = tied_parameters(trained.model)
+    for name, parameter in trained.model.named_parameters():
+        if name not in tied:
+            value = _values(trained, name, parameter)
+            writer.add(f"model.{name}", value if dtype is None else value.to(dtype))
+    writer.close()
+    write_json(temporary / "config.json", _config(trained, dtype))
+    for module in (modeling_lander, routed_ffn):
+        source = Path(str(module.__file__))
+        shutil.copyfile(source, temporary / source.name)
+    copy_companions(trained.weights.directory, temporary)
+    publish(temporary, directory)
+
+
+def _values(trained: TrainedModel, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A parameter in the type of the base tensor it comes from (gates: in the type they were computed in)."""
+    if ".router." in name:
+        return trained.tensors[name].to(parameter.dtype)
+    cut = trained.cuts.get(name)
+    base = trained.weights.read(trained.stored_name(name if cut is None else cut.tensor))
+    if name in trained.tensors:
+        return trained.tensors[name].to(base.dtype)
+    return base if cut is None else base.index_select(cut.dim, cut.neurons)
+
+
+def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:
+    family, model = trained.family, trained.model
+    base = model.config.to_dict()
+    base.pop("_name_or_path", None)
+    layers = [
+        {
+            "layer": routed.layer,
+            "banks": [
+                {
+                    "kind": bank.kind,
+                    "owners": [routed.state.pairs[owner] for owner in bank.owners],
+                    "size": bank.up.shape[0],
+                }
+                for bank in routed.banks
+            ],
+        }
+        for _, routed in routed_ffns(model)
+    ]
+    first = next(routed for _, routed in routed_ffns(model))
+    hidden = 0 if first.router is None else first.router.w1.shape[0]
+    return {
+        "architectures": ["LanderForCausalLM"],
+        "model_type": "lander",
+        "auto_map": {
+            "AutoConfig": "modeling_lander.LanderConfig",
+            "AutoModelForCausalLM": "modeling_lander.LanderForCausalLM",
+        },
+        "dtype": str(dtype or model.dtype).removeprefix("torch."),
+        "tie_word_embeddings": bool(getattr(model.config, "tie_word_embeddings", False)),
+        "vocab_size": model.config.vocab_size,
+        "bos_token_id": getattr(model.config, "bos_token_id", None),
+        "eos_token_id": getattr(model.config, "eos_token_id", None),
+        "pad_token_id": getattr(model.config, "pad_token_id", None),
+        "base": base,
+        "routing": {
+            "pairs": list(first.state.pairs),
+            "layers_path": f"{family.decoder}.{family.layers}",
+            "ffn": asdict(family.ffn),
+            "options": {key: first.options[key] for key in OPTIONS},
+            "hidden": hidden,
+            "layers": layers,
+        },
+    }

@@ -1,0 +1,68 @@
+"""Proof that an export is the model that was trained: same logits in float32, same greedy translations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lander_ds.config.recipe import Recipe
+from lander_ds.run import RunDirectory
+from lander_ds.training.inference import open_for_inference
+
+NEW_TOKENS = 24
+
+
+def compare(
+    recipe: Recipe, run: RunDirectory, directory: Path, prompts: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, Any]:
+    """Compare the export in `directory` with the newest checkpoint, both in float32 on this process's device.
+
+    Args:
+        recipe: the recipe.
+        run: where the checkpoint lies.
+        directory: an HF model directory that stage export wrote.
+        prompts: token ids of prompts by pair.
+
+    Returns: `max_logit_difference` (absolute), `max_logit` (largest absolute logit), `same_greedy` and `sentences`.
+    """
+    exact = replace(
+        recipe,
+        model=replace(recipe.model, dtype="float32"),
+        translate=replace(recipe.translate, weights="replicated"),
+    )
+    ours = open_for_inference(exact, run, "trained")
+    exported = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
+    exported.to(ours.model.device)
+    routed = exported.config.model_type == "lander"
+    difference, largest, same, sentences = 0.0, 0.0, True, 0
+    for pair, batch in prompts.items():
+        arguments = {"pair": pair} if routed else {}
+        for prompt in batch:
+            ids = torch.tensor([list(prompt)], device=ours.model.device)
+            options = {
+                "attention_mask": torch.ones_like(ids),
+                "max_new_tokens": NEW_TOKENS,
+                "do_sample": False,
+                "pad_token_id": 0,
+            }
+            with torch.no_grad(), ours.pair(pair):
+                expected = ours.model(ids).logits
+                expected_text = ours.model.generate(ids, **options)  # type: ignore[operator]
+            with torch.no_grad():
+                found = exported(ids, **arguments).logits
+                found_text = exported.generate(ids, **options, **arguments)
+            difference = max(difference, float((found - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+            same = same and torch.equal(expected_text, found_text)
+            sentences += 1
+    return {
+        "max_logit_difference": difference,
+        "max_logit": largest,
+        "same_greedy": same,
+        "sentences": sentences,
+    }

@@ -1,0 +1,116 @@
+"""What the trainer must know of an HF model family: where its FFN lies, how its decoder runs piece by piece.
+
+One small description per family lies in `catalogue.py`. The pieces (embed, layers, finish, head) are the HF
+modules themselves; only the few lines of glue between them that differ between families are written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+LayerArguments = Callable[[int], dict[str, Any]]
+"""Decoder layer index -> keyword arguments of that layer."""
+
+
+@dataclass(frozen=True)
+class FFNPaths:
+    """Where the parts of the FFN lie inside a decoder layer (dotted module paths)."""
+
+    up: str
+    """In-projection whose rows are neurons (of a gated FFN: the ungated one)."""
+    down: str
+    """Out-projection whose columns are neurons; its input is h."""
+    activation: str
+    """The non-linearity."""
+    gate: str | None = None
+    """Gating in-projection of a gated FFN."""
+    block: str | None = None
+    """Module that takes x and returns the FFN output and nothing else: the routed FFN replaces it. None: the
+    FFN is spread in the layer (OPT) or adds the residual itself (BLOOM): the routed FFN replaces `up`, while
+    `activation` and `down` become identities."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of decoder-only HF models.
+
+    Shapes: T tokens of one packed row, d hidden width. Hidden states are [1, T, d], positions [1, T].
+    """
+
+    name: str
+    """Key in the catalogue."""
+    model_types: tuple[str, ...]
+    """`model_type` values of config.json that belong to the family."""
+    decoder: str
+    """Path of the module that holds embeddings, layers and final norm, e.g. `model`."""
+    embeddings: str
+    """Path of the token embedding inside the decoder."""
+    layers: str
+    """Path of the list of layers inside the decoder."""
+    final: tuple[str, ...]
+    """Names of what follows the last layer inside the decoder (norm, projection), in order; missing ones are
+    skipped."""
+    ffn: FFNPaths
+    """The FFN inside a layer."""
+    embed: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    """(decoder, input_ids [1, T], positions [1, T]) -> hidden [1, T, d]."""
+    layer_arguments: Callable[[nn.Module, torch.Tensor, torch.Tensor, tuple[int, ...]], LayerArguments]
+    """(decoder, hidden, positions, segment lengths) -> arguments per layer."""
+    packed_attention: bool = True
+    """The layers take their attention from transformers' attention interface; False: they compute it
+    themselves from the masks in `layer_arguments` (BLOOM)."""
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(start of a tensor's name in the model, its start on disk), where transformers renames on loading."""
+
+    def decoder_of(self, model: PreTrainedModel) -> nn.Module:
+        """The module that holds embeddings, layers and final norm."""
+        decoder = model.get_submodule(self.decoder)
+        assert isinstance(decoder, nn.Module)
+        return decoder
+
+    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
+        """The decoder layers."""
+        layers = self.decoder_of(model).get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def embeddings_of(self, model: PreTrainedModel) -> nn.Module:
+        """The token embedding."""
+        return self.decoder_of(model).get_submodule(self.embeddings)
+
+    def down_projections(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The out-projection of every layer; its input is h (only before surgery)."""
+        return [layer.get_submodule(self.ffn.down) for layer in self.layers_of(model)]
+
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """One decoder layer: hidden [1, T, d] -> hidden [1, T, d]."""
+        output = layer(hidden, **arguments)
+        hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def finish(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+        """What follows the last layer, up to the head: [..., d] -> [..., head width]."""
+        decoder = self.decoder_of(model)
+        for path in self.final:
+            module = getattr(decoder, path, None)
+            if module is not None:
+                hidden = module(hidden)
+        return hidden
+
+    def softcap(self, model: PreTrainedModel) -> float | None:
+        """Softcap of the final logits, if the family has one."""
+        value = getattr(model.config, "final_logit_softcapping", None)
+        return None if value is None else float(value)
+
+    def neurons(self, model: PreTrainedModel) -> int:
+        """f, neurons per FFN (only before surgery)."""
+        weight = self.layers_of(model)[0].get_submodule(self.ffn.up).weight
+        assert isinstance(weight, torch.Tensor)
+        return int(weight.shape[0])

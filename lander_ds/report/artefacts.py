@@ -1,0 +1,120 @@
+"""What a run has written so far, loaded for the report; what is not there yet is named, with its stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lander_ds.awareness.awareness import Awareness
+from lander_ds.errors import ArtefactError
+from lander_ds.evaluation.translations import Translation, read_translations
+from lander_ds.run import RunDirectory, read_json
+from lander_ds.selection.selection import Selection
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An artefact that the report would have shown."""
+
+    what: str
+    """What a reader misses."""
+    stage: str
+    """The stage that makes it."""
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """Everything the report shows. None or empty where a stage has not run."""
+
+    statistics: dict[str, Any] | None
+    """Pair -> split -> counts of the prepared data."""
+    awareness: Awareness | None
+    """What detect measured."""
+    selection: Selection | None
+    """Layers and banks."""
+    steps: tuple[dict[str, Any], ...]
+    """Lines of metrics.jsonl that describe a training step, by ascending step."""
+    validations: tuple[dict[str, Any], ...]
+    """Lines of metrics.jsonl that describe a validation."""
+    training: dict[str, Any] | None
+    """training.json."""
+    scores: dict[str, Any] | None
+    """scores.json."""
+    translations: dict[str, dict[str, list[Translation]]]
+    """Pair -> system -> translations."""
+    missing: tuple[Missing, ...]
+    """What is not there."""
+
+
+def load_artefacts(run: RunDirectory, pairs: Sequence[str]) -> Artefacts:
+    """Load what there is.
+
+    Raises:
+        ArtefactError: something is there but damaged.
+    """
+    statistics_path = run.data / "statistics.json"
+    translations = _translations(run, pairs)
+    steps, validations = _metrics(run.metrics)
+    expected = (
+        ("the data statistics", "prepare", statistics_path.exists()),
+        ("relevance of the layers, awareness and overlap of the pairs", "detect", run.awareness.exists()),
+        ("selected layers and banks", "select", run.selection.exists()),
+        ("losses, learning rates and gates", "train", bool(steps)),
+        ("the figures of the training", "train", run.training_summary.exists()),
+        ("example translations", "translate", bool(translations)),
+        ("scores", "score", run.scores.exists()),
+    )
+    return Artefacts(
+        statistics=_json(statistics_path, "prepare"),
+        awareness=Awareness.load(run.awareness) if run.awareness.exists() else None,
+        selection=Selection.load(run.selection) if run.selection.exists() else None,
+        steps=steps,
+        validations=validations,
+        training=_json(run.training_summary, "train"),
+        scores=_json(run.scores, "score"),
+        translations=translations,
+        missing=tuple(Missing(what, stage) for what, stage, present in expected if not present),
+    )
+
+
+def _json(path: Path, stage: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    value: dict[str, Any] = read_json(path, f"run stage {stage} again")
+    return value
+
+
+def _metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    if not path.exists():
+        return (), ()
+    steps: dict[int, dict[str, Any]] = {}
+    validations: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            # A resumed training repeats the steps after its checkpoint: the later line counts.
+            (validations if "valid_loss" in record else steps)[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break  # training is writing this line, or a crash cut it short
+            raise ArtefactError(
+                f"{path}, line {number} is not a metrics record: run stage train again"
+            ) from None
+    ordered = (tuple(found[step] for step in sorted(found)) for found in (steps, validations))
+    return next(ordered), next(ordered)
+
+
+def _translations(run: RunDirectory, pairs: Sequence[str]) -> dict[str, dict[str, list[Translation]]]:
+    found: dict[str, dict[str, list[Translation]]] = {}
+    for pair in pairs:
+        paths = {
+            system: run.translations / system / f"{pair}.jsonl" for system in ("base", "fewshot", "trained")
+        }
+        of_pair = {system: read_translations(path) for system, path in paths.items() if path.exists()}
+        if of_pair:
+            found[pair] = of_pair
+    return found

@@ -1,0 +1,189 @@
+"""The report: one HTML file that needs nothing else, from whatever a run has written so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lander_ds.awareness.relevance import relevance
+from lander_ds.config.loader import dump_recipe
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.languages import split_pair
+from lander_ds.evaluation.translations import Translation
+from lander_ds.report import plots
+from lander_ds.report.artefacts import Artefacts, load_artefacts
+from lander_ds.report.figures import SYSTEM_NAMES, data_uri
+from lander_ds.report.summary import summarise
+from lander_ds.run import RunDirectory, versions
+
+EXAMPLES_PER_PAIR = 5
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with the sentence that says what to see in it."""
+
+    title: str
+    caption: str
+    uri: str
+
+
+def render_report(recipe: Recipe, run: RunDirectory) -> str:
+    """The report as HTML.
+
+    Raises:
+        ArtefactError: no stage has run, or an artefact is damaged.
+    """
+    found = load_artefacts(run, recipe.data.pairs)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "percent": _percent, "bytes": _bytes, "duration": _duration}
+    return environment.get_template("report.html.j2").render(
+        recipe=recipe,
+        recipe_text=dump_recipe(recipe),
+        versions=versions(),
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        summary=summarise(run),
+        found=found,
+        gain=_mean_gain(found.scores),
+        system_names=SYSTEM_NAMES,
+        score_plots=[_plot(*entry) for entry in _score_plots(found)],
+        awareness_plots=[_plot(*entry) for entry in _awareness_plots(found)],
+        training_plots=[_plot(*entry) for entry in _training_plots(found, recipe.data.pairs)],
+        splits=("train", "detect", "valid", "test"),
+        examples={pair: examples(of_pair) for pair, of_pair in found.translations.items()},
+        languages={pair: split_pair(pair) for pair in recipe.data.pairs},
+    )
+
+
+def examples(systems: Mapping[str, Sequence[Translation]]) -> list[dict[str, Any]]:
+    """A few sentences spread over the split, with what every system made of them."""
+    reference = next(iter(systems.values()))
+    step = max(1, len(reference) // EXAMPLES_PER_PAIR)
+    by_id = {system: {item.id: item.hyp for item in items} for system, items in systems.items()}
+    return [
+        {
+            "src": item.src,
+            "ref": item.ref,
+            "hyps": {SYSTEM_NAMES[system]: found.get(item.id, "") for system, found in by_id.items()},
+        }
+        for item in reference[step // 2 :: step][:EXAMPLES_PER_PAIR]
+    ]
+
+
+Entry = tuple[str, str, Any]
+
+
+def _plot(title: str, caption: str, figure: Any) -> Plot:
+    return Plot(title, caption, data_uri(figure))
+
+
+def _score_plots(found: Artefacts) -> Iterator[Entry]:
+    if found.scores is not None:
+        yield (
+            "chrF2 per direction",
+            "Whiskers: 95 % confidence interval of the bootstrap.",
+            plots.scores(found.scores["pairs"]),
+        )
+
+
+def _awareness_plots(found: Artefacts) -> Iterator[Entry]:
+    selected = [layer.layer for layer in found.selection.layers] if found.selection else []
+    if found.awareness is not None:
+        phi, pairs = found.awareness.phi().numpy(), found.awareness.pairs
+        yield (
+            "Relevance of the layers",
+            "D: how much the mean FFN activation changes from a layer to the next.",
+            plots.relevance_by_layer(relevance(found.awareness).numpy(), pairs, selected),
+        )
+        yield (
+            "Awareness per layer and pair",
+            "How much the translation loss of a pair depends on the neurons of a layer (logarithmic).",
+            plots.awareness_by_layer(phi, pairs, selected),
+        )
+        yield (
+            "Awareness of single neurons",
+            "A layer whose column is steep has few neurons that matter much.",
+            plots.awareness_percentiles(phi),
+        )
+        if len(pairs) > 1:
+            yield (
+                "Overlap of the pairs' neurons",
+                "Over all layers. 1: two pairs depend on the same neurons; 0: on entirely different ones.",
+                plots.neuron_overlap(phi, pairs),
+            )
+    if found.selection is not None:
+        yield (
+            "Banks",
+            "Neurons of every selected layer by the pairs that own them.",
+            plots.bank_sizes(found.selection),
+        )
+
+
+def _training_plots(found: Artefacts, pairs: Sequence[str]) -> Iterator[Entry]:
+    if not found.steps:
+        return
+    yield (
+        "Losses",
+        "Cross-entropy in nats per target token.",
+        plots.losses(found.steps, found.validations, pairs),
+    )
+    yield (
+        "Learning rates and gradient norm",
+        "Groups with the same schedule share a line; the norm is the one before clipping.",
+        plots.learning_rates(found.steps),
+    )
+    if plots.gated_layers(found.steps):
+        yield (
+            "Gates during training",
+            "Above 0.5 the general banks count more, below the specific ones.",
+            plots.gates_over_steps(found.steps, pairs),
+        )
+        yield (
+            "Gates at the end",
+            "Mean over the last tenth of the steps.",
+            plots.final_gates(found.steps, pairs),
+        )
+
+
+def _mean_gain(scores: Mapping[str, Any] | None) -> float | None:
+    means = {} if scores is None else scores["mean"]
+    if "base" not in means or "trained" not in means:
+        return None
+    return float(means["trained"]["chrf"] - means["base"]["chrf"])
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return "–"
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,173 @@
+"""The figures of a run: what `lander summary` prints and the report starts with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from lander_ds.errors import ArtefactError
+from lander_ds.run import RunDirectory, read_json
+
+TRAINING_FIGURES = (
+    "method",
+    "steps",
+    "trained_parameters",
+    "total_parameters",
+    "ranks",
+    "optimizer_bytes_per_rank",
+    "gradient_bytes_per_rank",
+    "weight_bytes_per_rank",
+    "frozen_unchanged",
+)
+METRICS = ("bleu", "chrf", "chrfpp", "ter")
+P_VALUES = ("p_bleu", "p_chrf", "p_chrfpp")
+STAGES = ("prepare", "detect", "select", "train", "translate", "score", "export", "report")
+
+
+def summarise(run: RunDirectory) -> dict[str, Any]:
+    """The figures of a finished or unfinished run, as JSON values; null where a stage has not run.
+
+    `scores` holds per pair `base_bleu`, `fewshot_bleu`, `bleu` (the trained system) and so on for chrF2
+    (`chrf`), chrF2++ (`chrfpp`) and TER, and the p-values of the trained system against the base.
+
+    Raises:
+        ArtefactError: the directory does not exist, no stage has run in it, or an artefact is damaged.
+    """
+    if not run.path.is_dir():
+        raise ArtefactError(f"{run.path} does not exist: give the run_dir of a recipe that has been run")
+    seconds = stage_seconds(run)
+    training = read_json(run.training_summary, "train again") if run.training_summary.exists() else {}
+    scores = read_json(run.scores, "run stage score again") if run.scores.exists() else {"pairs": {}}
+    if not seconds and not training and not scores["pairs"]:
+        raise ArtefactError(
+            f"{run.path} holds no stage record: no stage has finished there; run `lander prepare` first"
+        )
+    return {
+        **{name: training.get(name) for name in TRAINING_FIGURES},
+        "peak_memory_bytes_per_rank": training.get("peak_memory_bytes_per_rank"),
+        "scores": pair_scores(scores),
+        "stage_seconds": seconds,
+        "artefacts": artefacts(run),
+    }
+
+
+def pair_scores(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Pair -> flat figures from the contents of `scores.json`."""
+    return {pair: _flat(entry) for pair, entry in scores["pairs"].items()}
+
+
+def stage_seconds(run: RunDirectory) -> dict[str, float]:
+    """Wall time of every finished stage, in the order of the stages; translate has one per system."""
+    found = {}
+    for path in sorted((run.path / "stages").glob("*.json")):
+        found[path.stem] = float(read_json(path, f"run stage {path.stem} again").get("seconds", 0.0))
+    order = {stage: number for number, stage in enumerate(STAGES)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0].partition(".")[0], len(order))))
+
+
+def artefacts(run: RunDirectory) -> dict[str, str]:
+    """Name -> path of what the run has written so far."""
+    names = ("awareness", "selection", "checkpoints", "export", "translations", "scores", "metrics", "report")
+    paths = {name: getattr(run, name) for name in names}
+    return {name: str(path) for name, path in paths.items() if path.exists()}
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    """BLEU and chrF2 per direction: base, few-shot, trained, the gain over the base and how sure it is."""
+    systems = {"base_": "base", "fewshot_": "few-shot", "": "trained"}
+    present = {
+        prefix: title
+        for prefix, title in systems.items()
+        if any(figures.get(f"{prefix}bleu") is not None for figures in scores.values())
+    }
+    compared = "base_" in present and "" in present
+    table = Table(
+        title="BLEU / chrF2 per direction",
+        title_justify="left",
+        show_footer=len(scores) > 1,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("pair", footer="mean")
+    for prefix, title in present.items():
+        for metric, label in (("bleu", "BLEU"), ("chrf", "chrF")):
+            column = [figures.get(prefix + metric) for figures in scores.values()]
+            table.add_column(f"{title}\n{label}", _number(_mean(column)), justify="right")
+    if compared:
+        gains = [_gain(figures) for figures in scores.values()]
+        table.add_column("gain\nchrF", _number(_mean(gains), signed=True), justify="right", style="bold")
+        table.add_column("p\nBLEU", justify="right")
+        table.add_column("p\nchrF", justify="right")
+    for pair, figures in scores.items():
+        cells = [_number(figures.get(prefix + metric)) for prefix in present for metric in ("bleu", "chrf")]
+        if compared:
+            p_values = [_p_value(figures.get("p_bleu")), _p_value(figures.get("p_chrf"))]
+            cells += [_number(_gain(figures), signed=True), *p_values]
+        table.add_row(pair, *cells)
+    return table
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Everything `summarise` returns for a person: the figures, and the table of scores below them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in summary.items():
+        if name == "scores":
+            continue
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                table.add_row(f"{name.replace('_', ' ')}: {key}", str(inner))
+        else:
+            table.add_row(name.replace("_", " "), _figure(value))
+    outer = Table.grid(padding=(1, 0))
+    outer.add_row(table)
+    if summary["scores"]:
+        outer.add_row(score_table(summary["scores"]))
+    return outer
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for system, prefix in (("base", "base_"), ("fewshot", "fewshot_"), ("trained", "")):
+        found = entry["systems"].get(system, {})
+        figures |= {f"{prefix}{metric}": found.get(metric) for metric in METRICS}
+    return {**figures, **{name: entry.get(name) for name in P_VALUES}, "sentences": entry.get("sentences")}
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(_figure(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _gain(figures: Mapping[str, Any]) -> float | None:
+    base, trained = figures.get("base_chrf"), figures.get("chrf")
+    return None if base is None or trained is None else trained - base
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present and len(present) == len(values) else None
+
+
+def _number(value: float | None, signed: bool = False) -> str:
+    if value is None:
+        return "-"
+    return f"{value:+.1f}" if signed else f"{value:.1f}"
+
+
+def _p_value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

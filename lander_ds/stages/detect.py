@@ -1,0 +1,92 @@
+"""Stage detect: base model + detection data -> awareness.safetensors. One pass, no weight gradient."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+from lander_ds import console
+from lander_ds.awareness.awareness import AwarenessMetadata
+from lander_ds.awareness.collector import StatisticsCollector
+from lander_ds.config.deepspeed_json import resolve_deepspeed_config
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.plan import GlobalBatch
+from lander_ds.data.prepared import PreparedData, PreparedSplit
+from lander_ds.families.loading import build, fill
+from lander_ds.families.weights import BaseWeights, base_fingerprint
+from lander_ds.parallel import comm, zero3
+from lander_ds.run import RunDirectory, section
+from lander_ds.training.batches import packed, whole_split
+from lander_ds.training.model import Normaliser, TranslationModel
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
+    """Collect the awareness of every FFN neuron for every pair (collective)."""
+    data = PreparedData.load(run, recipe)
+    fingerprint = base_fingerprint(recipe.model.path)
+    inputs = {"data": data.hash, "base": fingerprint}
+    options = {**section(recipe, "detect"), "dtype": recipe.model.dtype}
+    if comm.from_rank_zero(not force and run.up_to_date("detect", options, inputs)):
+        logger.info("detect: up to date")
+        return
+    started = time.monotonic()
+    held = data.split("detect")
+    splits = [held[pair] for pair in recipe.data.pairs]
+    batch = whole_split(splits, recipe.detect.examples)
+    collector = collect(recipe, splits, batch)
+    pairs = recipe.data.pairs
+    sentences = {pair: int((batch.pair_ids == m).sum()) for m, pair in enumerate(pairs)}
+    awareness = collector.finish(
+        pairs,
+        AwarenessMetadata(
+            base_fingerprint=fingerprint,
+            sentences=sentences,
+            target_tokens={pair: int(batch.target_tokens_per_pair[m]) for m, pair in enumerate(pairs)},
+            data_hash=data.hash,
+        ),
+    )
+    if comm.rank() == 0:
+        awareness.save(run.awareness)
+        run.record("detect", options, inputs, [run.awareness], time.monotonic() - started)
+        logger.info("wrote %s: %d sentences, %d target tokens", run.awareness, sum(sentences.values()), batch.target_tokens)
+    comm.barrier()
+
+
+def collect(recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch) -> StatisticsCollector:
+    """Run the frozen base over `batch` and sum the statistics over all ranks (collective).
+
+    Args:
+        recipe: model, DeepSpeed JSON and tokens per micro-batch.
+        splits: detection data by pair id.
+        batch: which examples.
+    """
+    ranks = comm.world_size()
+    count = max(1, math.ceil(int(batch.lengths.sum()) / (ranks * recipe.detect.batch_tokens)))
+    config = resolve_deepspeed_config(recipe, world_size=ranks, micro_batches=1)
+    model, family = build(recipe.model)
+    modules = family.down_projections(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    fill(model, family, BaseWeights(recipe.model.path), zero3.partitioner(config))
+    wrapped = TranslationModel(model, family, len(splits), input_gradients=True)
+    engine = zero3.initialise(wrapped, config, None)
+    engine.eval()
+    # The loss is summed, not averaged: then awareness does not depend on how the data was cut.
+    norm = Normaliser(target_tokens=1, examples=1)
+    with (
+        StatisticsCollector(modules, pairs=len(splits), device=comm.device()) as collector,
+        console.progress("detect", count) as bar,
+    ):
+        for micro in packed(batch, splits, comm.rank(), ranks, count, comm.device()):
+            collector.set_pairs(micro.pair_ids)
+            # Not through the engine's forward: without an optimizer it refuses every backward pass. ZeRO-3 gathers
+            # and releases weights by hooks on the modules themselves.
+            loss, _, _ = engine.module(micro, norm)
+            loss.backward()
+            bar.advance()
+        collector.reduce()
+    engine.destroy()
+    return collector

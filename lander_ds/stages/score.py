@@ -1,0 +1,91 @@
+"""Stage score: translations -> scores.json and a table. On rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lander_ds.config.recipe import Recipe
+from lander_ds.console import progress, stdout
+from lander_ds.data.languages import split_pair
+from lander_ds.data.prepared import PreparedData
+from lander_ds.errors import ArtefactError
+from lander_ds.evaluation.language import LanguageIdentifier
+from lander_ds.evaluation.metrics import check_tokenizers
+from lander_ds.evaluation.provenance import System, is_up_to_date, record_name
+from lander_ds.evaluation.score import BASELINE, means, score_pair
+from lander_ds.evaluation.translations import Translation, read_translations
+from lander_ds.parallel import comm
+from lander_ds.report.summary import pair_scores, score_table
+from lander_ds.run import RunDirectory, file_hash, read_json, section, write_json
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
+    """Score every system of `translate.systems` on every pair, and print the table.
+
+    Raises:
+        ArtefactError: translations are missing, were made from something else, or do not fit together.
+        ConfigError: `score.tokenizers` names a tokenizer that cannot be used.
+    """
+    if comm.rank() == 0:
+        _score(recipe, run, force)
+    comm.barrier()
+
+
+def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:
+    started = time.monotonic()
+    check_tokenizers(recipe.score.tokenizers)
+    systems, pairs = recipe.translate.systems, recipe.data.pairs
+    paths = {
+        pair: {system: run.translations / system / f"{pair}.jsonl" for system in systems} for pair in pairs
+    }
+    translations: dict[str, dict[str, list[Translation]]] = {
+        pair: {system: read_translations(path) for system, path in of_pair.items()}
+        for pair, of_pair in paths.items()
+    }
+    for system in systems:
+        _check_origin(recipe, run, system)
+    options = {**section(recipe, "score", "seed"), "systems": list(systems), "pairs": list(pairs)}
+    inputs = {run.relative(path): file_hash(path) for of_pair in paths.values() for path in of_pair.values()}
+    if not force and run.up_to_date("score", options, inputs):
+        logger.info("score: up to date")
+        _print_table(read_json(run.scores, "run stage score again"))
+        return
+    identifier = LanguageIdentifier({code for pair in pairs for code in split_pair(pair)})
+    scored, signatures = {}, {}
+    with progress("score", len(pairs)) as bar:
+        for pair in pairs:
+            scored[pair], signatures[pair] = score_pair(
+                pair, translations[pair], recipe.score, recipe.seed, identifier
+            )
+            bar.advance(1, pair)
+    scores = {
+        "baseline": BASELINE if BASELINE in systems else None,
+        "systems": list(systems),
+        "bootstrap_samples": recipe.score.bootstrap_samples,
+        "pairs": scored,
+        "mean": means(scored),
+        "signatures": signatures,
+    }
+    write_json(run.scores, scores)
+    _print_table(scores)
+    run.record("score", options, inputs, [run.scores], time.monotonic() - started)
+
+
+def _check_origin(recipe: Recipe, run: RunDirectory, system: System) -> None:
+    # Translations without a record were put there by hand, which is fine; a record must fit.
+    if run.record_path(record_name(system)).exists():
+        data = PreparedData.load(run, recipe)
+        if not is_up_to_date(recipe, run, data, system):
+            raise ArtefactError(
+                f"{run.translations / system} was translated with other options, data or training than this "
+                "recipe's: run stage translate (again)"
+            )
+
+
+def _print_table(scores: Mapping[str, Any]) -> None:
+    stdout.print(score_table(pair_scores(scores)))

@@ -1,0 +1,72 @@
+"""Stage translate: the test split through every system of the recipe. On every rank."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedTokenizerBase
+
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.prepared import PreparedData
+from lander_ds.data.tokenizer import load_tokenizer
+from lander_ds.evaluation.provenance import System, inputs_of, is_up_to_date, options_of, record_name
+from lander_ds.evaluation.requests import requests_for
+from lander_ds.evaluation.translate import InferenceModel, translate
+from lander_ds.evaluation.translations import PartialTranslations
+from lander_ds.parallel import comm
+from lander_ds.run import RunDirectory, json_hash
+from lander_ds.training.inference import open_for_inference
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
+    """Translate with every system in `translate.systems` that is not up to date.
+
+    Raises:
+        ArtefactError: the data is not prepared, or the trained system is asked for and there is no checkpoint.
+        DataError: a pair has no sentence to translate.
+    """
+    data = PreparedData.load(run, recipe)
+    systems = recipe.translate.systems
+    current = [system for system in systems if not force and is_up_to_date(recipe, run, data, system)]
+    stale = [system for system in systems if system not in comm.from_rank_zero(current)]
+    for system in current:
+        logger.info("translate %s: up to date", system)
+    if not stale:
+        return
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
+    # The systems that are the untouched base share one loaded model; only one model is in memory at a time.
+    if untouched := [system for system in stale if system != "trained"]:
+        model = open_for_inference(recipe, run, "base")
+        for system in untouched:
+            _translate(recipe, run, data, tokenizer, model, system, force)
+        del model
+    if "trained" in stale:
+        model = open_for_inference(recipe, run, "trained")
+        _translate(recipe, run, data, tokenizer, model, "trained", force)
+
+
+def _translate(
+    recipe: Recipe,
+    run: RunDirectory,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    model: InferenceModel,
+    system: System,
+    force: bool,
+) -> None:
+    options, inputs = options_of(recipe, system), inputs_of(recipe, run, data, system)
+    directory, key = run.translations / system, json_hash({"options": options, "inputs": inputs})
+    if force and comm.rank() == 0:
+        PartialTranslations(directory, key).discard()
+    comm.barrier()
+    requests = requests_for(system, recipe, data, tokenizer)
+    work = translate(model, tokenizer, requests, recipe.translate, directory, key)
+    if comm.rank() == 0:
+        rate = work.tokens / work.seconds
+        logger.info("translate %s: %d sentences, %.1f tokens/s", system, work.sentences, rate)
+        outputs = [directory / f"{pair}.jsonl" for pair in requests]
+        extra = {"sentences": work.sentences, "tokens": work.tokens, "tokens_per_second": round(rate, 1)}
+        run.record(record_name(system), options, inputs, outputs, work.seconds, extra)
+    comm.barrier()

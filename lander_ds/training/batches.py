@@ -1,0 +1,55 @@
+"""This rank's packed micro-batches of a set of examples, the same number on every rank.
+
+A micro-batch that gets no example (fewer examples than micro-batches) is filled with one token that belongs to no
+pair and has no target, because every rank must call the same modules equally often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from lander_ds.data.batches import examples
+from lander_ds.data.packing import Example, PackedBatch, pack
+from lander_ds.data.plan import GlobalBatch, cut
+from lander_ds.data.prepared import PreparedSplit
+
+FILLER = Example(np.zeros(1, dtype=np.int32), 1, -1, 0)
+
+
+def whole_split(splits: Sequence[PreparedSplit], limit: int | None) -> GlobalBatch:
+    """The first `limit` examples of every pair as one global batch, in the order of the pairs."""
+    counts = [len(split) if limit is None else min(limit, len(split)) for split in splits]
+    lengths = [split.lengths[:count] for split, count in zip(splits, counts, strict=True)]
+    targets = np.array([split.target_lengths[:count].sum() for split, count in zip(splits, counts, strict=True)])
+    return GlobalBatch(
+        step=0,
+        pair_ids=np.repeat(np.arange(len(splits), dtype=np.int32), counts),
+        indices=np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
+        sample_ids=np.arange(sum(counts), dtype=np.int64),
+        lengths=np.concatenate(lengths).astype(np.int32),
+        target_tokens=int(targets.sum()),
+        target_tokens_per_pair=targets,
+    )
+
+
+def packed(
+    batch: GlobalBatch,
+    splits: Sequence[PreparedSplit],
+    rank: int,
+    ranks: int,
+    micro_batches: int,
+    device: torch.device,
+) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of `batch`, on `device`.
+
+    Args:
+        batch: the global batch.
+        splits: prepared data by pair id.
+        rank, ranks: which share.
+        micro_batches: how many per rank.
+    """
+    for positions in cut(batch, ranks, micro_batches)[rank]:
+        yield pack(examples(batch, positions, splits) or [FILLER]).to(device)

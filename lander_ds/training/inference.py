@@ -1,0 +1,89 @@
+"""Models that translate: the untouched base, or the base with a checkpoint's trained tensors in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from lander_ds.checkpoint import checkpoint
+from lander_ds.checkpoint.checkpoint import Checkpoint
+from lander_ds.config.deepspeed_json import resolve_deepspeed_config
+from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
+from lander_ds.errors import ArtefactError
+from lander_ds.families.family import Family
+from lander_ds.families.loading import build, fill
+from lander_ds.families.weights import BaseWeights, base_fingerprint
+from lander_ds.parallel import comm, zero3
+from lander_ds.routing.routed_ffn import RoutingState
+from lander_ds.run import RunDirectory
+from lander_ds.selection.selection import Selection
+from lander_ds.training.groups import prepare_model
+
+
+class InferenceModel:
+    """An HF model in evaluation mode whose routing, if it has one, is told the language pair."""
+
+    def __init__(self, model: PreTrainedModel, state: RoutingState | None) -> None:
+        """Wrap `model`; `state` is None for models without routing."""
+        self.model = model
+        self._state = state
+
+    @contextmanager
+    def pair(self, pair: str) -> Iterator[None]:
+        """Within this context every token belongs to `pair`."""
+        if self._state is None:
+            yield
+            return
+        self._state.begin(torch.tensor(self._state.pairs.index(pair), device=comm.device()))
+        try:
+            yield
+        finally:
+            self._state.pair_ids = None
+
+
+def open_for_inference(recipe: Recipe, run: RunDirectory, system: Literal["base", "trained"]) -> InferenceModel:
+    """The model of a system, on this rank's device or sharded over the ranks (`translate.weights`).
+
+    Raises:
+        ArtefactError: there is no checkpoint, or it belongs to another base model.
+    """
+    found = checkpoint.newest(run.checkpoints) if system == "trained" else None
+    model, family = build(recipe.model, attention=None)
+    state = None if found is None else restore_shape(model, family, recipe, found)
+    weights, trained = BaseWeights(recipe.model.path), {} if found is None else found.trained()
+    if recipe.translate.weights == "sharded":
+        config = resolve_deepspeed_config(recipe, world_size=comm.world_size(), micro_batches=1)
+        fill(model, family, weights, zero3.partitioner(config), trained)
+        model = zero3.initialise(model, config, None).module
+    else:
+        fill(model, family, weights, lambda unit: unit.to(comm.device()), trained)
+        model.to(comm.device())  # type: ignore[arg-type]
+    model.eval()
+    return InferenceModel(model, state)
+
+
+def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, found: Checkpoint) -> RoutingState | None:
+    """Bring a base model (on meta) into the shape it was trained in; returns its routing state, if any.
+
+    Raises:
+        ArtefactError: the checkpoint belongs to another base model.
+    """
+    fingerprint = base_fingerprint(recipe.model.path)
+    if found.state["base_fingerprint"] != fingerprint:
+        raise ArtefactError(
+            f"{found.path} was trained from another base model ({found.state['base_fingerprint']}) than "
+            f"{recipe.model.path} ({fingerprint}): correct model.path, or train again"
+        )
+    method: Any = found.state["method"]
+    selection = Selection.load(found.path / checkpoint.SELECTION) if method in ("lander", "layers") else None
+    as_trained = replace(
+        recipe,
+        train=replace(recipe.train, method=method, lora=LoraConfig(**found.state["lora"])),
+        routing=RoutingConfig(**found.state["routing"]),
+    )
+    return prepare_model(model, family, as_trained, selection)

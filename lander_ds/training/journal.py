@@ -1,0 +1,69 @@
+"""What training writes down: metrics.jsonl (every step), TensorBoard (through DeepSpeed's monitor), log lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lander_ds.parallel import comm
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """Rank 0 writes; the other ranks do nothing."""
+
+    def __init__(self, path: Path, monitor: Any, log_every: int) -> None:
+        """Start `path` anew.
+
+        Args:
+            path: metrics.jsonl.
+            monitor: the DeepSpeed engine's monitor.
+            log_every: steps between log lines and TensorBoard points.
+        """
+        self._monitor, self._log_every = monitor, log_every
+        self._stream = None
+        if comm.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("w", encoding="utf-8")
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Record one optimizer step."""
+        self._write(record)
+        if record["step"] % self._log_every == 0:
+            scalars = {
+                "train/loss": record["loss"],
+                "train/grad_norm": record["grad_norm"],
+                "train/tokens_per_second": record["tokens_per_second"],
+                **{f"loss/{pair}": value for pair, value in record["loss_per_pair"].items()},
+                **{f"lr/{group}": value for group, value in record["lr"].items()},
+            }
+            for layer, gates in record["gates"].items():
+                scalars.update({f"gate/layer{layer}/{pair}": value for pair, value in gates.items()})
+            self._scalars(scalars, record["step"])
+
+    def validation(self, step: int, losses: dict[str, float]) -> float:
+        """Record a validation; returns the mean over pairs."""
+        mean = sum(losses.values()) / len(losses)
+        self._write({"step": step, "valid_loss": losses, "valid_loss_mean": mean})
+        self._scalars({"valid/mean": mean, **{f"valid/{pair}": v for pair, v in losses.items()}}, step)
+        logger.info(
+            "step %d: validation loss %.4f (%s)", step, mean, ", ".join(f"{p} {v:.3f}" for p, v in losses.items())
+        )
+        return mean
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._stream is not None:
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        if comm.rank() == 0 and self._monitor is not None and self._monitor.enabled:
+            self._monitor.write_events([(name, value, step) for name, value in values.items()])

@@ -1,0 +1,37 @@
+"""Validation loss per pair: the same examples every time, without noise, gate as at inference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lander_ds.data.prepared import PreparedSplit
+from lander_ds.parallel import comm
+from lander_ds.training.batches import packed, whole_split
+from lander_ds.training.model import Normaliser
+from lander_ds.training.session import Session
+
+
+def validation_loss(session: Session, splits: Sequence[PreparedSplit]) -> dict[str, float]:
+    """Mean loss per target token in nats, by pair (collective).
+
+    Args:
+        session: the model.
+        splits: validation data by pair id.
+    """
+    train = session.recipe.train
+    batch = whole_split(splits, train.valid_examples)
+    capacity = comm.world_size() * train.micro_batch * train.pack_tokens
+    count = max(1, math.ceil(int(batch.lengths.sum()) / capacity))
+    sums = torch.zeros(2, len(splits), dtype=torch.float64)
+    session.engine.eval()
+    with torch.no_grad():
+        norm = Normaliser(batch.target_tokens, len(batch.indices))
+        for micro in packed(batch, splits, comm.rank(), comm.world_size(), count, comm.device()):
+            _, per_pair, _ = session.engine(micro, norm)
+            sums += per_pair.cpu()
+    session.engine.train()
+    comm.sum_over_ranks(sums)
+    return {pair: float(sums[0, i] / sums[1, i]) for i, pair in enumerate(session.recipe.data.pairs)}

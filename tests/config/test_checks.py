@@ -1,0 +1,171 @@
+"""Recipes that are well typed and still cannot work, and those that are unusual but fine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from conftest import Workspace
+
+from lander_ds.config.checks import RANGES, check_recipe
+from lander_ds.config.explain import explain
+from lander_ds.config.loader import read_recipe
+from lander_ds.errors import ConfigError
+
+
+def check(workspace: Workspace, *overrides: str, stage: str | None = None) -> None:
+    recipe, document = read_recipe(Path(workspace.recipe.name), overrides)
+    check_recipe(recipe, stage, document)
+
+
+def refusal(workspace: Workspace, *overrides: str, stage: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(workspace, *overrides, stage=stage)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "stage", [None, "all", "prepare", "detect", "select", "train", "translate", "score", "export"]
+)
+def test_a_sound_recipe_passes_for_every_stage(stage: str | None, workspace: Workspace) -> None:
+    check(workspace, stage=stage)
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_ranges_name_numbers_of_the_schema(key: str) -> None:
+    (found,) = explain(key.removesuffix(".0").removesuffix(".1"))
+    assert "number" in found.type
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    bounded = {key.removesuffix(".0").removesuffix(".1") for key in RANGES}
+    numbers = {key.path for key in explain() if "number" in key.type}
+    checked_elsewhere = {"data.corpora.N.limit", "select.layers.layers"}
+    assert numbers - bounded == checked_elsewhere
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.temperature=0", "must be above 0, found 0.0"),
+        ("train.betas=[0.9, 1]", "train.betas.1: must be at least 0 and below 1, found 1.0"),
+        ("select.banks.kappa=0", "must be above 0 and at most 1, found 0.0"),
+        ("select.banks.rho=1.5", "must be at least 0 and at most 1, found 1.5"),
+        ("train.lr.gates=-1", "train.lr.gates: must be at least 0"),
+        ("detect.examples=0", "detect.examples: must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range(override: str, message: str, workspace: Workspace) -> None:
+    assert message in refusal(workspace, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.temperature=5",
+        "train.clip=0",
+        "select.banks.rho=1",
+        "select.banks.rho=0",
+        "train.lr.gates=0",
+        "train.banks=[specific]",
+        "data.pairs=[en-zh_Hans]",
+        "data.prompt.template='{src_lang} {{x}} {src} {tgt_lang}'",
+        "train.optimizer=sgd",
+        "data.filters.max_length_ratio=0",
+        "routing.other_pairs=mask",
+        "translate.split=valid",
+    ],
+)
+def test_unusual_but_fine(override: str, workspace: Workspace) -> None:
+    for split in ("train", "valid", "test"):
+        (workspace.path / f"{split}.en-zh_Hans.jsonl").write_text("")
+    check(workspace, override, "translate.systems=[trained]", "data.prompt.language_names={zh_Hans: Chinese}")
+
+
+def test_problems_of_several_sections_come_together(workspace: Workspace) -> None:
+    message = refusal(
+        workspace, "train.steps=0", "routing.gate=none", "routing.alpha_max=1", "data.pairs=[en-en]"
+    )
+    for key in ("train.steps", "routing.alpha_max", "data.pairs.0"):
+        assert key in message
+
+
+def test_the_number_of_layers_is_read_from_the_model(workspace: Workspace) -> None:
+    assert "at most 5 of the model's 6 layers" in refusal(workspace, "select.layers.k=6")
+    check(workspace, "select.layers.k=6", "select.layers.criterion=awareness")
+    assert "the model has no layer 6" in refusal(
+        workspace, "select.layers.criterion=list", "select.layers.layers=[0, 6]"
+    )
+    config = '{"text_config": {"num_hidden_layers": 2}}'
+    (workspace.path / "model" / "config.json").write_text(config)
+    assert "of the model's 2 layers" in refusal(workspace)
+
+
+def test_a_model_may_be_missing_only_while_the_recipe_is_looked_at(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check(workspace, "model.path=later", stage=None)
+    assert "model.path: later does not exist" in caplog.text
+    assert (
+        "recipe.yaml"
+        not in refusal(workspace, "model.path=later", stage="train").split("model.path=later")[0]
+    )
+    check(workspace, "model.path=later", stage="score")
+
+
+def test_options_without_effect_are_told(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check(
+            workspace,
+            "train.method=full",
+            "train.lora.r=4",
+            "export.formats=[dense]",
+            "translate.length_penalty=2",
+        )
+    assert "train.lora: has no effect with train.method: full" in caplog.text
+    assert (
+        "--set translate.length_penalty=2: translate.length_penalty: has no effect in greedy search"
+        in caplog.text
+    )
+
+
+def test_dense_export_with_gates_is_an_approximation(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check(workspace, "export.formats=[dense, routed]")
+    assert "approximates the trained model" in caplog.text
+    caplog.clear()
+    check(workspace, "export.formats=[dense]", "routing.gate=none")
+    assert "approximates" not in caplog.text
+
+
+def test_the_same_file_cannot_train_and_test(workspace: Workspace) -> None:
+    message = refusal(workspace, "data.corpora.2.path=train.{pair}.jsonl")
+    assert "data.corpora.2.path" in message
+    assert "scores on training data mean nothing" in message
+
+
+def test_pairs_must_be_told_apart(workspace: Workspace) -> None:
+    (workspace.path / "all.jsonl").write_text("")
+    message = refusal(workspace, "data.corpora.0.path=all.jsonl")
+    assert "en-de and en-fr would read the same lines" in message
+    check(workspace, "data.corpora.0.path=all.jsonl", "data.corpora.0.columns={src_lang: s, tgt_lang: t}")
+    check(workspace, "data.corpora.0.path=all.jsonl", "data.corpora.0.columns={src: '{src}', tgt: '{tgt}'}")
+
+
+def test_every_pair_needs_its_splits(workspace: Workspace) -> None:
+    message = refusal(workspace, "data.corpora.0.pairs=[en-de]", stage="train")
+    assert "no corpus with split: train serves en-fr" in message
+    check(workspace, "data.corpora.2.split=valid", stage="train")
+    message = refusal(workspace, "data.corpora.2.split=valid", stage="all")
+    assert "no corpus with split: test serves en-de, en-fr" in message
+    assert "split: test" in refusal(workspace, "data.corpora.2.split=valid", stage="translate")
+
+
+def test_directories_that_are_files(workspace: Workspace) -> None:
+    assert "run_dir: zero3.json is a file" in refusal(workspace, "run_dir=zero3.json/run")
+    assert "data.cache_dir: zero3.json is a file" in refusal(workspace, "data.cache_dir=zero3.json")
+    assert "is the model's directory" in refusal(workspace, "run_dir=./model/")

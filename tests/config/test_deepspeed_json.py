@@ -1,0 +1,244 @@
+"""The DeepSpeed JSON: strict on all levels, compared with the recipe, completed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEEPSPEED, Workspace
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime import constants
+from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+
+from lander_ds.config import deepspeed_schema as schema
+from lander_ds.config.deepspeed_json import (
+    check_deepspeed_json,
+    load_deepspeed_json,
+    resolve_deepspeed_config,
+)
+from lander_ds.config.loader import load_recipe
+from lander_ds.config.recipe import Recipe
+from lander_ds.errors import ConfigError
+
+JSONS = sorted((Path(__file__).parents[2] / "ds_configs").rglob("*.json"))
+
+
+def recipe_of(workspace: Workspace, *overrides: str) -> Recipe:
+    return load_recipe(workspace.recipe, overrides)
+
+
+def refusal(workspace: Workspace, *overrides: str, **changes: Any) -> str:
+    workspace.write_deepspeed(**changes)
+    with pytest.raises(ConfigError) as caught:
+        check_deepspeed_json(recipe_of(workspace, *overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_json_is_accepted(path: Path) -> None:
+    assert load_deepspeed_json(path) == json.loads(path.read_text())
+
+
+def deepspeed_keys() -> set[str]:
+    """Every top-level key that DeepSpeed's configuration class reads, from its source."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(inspect.getsource(deepspeed_config))):
+        key: ast.expr | None = None
+        match node:
+            case ast.Call(func=ast.Name(id="get_scalar_param"), args=[ast.Name(id="param_dict"), name, *_]):
+                key = name
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="param_dict"), attr="get"), args=[name, *_]):
+                key = name
+            case ast.Subscript(value=ast.Name(id="param_dict"), slice=name):
+                key = name
+        match key:
+            case ast.Constant(value=str(text)):
+                found.add(text)
+            case ast.Name(id=constant) if hasattr(deepspeed_config, constant):
+                found.add(getattr(deepspeed_config, constant))
+    return found
+
+
+def test_every_key_that_deepspeed_reads_is_known() -> None:
+    known = set(schema.DeepSpeedJson.model_fields) | set(schema.REFUSED)
+    read = deepspeed_keys()
+    assert len(read) > 25
+    assert read - known == set()
+
+
+def test_sections_without_a_model_have_deepspeeds_keys() -> None:
+    assert set(schema.ActivationCheckpointing.model_fields) == set(ACT_CHKPT_DEFAULT)
+    assert set(schema.Aio.model_fields) == set(AIO_DEFAULT_DICT)
+    data_types = {"GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES"}
+    assert set(schema.DataTypes.model_fields) == {getattr(constants, name) for name in data_types}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        (
+            {"zero_optimisation": {}},
+            "zero_optimisation: DeepSpeed has no such key; did you mean zero_optimization?",
+        ),
+        ({"stage": 3}, "did you mean zero_optimization.stage?"),
+        ({"zero_optimization": {"stage": "3"}}, "expected a number, found the text '3'; write 3"),
+        (
+            {"zero_optimization": {"overlap_comm": 1}},
+            "expected true or false, found the number 1; write true",
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size: "),
+        ({"zero_optimization": {"cpu_offload": True}}, "deprecated by DeepSpeed; write offload_optimizer"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "MiCS"),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.device?"),
+        ({"zero_optimization": {"offload_param": {"device": "disk"}}}, "offload_param.device: "),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "needs nvme_path"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/no/dir"}}},
+            "is no directory",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "offload_optimizer.ratio",
+        ),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow: DeepSpeed would step a second"),
+        (
+            {"zero_optimization": {"zero_quantized_gradients": True}},
+            "zero_quantized_gradients: frozen weights",
+        ),
+        ({"zero_optimization": True}, "zero_optimization: expected an object { }, found true"),
+        ({"bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True}}, "float32 masters"),
+        ({"elasticity": {"enabled": True}}, "elasticity: Elastic training has been removed"),
+        ({"compression_training": {}}, "compression_training: "),
+        ({"curriculum_learning": {}}, "curriculum_learning: "),
+        ({"data_efficiency": {}}, "plans every global batch itself"),
+        ({"scheduler": {"type": "WarmupLR"}}, "set train.schedule"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "set train.lr in the recipe"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"wieght_decay": 0}}},
+            "did you mean optimizer.params.weight_decay?",
+        ),
+        ({"optimizer": {"type": "AdamW", "parms": {}}}, "did you mean optimizer.params?"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type: "),
+        ({"data_types": {"grad_accum_dtype": "float32"}}, "data_types.grad_accum_dtype: "),
+        (
+            {"activation_checkpointing": {"cpu_checkpoint": True}},
+            "activation_checkpointing.cpu_checkpointing?",
+        ),
+        ({"tensorboard": {"enabled": True, "output_pth": "x"}}, "did you mean tensorboard.output_path?"),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer: "),
+        ({"steps_per_print": 0}, "steps_per_print: "),
+    ],
+)
+def test_refused(changes: dict[str, Any], fragment: str, workspace: Workspace) -> None:
+    message = refusal(workspace, **changes)
+    assert fragment in message
+    assert f"{workspace.deepspeed.name}, line " in message or "problems" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "fragments"),
+    [
+        ([], {"gradient_clipping": 0.5}, ["gradient_clipping", "train.clip: 1", "found 0.5"]),
+        ([], {"train_micro_batch_size_per_gpu": 4}, ["train.micro_batch: 1", "found 4"]),
+        ([], {"gradient_accumulation_steps": 2}, ["train.batch_tokens", "found 2"]),
+        ([], {"train_batch_size": 8}, ["train_batch_size", "train.batch_tokens"]),
+        ([], {"bf16": {"enabled": True}}, ["bf16.enabled", "model.dtype: float32", "found true"]),
+        (["model.dtype=bfloat16"], {"fp16": {"enabled": True}}, ["fp16.enabled", "model.dtype: bfloat16"]),
+        ([], {"zero_optimization": {"stage": 2}}, ["zero_optimization.stage", "topology: zero3"]),
+        ([], {"remove": "zero_optimization"}, ["zero_optimization.stage", "found 0"]),
+        (
+            ["train.optimizer=sgd"],
+            {"optimizer": {"type": "AdamW"}},
+            ["optimizer.type", "train.optimizer: sgd"],
+        ),
+    ],
+)
+def test_contradictions_name_both_keys(
+    overrides: list[str], changes: dict[str, Any], fragments: list[str], workspace: Workspace
+) -> None:
+    message = refusal(workspace, *overrides, **changes)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_values_that_agree_with_the_recipe_are_accepted(workspace: Workspace) -> None:
+    workspace.write_deepspeed(
+        gradient_clipping=1.0,
+        train_micro_batch_size_per_gpu=1,
+        fp16={"enabled": False},
+        optimizer={"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        zero_optimization={"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": "auto"},
+    )
+    check_deepspeed_json(recipe_of(workspace))
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("", "line 1: not valid JSON"),
+        ('{"bf16": {},}', "not valid JSON"),
+        ('{\n  // comment\n  "bf16": {}\n}', "line 2: not valid JSON"),
+        ('{\n  "bf16": {},\n  "bf16": {}\n}', "line 3: bf16: given twice, first on line 2"),
+        ('{\n\t"fp16": {"enabled": false,\n\t"enabled": true}\n}', "line 3: fp16.enabled: given twice"),
+        ("[1]", "is an object of keys, found a list of 1"),
+        ('{"gradient_clipping": NaN}', "NaN is no JSON number"),
+        ('{"gradient_clipping": 1', "not valid JSON"),
+    ],
+)
+def test_files_that_are_no_deepspeed_json(text: str, fragment: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_deepspeed_json(path)
+    assert fragment in str(caught.value)
+    assert "ds.json" in str(caught.value)
+
+
+def test_several_problems_come_together(workspace: Workspace) -> None:
+    message = refusal(workspace, gradient_clipp1ng=1, zero_optimization={"stagee": 3})
+    assert "2 problems" in message
+    assert "gradient_clipping?" in message
+    assert "zero_optimization.stage?" in message
+
+
+def test_the_resolved_configuration_says_everything(workspace: Workspace) -> None:
+    workspace.write_deepspeed(
+        optimizer={"type": "AdamW", "params": {"lr": "auto"}},
+        data_types={"keep_in_fp32_modules": "auto"},
+        zero_optimization={
+            "stage3_prefetch_bucket_size": "auto",
+            "offload_param": {"device": "none"},
+            "offload_optimizer": {"device": "cpu", "pin_memory": "auto"},
+        },
+    )
+    recipe = recipe_of(workspace, "train.micro_batch=2", "train.clip=0.5", "model.dtype=bfloat16")
+    assert resolve_deepspeed_config(recipe, world_size=4, micro_batches=3) == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "train_batch_size": 24,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "data_types": {"keep_in_fp32_modules": "auto"},
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def test_clipping_switched_off_is_said_to_deepspeed(workspace: Workspace) -> None:
+    workspace.write_deepspeed(remove="gradient_clipping")
+    config = resolve_deepspeed_config(recipe_of(workspace, "train.clip=0"), world_size=1, micro_batches=1)
+    assert config["gradient_clipping"] == 0.0
+
+
+def test_deepspeed_itself_accepts_the_resolved_configuration(workspace: Workspace) -> None:
+    config = resolve_deepspeed_config(recipe_of(workspace), world_size=1, micro_batches=3)
+    read = deepspeed_config.DeepSpeedConfig(config)
+    assert (read.train_batch_size, read.gradient_clipping, read.zero_optimization_stage) == (3, 1.0, 3)
+    assert DEEPSPEED["gradient_clipping"] == "auto"

@@ -1,0 +1,119 @@
+"""Filters, and the memory of hashes behind them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lander_ds.config.recipe import FilterConfig
+from lander_ds.data.filters import Filter, HeldOut, check_filters, normalise
+from lander_ds.data.hashes import HashSet, text_hash
+from lander_ds.data.rows import Row
+from lander_ds.errors import ConfigError
+
+
+def row(src: str, tgt: str) -> Row:
+    return Row("file", 1, src, tgt)
+
+
+@pytest.mark.parametrize(
+    ("src", "tgt", "reason"),
+    [
+        ("A fine day.", "Ein schöner Tag.", None),
+        ("", "Tag", "empty"),
+        ("Tag", "", "empty"),
+        ("ab", "Tag", "too_short"),
+        ("x" * 41, "y" * 30, "too_long"),
+        ("abc", "d" * 13, "length_ratio"),
+        ("abc", "d" * 12, None),
+        ("abcd", "äöüäöüäö", None),  # 16 bytes to 4
+        ("abcd", "äöüäöüäöü", "length_ratio"),  # 18 bytes
+        ("same", "same", "identical"),
+    ],
+)
+def test_reasons(src: str, tgt: str, reason: str | None) -> None:
+    config = FilterConfig(min_chars=3, max_chars=40, max_length_ratio=4.0)
+    assert Filter(config, None).reason(row(src, tgt)) == reason
+
+
+def test_filters_can_be_switched_off() -> None:
+    config = FilterConfig(max_length_ratio=0, drop_duplicates=False, drop_identical=False, test_overlap="off")
+    held_out = HeldOut(config)
+    held_out.add(row("a", "a"))
+    keep = Filter(config, held_out)
+    assert [keep.reason(row("a", "a")), keep.reason(row("a", "a")), keep.reason(row("a", "b" * 99))] == [
+        None
+    ] * 3
+
+
+def test_duplicates_are_of_both_sides_together() -> None:
+    keep = Filter(FilterConfig(), None)
+    rows = [row("a", "b"), row("a", "c"), row("a", "b"), row("ab", "c"), row("a", "bc")]
+    assert [keep.reason(r) for r in rows] == [None, None, "duplicate", None, None]
+
+
+def test_overlap_with_held_out_sentences() -> None:
+    config = FilterConfig(max_length_ratio=0)
+    held_out = hold_out(config)
+    held_out.add(row("...", "!!!"))
+    cases = {
+        ("Hello, World!", "x"): "test_overlap_exact",
+        ("y", "Straße"): "test_overlap_exact",
+        ("hello world", "z"): "test_overlap_normalised",
+        ("u", "STRASSE."): "test_overlap_normalised",
+        ("Ｈｅｌｌｏ Ｗｏｒｌｄ", "v"): "test_overlap_normalised",
+        ("?", "--"): None,  # punctuation alone is no sentence
+        ("Hello, Welt!", "w"): None,
+    }
+    keep = Filter(config, held_out)
+    assert {pair: keep.reason(row(*pair)) for pair in cases} == cases
+    only_exact = replace(config, test_overlap="exact")
+    exact = Filter(only_exact, hold_out(only_exact))
+    assert exact.reason(row("hello world", "z")) is None
+    assert exact.reason(row("Hello, World!", "x")) == "test_overlap_exact"
+
+
+def hold_out(config: FilterConfig) -> HeldOut:
+    held_out = HeldOut(config)
+    held_out.add(row("Hello, World!", "Straße"))
+    return held_out
+
+
+def test_normalise_keeps_combining_vowels() -> None:
+    assert normalise("कि") != normalise("का")
+    assert normalise("  Don\u2019t\u00a0stop… ") == "dontstop"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FilterConfig(min_chars=-1),
+        FilterConfig(min_chars=5, max_chars=4),
+        FilterConfig(max_chars=0),
+        FilterConfig(max_length_ratio=0.5),
+    ],
+)
+def test_impossible_limits_are_refused(config: FilterConfig) -> None:
+    with pytest.raises(ConfigError, match=r"data\.filters"):
+        check_filters(config)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5) | st.just(1 << 32)))
+def test_hash_set_is_a_set(values: list[int]) -> None:
+    ours, reference = HashSet(), set()
+    for value in (value or 1 for value in values):  # 0 and 1 count as one value
+        assert ours.add(value) == (value not in reference)
+        reference.add(value)
+    assert len(ours) == len(reference)
+    assert all(value in ours for value in reference)
+
+
+def test_hash_set_grows() -> None:
+    ours = HashSet()
+    for number in range(20_000):
+        assert ours.add(text_hash(str(number)))
+    assert all(text_hash(str(number)) in ours for number in range(20_000))
+    assert not any(text_hash(str(number)) in ours for number in range(20_000, 40_000))

@@ -1,0 +1,126 @@
+"""Scores are sacreBLEU's, and the paired bootstrap tells an improvement from none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from sacrebleu.metrics import BLEU, CHRF, TER
+
+from lander_ds.config.recipe import ScoreConfig
+from lander_ds.errors import ConfigError
+from lander_ds.evaluation.metrics import bleu_tokenizer, check_tokenizers, evaluate, translation_error_rate
+
+SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
+CONFIG = ScoreConfig(bootstrap_samples=200)
+
+
+def references(language: str, count: int = 60) -> list[str]:
+    lines = (SAMPLE / f"test.en-{language}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [json.loads(line)["tgt"] for line in lines]
+
+
+def damaged(texts: list[str], share: float) -> list[str]:
+    """Texts whose last words (characters where there are no spaces) are missing."""
+    return [text[: max(1, round(share * len(text)))] for text in texts]
+
+
+@pytest.mark.parametrize(("language", "tokenizer"), [("de", "13a"), ("zh", "zh"), ("ru", "13a")])
+def test_scores_and_signatures_are_sacrebleus(language: str, tokenizer: str) -> None:
+    refs = references(language)
+    hyps = damaged(refs, 0.7)
+    estimates, signatures = evaluate(refs, {"base": hyps}, tokenizer, CONFIG, seed=7)
+    expected = {
+        "bleu": BLEU(tokenize=tokenizer),
+        "chrf": CHRF(),
+        "chrfpp": CHRF(word_order=2),
+    }
+    for name, metric in expected.items():
+        assert estimates["base"][name].score == pytest.approx(
+            metric.corpus_score(hyps, [refs]).score, abs=1e-9
+        )
+        assert signatures[name].startswith("nrefs:1|bs:200|seed:7|")
+        assert str(metric.get_signature()).removeprefix("nrefs:1|") in signatures[name]
+    ter = TER()
+    score = ter.corpus_score(hyps, [refs]).score
+    assert translation_error_rate(refs, hyps) == (pytest.approx(score), str(ter.get_signature()))
+
+
+def test_an_improvement_is_significant_and_equality_is_not() -> None:
+    refs = references("de")
+    bad, good = damaged(refs, 0.4), damaged(refs, 0.8)
+    estimates, _ = evaluate(refs, {"base": bad, "trained": good, "same": bad}, "13a", CONFIG, seed=1)
+    for metric in ("bleu", "chrf", "chrfpp"):
+        assert estimates["base"][metric].p is None
+        assert estimates["trained"][metric].p < 0.05
+        assert estimates["same"][metric].p == 1.0
+        assert estimates["trained"][metric].mean == pytest.approx(estimates["trained"][metric].score, rel=0.1)
+        assert 0 < estimates["trained"][metric].ci < 20
+
+
+def test_a_change_of_one_sentence_is_not_significant() -> None:
+    refs = references("de")
+    base = damaged(refs, 0.6)
+    estimates, _ = evaluate(refs, {"base": base, "trained": [refs[0], *base[1:]]}, "13a", CONFIG, seed=1)
+    assert estimates["trained"]["chrf"].score > estimates["base"]["chrf"].score
+    assert estimates["trained"]["chrf"].p > 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_seed_fixes_the_bootstrap_and_the_environment_is_left_alone(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SACREBLEU_SEED", "99")
+    refs = references("de", 20)
+    systems = {"base": damaged(refs, 0.5), "trained": damaged(refs, 0.6)}
+    first = evaluate(refs, systems, "13a", CONFIG, seed)
+    assert evaluate(refs, systems, "13a", CONFIG, seed) == first
+    assert os.environ["SACREBLEU_SEED"] == "99"
+
+
+def test_empty_hypotheses_are_scored() -> None:
+    refs = references("de", 10)
+    estimates, _ = evaluate(refs, {"base": [""] * 10, "trained": [*refs[:5], *[""] * 5]}, "13a", CONFIG, 1)
+    assert estimates["base"]["bleu"].score == 0.0
+    assert estimates["trained"]["chrf"].score > 10
+    assert translation_error_rate(refs, [""] * 10)[0] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"),
+    [
+        ("de", "13a"),
+        ("zh", "zh"),
+        ("zh-Hant", "zh"),
+        ("ZH_cn", "zh"),
+        ("zho_Hans", "zh"),
+        ("ja", "ja-mecab"),
+        ("th", "char"),
+        ("lo", "char"),
+        ("km", "char"),
+        ("my", "char"),
+        ("xx", "13a"),
+    ],
+)
+def test_default_tokenizers(language: str, expected: str) -> None:
+    assert bleu_tokenizer(language, {}) == expected
+
+
+def test_korean_needs_its_package_or_counts_characters() -> None:
+    assert bleu_tokenizer("ko", {}) in {"ko-mecab", "char"}
+
+
+def test_overrides() -> None:
+    assert bleu_tokenizer("ja", {"ja": "char"}) == "char"
+    assert bleu_tokenizer("zh-Hant", {"zh": "char"}) == "char"
+    assert bleu_tokenizer("zh-Hant", {"zh": "char", "zh_hant": "intl"}) == "intl"
+    check_tokenizers({"ja": "ja-mecab", "de": "intl"})
+
+
+def test_an_unknown_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"score\.tokenizers\.de: .*'moses'.*use one of 13a, char"):
+        check_tokenizers({"de": "moses"})
+    with pytest.raises(ConfigError, match=r"score\.tokenizers\.de"):
+        bleu_tokenizer("de", {"de": "moses"})
