@@ -53,8 +53,11 @@ COLLECTIVE_STAGES = ("detect", "train", "translate")
 WAIT_SECONDS = 24 * 3600.0
 """How long ranks wait for rank 0 where there are stages that it does alone, such as reading large corpora."""
 
+HEAD_START_SECONDS = 1.0
+"""How much longer than rank 0 the other ranks take to fail."""
+
 GRACE_SECONDS = 5.0
-"""How long a rank that lost its connection to another waits to be ended by the launcher, before it complains."""
+"""How long a rank that lost its connection to another waits for the launcher to end it, before it complains."""
 
 INTERRUPTED = 130
 
@@ -122,6 +125,8 @@ def _report(error: LanderError) -> None:
         sys.stderr.write(f"error: {error}\n")
     else:
         logger.error("rank %d stopped: %s", console.rank(), str(error).splitlines()[0])
+        # Rank 0 has mostly met the same error: it must have said so before the launcher ends it.
+        time.sleep(HEAD_START_SECONDS)
 
 
 def _leave(code: int) -> int:

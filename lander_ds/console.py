@@ -40,7 +40,9 @@ def setup_logging(verbose: bool = False) -> None:
     """Send log records of this package to standard error; other libraries only from WARNING on."""
     level = logging.DEBUG if verbose else logging.INFO
     own = level if rank() == 0 else logging.WARNING
-    handler = RichHandler(console=stderr, show_path=verbose, show_level=True, log_time_format="[%X]", markup=False)
+    handler = RichHandler(
+        console=stderr, show_path=verbose, show_level=True, log_time_format="[%X]", markup=False
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("lander_ds").setLevel(own)
 
@@ -48,7 +50,9 @@ def setup_logging(verbose: bool = False) -> None:
 class ProgressTask:
     """A handle on one progress bar; `advance` is cheap enough to call per item."""
 
-    def __init__(self, progress: Progress | None, task: TaskID | None, description: str, total: float) -> None:
+    def __init__(
+        self, progress: Progress | None, task: TaskID | None, description: str, total: float
+    ) -> None:
         self._progress, self._task = progress, task
         self._description, self._total, self._done = description, total, 0.0
         self._last_log = -1.0

@@ -21,7 +21,15 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.errors import ArtefactError
 from lander_ds.version import __version__
 
-RECORDED_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "sacrebleu", "safetensors")
+RECORDED_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "sentencepiece",
+    "sacrebleu",
+    "safetensors",
+)
 
 
 def file_hash(path: Path) -> str:

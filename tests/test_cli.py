@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from conftest import Workspace
 from lander_ds.cli import STAGES, main
 from lander_ds.config.loader import load_recipe
 from lander_ds.errors import DataError
+from lander_ds.run import RunDirectory
 from lander_ds.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -191,14 +193,51 @@ def test_summary_of_a_directory_that_is_no_run(
     assert "Traceback" not in shown.err
 
 
-def test_summary_json_is_json(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "--recipe", "recipe.yaml"]) == 0
-    capsys.readouterr()
-    (workspace.path / "run").mkdir()
-    (workspace.path / "run" / "scores.json").write_text('{"pairs": {}}')
-    code = main(["summary", "run", "--json"])
-    shown = capsys.readouterr()
-    assert code == 2 or isinstance(json.loads(shown.out), dict)
+def test_summary_json_is_json_alone(workspace: Workspace) -> None:
+    RunDirectory(workspace.path / "run").record("prepare", {}, {}, [], 2.0)
+    done = lander("summary", "run", "--json", cwd=workspace.path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["stage_seconds"] == {"prepare": 2.0}
+
+
+def test_tokenizer(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ROOT / "examples" / "sample" / "train.{pair}.jsonl"
+    arguments = [
+        "tokenizer",
+        "--recipe",
+        "recipe.yaml",
+        "--out",
+        "tok",
+        "--set",
+        f"data.corpora.0.path={sample}",
+    ]
+    assert (
+        main([*arguments, "--vocab-size", "900", "--set", "model.path=none", "--set", "deepspeed=none"]) == 0
+    )
+    assert (workspace.path / "tok" / "tokenizer.model").exists()
+    assert main([*arguments, "--vocab-size", "900"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_under_the_launcher_a_mistake_is_told_once(workspace: Workspace) -> None:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [launcher, "--num_gpus", "2", "--master_port", str(port), "--module", "lander_ds", "train"]
+    done = subprocess.run(
+        [*map(str, command), "--recipe", "recipe.yaml", "--set", "train.steps=0", "--set", "train.clip=-1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("error: recipe.yaml has 2 problems") == 1
+    assert "train.clip: must be at least 0, found -1.0" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.distributed

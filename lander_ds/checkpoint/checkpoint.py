@@ -48,7 +48,8 @@ class Checkpoint:
         if not path.exists() or file_hash(path) != self.state["files"][TRAINED]:
             raise ArtefactError(f"{path} is missing or not what was written: {cure}")
         try:
-            return load_file(path)
+            tensors: dict[str, torch.Tensor] = load_file(path)
+            return tensors
         except SafetensorError as error:
             raise ArtefactError(f"{path} is damaged ({error}): {cure}") from None
 

@@ -188,7 +188,7 @@ def _check_train(check: Check) -> None:
             f"{train.batch_tokens} never fills one micro-batch of pack_tokens x micro_batch = "
             f"{train.pack_tokens * train.micro_batch} tokens",
         )
-    if train.warmup_steps >= train.steps:
+    if 1 <= train.steps <= train.warmup_steps:
         check.refuse(
             "train.warmup_steps", f"{train.warmup_steps} leaves none of the {train.steps} steps; lower it"
         )

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +41,8 @@ def explain(prefix: str = "") -> list[Key]:
         ConfigError: there is no such key; the message names the nearest.
     """
     keys = list(_keys(schema.Recipe, ""))
-    chosen = [key for key in keys if not prefix or key.path == prefix or key.path.startswith(f"{prefix}.")]
+    wanted = re.sub(r"\.\d+", ".N", prefix)
+    chosen = [key for key in keys if not wanted or key.path == wanted or key.path.startswith(f"{wanted}.")]
     if not chosen:
         near = nearest(prefix, (key.path for key in keys))
         hint = f"did you mean {near}?" if near else "lander config --explain lists all"

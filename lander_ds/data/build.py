@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ class Counts:
     """Their target tokens, end of sequence included."""
     moved_to_detect: int = 0
     """Training examples set aside for detection."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     """Dropped lines by reason."""
     first_dropped: list[str] = field(default_factory=list)
     """The first few, for an error message."""
@@ -246,7 +245,7 @@ class _Builder:
                     return
 
     def _reject(self, pair: str, split: str, counts: Counts, rejection: Rejection) -> None:
-        counts.dropped[rejection.reason] += 1
+        counts.dropped[rejection.reason] = counts.dropped.get(rejection.reason, 0) + 1
         text = rejection.text.encode("utf-8", "backslashreplace").decode()[:REJECTED_TEXT_CHARS]
         if len(counts.first_dropped) < 3:
             counts.first_dropped.append(

@@ -14,7 +14,7 @@ from lander_ds.export.trained import TrainedModel
 from lander_ds.export.writer import ShardWriter, copy_companions, fresh_directory, publish
 from lander_ds.families.loading import tied_parameters
 from lander_ds.routing import modeling_lander, routed_ffn
-from lander_ds.routing.surgery import OPTIONS, routed_ffns
+from lander_ds.routing.surgery import OPTIONS, banks_of, routed_ffns
 from lander_ds.run import write_json
 
 
@@ -74,13 +74,13 @@ def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:
                     "owners": [routed.state.pairs[owner] for owner in bank.owners],
                     "size": bank.up.shape[0],
                 }
-                for bank in routed.banks
+                for bank in banks_of(routed)
             ],
         }
         for _, routed in routed_ffns(model)
     ]
     first = next(routed for _, routed in routed_ffns(model))
-    hidden = 0 if first.router is None else first.router.w1.shape[0]
+    hidden = 0 if first.router is None else first.router.get_parameter("w1").shape[0]
     return {
         "architectures": ["LanderForCausalLM"],
         "model_type": "lander",

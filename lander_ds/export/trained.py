@@ -76,4 +76,4 @@ class TrainedModel:
 
 def _adapted(name: str) -> str:
     """Name of the weight that an adapter matrix changes."""
-    return name.split(".lora_A.")[0] + ".weight"
+    return name.split(".lora_A.", maxsplit=1)[0] + ".weight"

@@ -36,7 +36,9 @@ def compare(
         translate=replace(recipe.translate, weights="replicated"),
     )
     ours = open_for_inference(exact, run, "trained")
-    exported = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
+    exported = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, dtype=torch.float32
+    ).eval()
     exported.to(ours.model.device)
     routed = exported.config.model_type == "lander"
     difference, largest, same, sentences = 0.0, 0.0, True, 0
@@ -52,7 +54,7 @@ def compare(
             }
             with torch.no_grad(), ours.pair(pair):
                 expected = ours.model(ids).logits
-                expected_text = ours.model.generate(ids, **options)  # type: ignore[operator]
+                expected_text = ours.model.generate(ids, **options)
             with torch.no_grad():
                 found = exported(ids, **arguments).logits
                 found_text = exported.generate(ids, **options, **arguments)

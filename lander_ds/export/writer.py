@@ -68,7 +68,9 @@ class ShardWriter:
             final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             (self._directory / f"shard-{number}").rename(self._directory / final)
             weight_map.update(dict.fromkeys(names, final))
-        write_json(self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+        write_json(
+            self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        )
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -39,9 +39,13 @@ def initialise(model: nn.Module, config: dict[str, Any], optimizer: torch.optim.
     """
     import deepspeed
 
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    buffers = [
+        (module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
+    ]
     kept = [(module, name, buffer.clone()) for module, name, buffer in buffers if buffer is not None]
-    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=config, optimizer=optimizer, dist_init_required=False
+    )
     for module, name, buffer in kept:
         current = module._buffers[name]
         assert current is not None
@@ -84,13 +88,19 @@ def _bytes(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, of which this rank holds a shard."""
+    return int(parameter.ds_numel)  # type: ignore[attr-defined]
+
+
 def frozen_digest(module: nn.Module) -> str:
     """Digest of this rank's shards of every frozen parameter (hex). Equal digests: bitwise equal shards."""
     digest = hashlib.blake2b()
     for name, parameter in sorted(module.named_parameters()):
         if not parameter.requires_grad:
             digest.update(name.encode())
-            digest.update(_raw(parameter.ds_tensor))
+            shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            digest.update(_raw(shard))
     return digest.hexdigest()
 
 

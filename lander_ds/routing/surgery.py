@@ -161,6 +161,11 @@ def routed_ffns(model: nn.Module) -> Iterator[tuple[str, RoutedFFN]]:
             yield name, module
 
 
+def banks_of(routed: RoutedFFN) -> list[BankFFN]:
+    """The banks of a routed FFN, in the order of the selection."""
+    return [bank for bank in routed.banks if isinstance(bank, BankFFN)]
+
+
 def slices(model: nn.Module) -> dict[str, Slice]:
     """Parameter name -> where its values stand in the base model, for everything surgery has cut."""
     return {

@@ -51,7 +51,12 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     if comm.rank() == 0:
         awareness.save(run.awareness)
         run.record("detect", options, inputs, [run.awareness], time.monotonic() - started)
-        logger.info("wrote %s: %d sentences, %d target tokens", run.awareness, sum(sentences.values()), batch.target_tokens)
+        logger.info(
+            "wrote %s: %d sentences, %d target tokens",
+            run.awareness,
+            sum(sentences.values()),
+            batch.target_tokens,
+        )
     comm.barrier()
 
 

@@ -76,7 +76,12 @@ def _verify(recipe: Recipe, run: RunDirectory) -> Any:
                 f"{result['max_logit_difference']:.2e}, same greedy translations: {result['same_greedy']}): "
                 "do not use it; please report this with the recipe"
             )
-        logger.info("%s export: logits differ by %.1e, same greedy: %s", name, result["max_logit_difference"], result["same_greedy"])
+        logger.info(
+            "%s export: logits differ by %.1e, same greedy: %s",
+            name,
+            result["max_logit_difference"],
+            result["same_greedy"],
+        )
     path = run.export / "verification.json"
     write_json(path, results)
     return path

@@ -23,7 +23,11 @@ logger = logging.getLogger(__name__)
 def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     """Train the recipe's method (collective)."""
     data = load_data(recipe, run)
-    inputs = {"data": data.hash, "base": base_fingerprint(recipe.model.path), "deepspeed": file_hash(Path(recipe.deepspeed))}
+    inputs = {
+        "data": data.hash,
+        "base": base_fingerprint(recipe.model.path),
+        "deepspeed": file_hash(Path(recipe.deepspeed)),
+    }
     if recipe.train.method in METHODS_WITH_SELECTION:
         inputs["selection"] = file_hash(run.selection) if run.selection.exists() else "missing"
     options = {**section(recipe, "train", "routing", "topology", "seed"), "dtype": recipe.model.dtype}

@@ -23,7 +23,9 @@ def whole_split(splits: Sequence[PreparedSplit], limit: int | None) -> GlobalBat
     """The first `limit` examples of every pair as one global batch, in the order of the pairs."""
     counts = [len(split) if limit is None else min(limit, len(split)) for split in splits]
     lengths = [split.lengths[:count] for split, count in zip(splits, counts, strict=True)]
-    targets = np.array([split.target_lengths[:count].sum() for split, count in zip(splits, counts, strict=True)])
+    targets = np.array(
+        [split.target_lengths[:count].sum() for split, count in zip(splits, counts, strict=True)]
+    )
     return GlobalBatch(
         step=0,
         pair_ids=np.repeat(np.arange(len(splits), dtype=np.int32), counts),

@@ -17,7 +17,7 @@ from lander_ds.config.recipe import Recipe, TrainConfig
 from lander_ds.errors import ConfigError
 from lander_ds.families.family import Family
 from lander_ds.routing.routed_ffn import RoutingState
-from lander_ds.routing.surgery import install, routed_ffns
+from lander_ds.routing.surgery import banks_of, install, routed_ffns
 from lander_ds.selection.selection import Selection
 
 Groups = dict[str, list[nn.Parameter]]
@@ -64,7 +64,9 @@ def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
             module.weight = nn.Parameter(weight.to(model.dtype))
 
 
-def mark_trained(model: PreTrainedModel, family: Family, train: TrainConfig, selection: Selection | None) -> Groups:
+def mark_trained(
+    model: PreTrainedModel, family: Family, train: TrainConfig, selection: Selection | None
+) -> Groups:
     """Set `requires_grad` on exactly what is trained and return it by group.
 
     Raises:
@@ -97,7 +99,7 @@ def _bank_groups(model: PreTrainedModel, train: TrainConfig) -> Groups:
     groups: Groups = {}
     gates: list[nn.Parameter] = []
     for _, routed in routed_ffns(model):
-        for bank in routed.banks:
+        for bank in banks_of(routed):
             if bank.kind in train.banks:
                 everyone = len(bank.owners) == len(routed.state.pairs)
                 name = bank.kind if everyone else str(bank.group)
@@ -115,9 +117,9 @@ def _ffn_parameters(model: PreTrainedModel, family: Family, layers: list[int]) -
         for path in filter(None, (family.ffn.gate, family.ffn.up, family.ffn.down)):
             projection = layer.get_submodule(path)
             assert isinstance(projection, nn.Linear)
-            yield projection.weight
-            if projection.bias is not None and path != family.ffn.down:
-                yield projection.bias
+            for name, parameter in projection.named_parameters():
+                if name == "weight" or path != family.ffn.down:
+                    yield parameter
 
 
 def active_groups(names: Iterable[str], pairs_in_batch: Iterable[str]) -> set[str]:

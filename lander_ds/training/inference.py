@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lander_ds.checkpoint import checkpoint
@@ -46,7 +47,9 @@ class InferenceModel:
             self._state.pair_ids = None
 
 
-def open_for_inference(recipe: Recipe, run: RunDirectory, system: Literal["base", "trained"]) -> InferenceModel:
+def open_for_inference(
+    recipe: Recipe, run: RunDirectory, system: Literal["base", "trained"]
+) -> InferenceModel:
     """The model of a system, on this rank's device or sharded over the ranks (`translate.weights`).
 
     Raises:
@@ -61,13 +64,15 @@ def open_for_inference(recipe: Recipe, run: RunDirectory, system: Literal["base"
         fill(model, family, weights, zero3.partitioner(config), trained)
         model = zero3.initialise(model, config, None).module
     else:
-        fill(model, family, weights, lambda unit: unit.to(comm.device()), trained)
-        model.to(comm.device())  # type: ignore[arg-type]
+        fill(model, family, weights, _to_device, trained)
+        model.to(comm.device())
     model.eval()
     return InferenceModel(model, state)
 
 
-def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, found: Checkpoint) -> RoutingState | None:
+def restore_shape(
+    model: PreTrainedModel, family: Family, recipe: Recipe, found: Checkpoint
+) -> RoutingState | None:
     """Bring a base model (on meta) into the shape it was trained in; returns its routing state, if any.
 
     Raises:
@@ -87,3 +92,7 @@ def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, found:
         routing=RoutingConfig(**found.state["routing"]),
     )
     return prepare_model(model, family, as_trained, selection)
+
+
+def _to_device(unit: nn.Module) -> None:
+    unit.to(comm.device())

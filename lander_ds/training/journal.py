@@ -50,7 +50,10 @@ class Journal:
         self._write({"step": step, "valid_loss": losses, "valid_loss_mean": mean})
         self._scalars({"valid/mean": mean, **{f"valid/{pair}": v for pair, v in losses.items()}}, step)
         logger.info(
-            "step %d: validation loss %.4f (%s)", step, mean, ", ".join(f"{p} {v:.3f}" for p, v in losses.items())
+            "step %d: validation loss %.4f (%s)",
+            step,
+            mean,
+            ", ".join(f"{p} {v:.3f}" for p, v in losses.items()),
         )
         return mean
 

@@ -44,7 +44,9 @@ class Outcome:
 class Loop:
     """Steps over the global batch plan."""
 
-    def __init__(self, session: Session, data: PreparedData, journal: Journal, save: Callable[[int], None]) -> None:
+    def __init__(
+        self, session: Session, data: PreparedData, journal: Journal, save: Callable[[int], None]
+    ) -> None:
         """Prepare.
 
         Args:

@@ -60,6 +60,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad * grads[0].unsqueeze(-1).to(grad.dtype), None, None, None, None
 
 
+def _frozen_head_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    softcap: float | None,
+) -> torch.Tensor:
+    return _FrozenHeadLoss.apply(hidden, weight, bias, targets, softcap)  # type: ignore[no-untyped-call, no-any-return]
+
+
 class LossHead(nn.Module):
     """The language-model head and the cross-entropy behind it. Shares the HF head's parameters."""
 
@@ -73,13 +83,14 @@ class LossHead(nn.Module):
         super().__init__()
         assert isinstance(head.weight, nn.Parameter)
         self.weight = head.weight
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", getattr(head, "bias", None))
         self.softcap = softcap
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of each target token in nats, float32 [N], from hidden states [N, w] and target ids [N]."""
         if not self.weight.requires_grad:
-            return _FrozenHeadLoss.apply(hidden, self.weight, self.bias, targets, self.softcap)  # type: ignore[no-any-return]
+            return _frozen_head_loss(hidden, self.weight, self.bias, targets, self.softcap)
         if self.softcap is None:
             from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 

@@ -19,7 +19,6 @@ from lander_ds.families.family import Family
 from lander_ds.routing.routed_ffn import RoutingState
 from lander_ds.training.loss import LossHead
 
-
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd constant that spreads small seeds over all bits (golden ratio times 2^64)."""
 
@@ -71,7 +70,9 @@ class TranslationModel(nn.Module):
         self.head = LossHead(model.get_output_embeddings(), family.softcap(model))
         self.first_trained = 0 if input_gradients else first_trained_layer(model, family)
 
-    def forward(self, batch: PackedBatch, norm: Normaliser) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: PackedBatch, norm: Normaliser
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss of one micro-batch.
 
         Args:

@@ -17,12 +17,12 @@ from lander_ds.config.recipe import TrainConfig
 class _ActiveGroups(torch.optim.Optimizer):
     """Mixin: `step` sees active groups alone; `allocate` makes state before the first step."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update the parameters of active groups; others keep weights, moments and step counts."""
         everything = self.param_groups
         self.param_groups = [group for group in everything if group["active"]]
         try:
-            return super().step(closure)  # type: ignore[safe-super]
+            return super().step(closure)
         finally:
             self.param_groups = everything
 
@@ -84,7 +84,7 @@ def _selective_cpu_adam() -> Any:
     """DeepSpeedCPUAdam over active groups; importing it compiles its kernel on first use."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    class SelectiveCPUAdam(_ActiveGroups, DeepSpeedCPUAdam):  # type: ignore[misc]
+    class SelectiveCPUAdam(_ActiveGroups, DeepSpeedCPUAdam):
         def _new_state(self, parameter: torch.Tensor) -> dict[str, Any]:
             return {
                 "step": 0,
@@ -97,4 +97,4 @@ def _selective_cpu_adam() -> Any:
 
 def learning_rate(group: str, train: TrainConfig) -> float:
     """Peak learning rate of a parameter group."""
-    return float(getattr(train.lr, group.split(":")[0]))
+    return float(getattr(train.lr, group.split(":", maxsplit=1)[0]))

@@ -91,7 +91,9 @@ def open_session(recipe: Recipe, run: RunDirectory) -> Session:
     selection = load_selection(recipe, run, fingerprint)
     per_rank = micro_batches(recipe, comm.world_size())
     config = resolve_deepspeed_config(recipe, world_size=comm.world_size(), micro_batches=per_rank)
-    config.setdefault("tensorboard", {"enabled": True, "output_path": str(run.path), "job_name": "tensorboard"})
+    config.setdefault(
+        "tensorboard", {"enabled": True, "output_path": str(run.path), "job_name": "tensorboard"}
+    )
     model, family = build(recipe.model)
     state = prepare_model(model, family, recipe, selection)
     mark_trained(model, family, recipe.train, selection)
@@ -106,8 +108,8 @@ def open_session(recipe: Recipe, run: RunDirectory) -> Session:
         budget=recipe.routing.budget,
         seed=recipe.seed,
     )
-    sizes = {name: sum(p.ds_numel for p in parameters) for name, parameters in groups.items()}
-    total = sum(p.ds_numel for p in model.parameters())
+    sizes = {name: sum(zero3.numel(p) for p in parameters) for name, parameters in groups.items()}
+    total = sum(zero3.numel(p) for p in model.parameters())
     offload = "offload_optimizer" in config["zero_optimization"]
     optimizer = build_optimizer(groups, recipe.train, offload)
     engine = zero3.initialise(wrapped, config, optimizer)

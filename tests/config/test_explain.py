@@ -25,6 +25,7 @@ def test_every_key_of_the_schema_is_explained() -> None:
         ("train.betas", "train.betas: list of 2 numbers = [0.9, 0.95]"),
         ("train.banks", 'train.banks: list of (general | specific) = ["general", "specific"]'),
         ("detect.examples", "detect.examples: whole number | null = null"),
+        ("data.corpora.0.limit", "data.corpora.N.limit: whole number | null = null"),
         ("data.corpora.N.swap", "data.corpora.N.swap: true | false = false"),
         ("score.tokenizers", "score.tokenizers: mapping of text to text = {}"),
     ],

@@ -79,15 +79,19 @@ class FailsAfter(TinyTranslator):
 def requests(pairs: dict[str, int], shared: int = 0) -> dict[str, list[Request]]:
     """Random prompts of different lengths: pair -> that many requests, with `shared` equal tokens in front."""
     generator = random.Random(3)
+
+    def words(count: int) -> tuple[int, ...]:
+        return tuple(generator.randrange(4, 64) for _ in range(count))
+
     made = {}
     for pair, count in pairs.items():
-        prefix = tuple(generator.randrange(4, 64) for _ in range(shared))
+        prefix = words(shared)
         made[pair] = [
             Request(
                 f"{pair}:test:{number}",
                 f"source {number}",
                 f"reference {number}",
-                (*prefix, *(generator.randrange(4, 64) for _ in range(generator.randrange(2, 12)))),
+                prefix + words(generator.randrange(2, 12)),
             )
             for number in range(count)
         ]

@@ -166,7 +166,7 @@ def write_scores(run: RunDirectory, pairs: tuple[str, ...], sentences: int) -> N
 
 
 def made(pair: str, number: int, row: dict[str, str], share: float) -> Translation:
-    """A translation that gets the first `share` of the reference's words right and goes on in the source language."""
+    """A translation that gets the first `share` of the words right and goes on in the source language."""
     words, source = row["tgt"].split(), row["src"].split()
     right = round(share * len(words))
     text = " ".join(words[:right] + source[right:])
