@@ -57,7 +57,7 @@ HEAD_START_SECONDS = 1.0
 """How much longer than rank 0 the other ranks take to fail."""
 
 GRACE_SECONDS = 5.0
-"""How long a rank that lost its connection to another waits for the launcher to end it, before it complains."""
+"""How long a rank that lost its connection to another lets the launcher end it, before it complains."""
 
 INTERRUPTED = 130
 

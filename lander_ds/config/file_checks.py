@@ -65,7 +65,7 @@ def _check_corpora(check: Check) -> None:
         twin = training.get((corpus.pair, corpus.paths, corpus.columns))
         if corpus.split in ("valid", "test") and twin and corpus.paths[0].is_file():
             check.refuse(
-                corpus.key.replace("[", ".").rstrip("]") + ".path",
+                _path_key(corpus),
                 f"{corpus.name} is both split: {twin.split} ({twin.key}) and split: {corpus.split}; "
                 f"scores on training data mean nothing: use two files",
             )
@@ -80,11 +80,16 @@ def _refuse_same_lines_for_every_pair(check: Check, corpora: list[Corpus]) -> No
         first = seen.setdefault((corpus.key, corpus.paths, corpus.columns), corpus.pair)
         if first != corpus.pair:
             check.refuse(
-                corpus.key.replace("[", ".").rstrip("]") + ".path",
+                _path_key(corpus),
                 f"{first} and {corpus.pair} would read the same lines; use {{pair}}, {{src}} or {{tgt}} in "
                 f"path or columns, or columns.src_lang and tgt_lang, or list the one pair it serves",
             )
             return
+
+
+def _path_key(corpus: Corpus) -> str:
+    """`data.corpora[0]` -> `data.corpora.0.path`."""
+    return corpus.key.replace("[", ".").replace("]", ".path")
 
 
 def _check_model(check: Check) -> None:

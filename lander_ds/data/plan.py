@@ -17,8 +17,8 @@ import numpy as np
 
 from lander_ds.errors import ConfigError, DataError
 
-DRAWS_PER_BLOCK = 1 << 16
-BLOCKS_HELD = 4
+DRAWS_PER_BLOCK = 1 << 14
+BLOCKS_HELD = 8
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -181,26 +181,27 @@ class BatchPlan:
         if first < held_first or last >= held_first + len(held):
             # One row per epoch: a tiny pair passes through many epochs in a block, a large one through one
             # or two.
-            keys = np.stack(
-                [random_bits(size, self._seed, 1, pair, epoch) for epoch in range(first, last + 1)]
-            )
+            keys = random_bits(size, self._seed, 1, pair, np.arange(first, last + 1, dtype=np.uint64))
             held_first, held = first, np.argsort(keys, axis=1, kind="stable").astype(np.int32)
             self._orders[pair] = (held_first, held)
         chosen: np.ndarray = held[epochs - held_first, positions]
         return chosen
 
 
-def random_bits(count: int, *key: int, first: int = 0) -> np.ndarray:
+def random_bits(count: int, *key: int | np.ndarray, first: int = 0) -> np.ndarray:
     """[count] uint64 random bits, numbers `first`, `first` + 1, ... of the stream that `key` names.
 
-    SplitMix64 (R, Steele, Lea and Flood 2014): the n-th number needs no other, and does not change with
-    library versions.
+    SplitMix64 (R, Steele, Lea and Flood 2014): the n-th number needs no other, and library versions change
+    nothing. Where a part of the key is an array [R] uint64, R streams come back as [R, count].
     """
     with np.errstate(over="ignore"):
-        state = np.zeros(1, dtype=np.uint64)
+        state = np.zeros((), dtype=np.uint64)
         for part in key:
-            state = _mix(state + _GOLDEN + np.uint64(part % 2**64))
-        return _mix(state + _GOLDEN * np.arange(first + 1, first + count + 1, dtype=np.uint64))
+            state = _mix(
+                state + _GOLDEN + (part if isinstance(part, np.ndarray) else np.uint64(part % 2**64))
+            )
+        counter = np.arange(first + 1, first + count + 1, dtype=np.uint64)
+        return _mix(state[..., None] + _GOLDEN * counter)
 
 
 def _mix(value: np.ndarray) -> np.ndarray:

@@ -81,10 +81,17 @@ def _read_jsonl(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
 
 
 def _json_objects(corpus: Corpus, advance: Advance) -> Iterator[Located]:
+    first = True
     for number, line in _decoded_lines(corpus, advance):
         if isinstance(line, Rejection):
             yield line
             continue
+        if first and line.lstrip().startswith("["):
+            raise DataError(
+                f"{corpus.name}: line {number}: is a JSON array, not JSON lines: write one object per line, e.g. with "
+                f"jq -c '.[]' {corpus.paths[0].name}"
+            )
+        first = False
         try:
             value: Any = json.loads(line)
         except (json.JSONDecodeError, RecursionError):

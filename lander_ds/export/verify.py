@@ -20,7 +20,7 @@ NEW_TOKENS = 24
 def compare(
     recipe: Recipe, run: RunDirectory, directory: Path, prompts: Mapping[str, Sequence[Sequence[int]]]
 ) -> dict[str, Any]:
-    """Compare the export in `directory` with the newest checkpoint, both in float32 on this process's device.
+    """Compare the export in `directory` with the newest checkpoint in float32 arithmetic on this process's device.
 
     Args:
         recipe: the recipe.
@@ -30,16 +30,15 @@ def compare(
 
     Returns: `max_logit_difference` (absolute), `max_logit` (largest absolute logit), `same_greedy` and `sentences`.
     """
-    exact = replace(
-        recipe,
-        model=replace(recipe.model, dtype="float32"),
-        translate=replace(recipe.translate, weights="replicated"),
+    ours = open_for_inference(
+        replace(recipe, translate=replace(recipe.translate, weights="replicated")), run, "trained"
     )
-    ours = open_for_inference(exact, run, "trained")
     exported = AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=True, dtype=torch.float32
-    ).eval()
-    exported.to(ours.model.device)
+        directory, trust_remote_code=True, dtype=getattr(torch, recipe.model.dtype)
+    )
+    # Both hold the weights in the type they were trained in; float32 arithmetic keeps rounding out of the comparison.
+    ours.model.float()
+    exported.to(ours.model.device).float().eval()
     routed = exported.config.model_type == "lander"
     difference, largest, same, sentences = 0.0, 0.0, True, 0
     for pair, batch in prompts.items():

@@ -53,7 +53,10 @@ def _embed_bloom(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.T
 def _alibi(
     decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
 ) -> LayerArguments:
-    """BLOOM: ALiBi from the position inside the example, and an additive mask that keeps examples apart."""
+    """BLOOM: ALiBi from the position inside the example, and an additive mask that keeps examples apart.
+
+    Its layers compute attention themselves, over the whole row: the cost grows with the square of T.
+    """
     ones = torch.ones(1, max(segment_lengths), device=hidden.device)
     slopes = decoder.build_alibi_tensor(ones, decoder.num_heads, hidden.dtype)  # type: ignore[operator]
     lengths = torch.tensor(segment_lengths, device=hidden.device)

@@ -38,9 +38,10 @@ def start(timeout_seconds: float = 1800.0) -> None:
                 "MASTER_PORT": str(free_port()),
             }
         )
-    # DeepSpeed's shared-memory all-reduce keeps 69 MB per rank in /dev/shm after the run; without LOCAL_SIZE
-    # it uses gloo instead.
+    # DeepSpeed's shared-memory all-reduce needs a C++ compiler at the first start and leaves 69 MB per rank in
+    # /dev/shm after the run; gloo does the same work.
     os.environ.pop("LOCAL_SIZE", None)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
     os.environ.setdefault("LOCAL_RANK", "0")
 

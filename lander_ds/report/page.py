@@ -91,7 +91,7 @@ def _plot(title: str, caption: str, figure: Any) -> Plot:
 def _score_plots(found: Artefacts) -> Iterator[Entry]:
     if found.scores is not None:
         yield (
-            "chrF2 per direction",
+            "chrF2 per pair",
             "Whiskers: 95 % confidence interval of the bootstrap.",
             plots.scores(found.scores["pairs"]),
         )

@@ -77,7 +77,7 @@ def artefacts(run: RunDirectory) -> dict[str, str]:
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
-    """BLEU and chrF2 per direction: base, few-shot, trained, the gain over the base and how sure it is."""
+    """BLEU and chrF2 per pair: base, few-shot, trained, the gain over the base and how sure it is."""
     systems = {"base_": "base", "fewshot_": "few-shot", "": "trained"}
     present = {
         prefix: title
@@ -86,7 +86,7 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     }
     compared = "base_" in present and "" in present
     table = Table(
-        title="BLEU / chrF2 per direction",
+        title="BLEU / chrF2 per pair",
         title_justify="left",
         show_footer=len(scores) > 1,
         box=box.SIMPLE_HEAD,

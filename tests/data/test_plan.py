@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_plan_properties(lengths: list[list[int]], batch_tokens: int, temperatur
     # Nothing is skipped, and no batch could have taken the next example.
     samples = np.concatenate([batch.sample_ids for batch in batches])
     assert np.array_equal(samples, np.arange(len(samples)))
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         assert 0 < batch.lengths.sum() <= batch_tokens < batch.lengths.sum() + following.lengths[0]
     # Lengths and target counts are those of the examples.
     for batch in batches:
@@ -135,7 +136,7 @@ def test_plans_that_cannot_work() -> None:
         DataError, match=r"example 1 of pair number 1 .* has 31 tokens.*train\.batch_tokens \(30\)"
     ):
         make_plan([[3], [5, 31]], 30)
-    with pytest.raises(DataError, match="pair number 1 .* has no training example"):
+    with pytest.raises(DataError, match=r"pair number 1 .* has no training example"):
         make_plan([[3], []], 30)
     with pytest.raises(DataError, match="no training data"):
         make_plan([], 30)

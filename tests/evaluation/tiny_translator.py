@@ -77,7 +77,7 @@ class FailsAfter(TinyTranslator):
 
 
 def requests(pairs: dict[str, int], shared: int = 0) -> dict[str, list[Request]]:
-    """Random prompts of different lengths: pair -> that many requests, with `shared` equal tokens in front."""
+    """Random prompts of several lengths: pair -> that many requests, `shared` equal tokens in front."""
     generator = random.Random(3)
 
     def words(count: int) -> tuple[int, ...]:
