@@ -17,7 +17,7 @@ from typing import Any
 
 from lander_ds.parallel.comm import free_port
 
-GO = "go"
+READY, GO = "ready", "go"
 LAST_LINES = 25
 
 
@@ -59,6 +59,7 @@ class Turns:
             self._done += 1
         else:
             self._forget_peak_memory()
+            self._connection.send(READY)
         if self._done == self._steps:
             if self._profiler is not None:
                 self._profiler.stop()
@@ -147,6 +148,10 @@ class Group:
             there.close()
             self._connections.append(here)
             self._processes.append(process)
+
+    def wait_until_ready(self) -> None:
+        """Return when every rank waits for its first turn."""
+        self._receive()
 
     def step(self) -> float:
         """Let the system take a step; returns the seconds of its slowest rank."""

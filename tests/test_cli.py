@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Workspace
+from support.workspace import Workspace
 
 from lander_ds.cli import STAGES, main
 from lander_ds.config.loader import load_recipe

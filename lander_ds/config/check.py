@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from lander_ds.config.document import KeyPath, Problems, dotted
 from lander_ds.config.recipe import Recipe
 
 logger = logging.getLogger(__name__)
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class Check:
         repeated = dict.fromkeys(str(item) for item in items if items.count(item) > 1)
         if repeated:
             self.refuse(key, f"{', '.join(repeated)} is given twice; name each once")
+
+    def refuse_placeholders(self, key: str, text: str, allowed: Sequence[str]) -> None:
+        """Record placeholders such as `{lang}` in `text` that nothing fills in."""
+        for name in _PLACEHOLDER.findall(text):
+            if name not in allowed:
+                valid = ", ".join(f"{{{option}}}" for option in allowed)
+                self.refuse(key, f"unknown placeholder {{{name}}}; it may use {valid}")
 
     def warn(self, key: str, message: str) -> None:
         """Tell that `key` has no effect or is risky."""

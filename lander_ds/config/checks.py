@@ -12,9 +12,10 @@ from typing import Any
 
 from lander_ds.config.check import Check, key_path
 from lander_ds.config.data_checks import check_data
-from lander_ds.config.document import Document, Problems, nearest
+from lander_ds.config.document import Document, Problems
 from lander_ds.config.file_checks import check_files
 from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
+from lander_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,12 @@ def _check_select(check: Check) -> None:
 def _check_routing(check: Check) -> None:
     routing = check.recipe.routing
     if routing.gate != "none":
+        if routing.gate_eval == "hard" and routing.gate_init == "preserve":
+            check.refuse(
+                "routing.gate_eval",
+                "hard gates with gate_init: preserve would double one side's banks and drop the other's (gates "
+                "of 0 and 2); set routing.gate_init: paper, or gate_eval: soft",
+            )
         return
     cure = "set routing.gate: input, or remove it"
     if routing.budget_weight > 0:
@@ -264,18 +271,23 @@ def _check_translate(check: Check) -> None:
 
 
 def _check_score(check: Check) -> None:
-    score = check.recipe.score
+    score, pairs = check.recipe.score, check.recipe.data.pairs
+    if not check.runs("score"):
+        return
+    if score.baseline is not None:
+        check.refuse_placeholders("score.baseline", score.baseline, ("pair", "src", "tgt"))
     if not score.tokenizers:
         return
-    from sacrebleu.metrics.bleu import BLEU
+    # Lazily: few recipes name a tokenizer, and sacreBLEU takes a while to import.
+    from lander_ds.evaluation.metrics import check_tokenizers
 
-    targets = {pair.partition("-")[2] for pair in check.recipe.data.pairs}
+    targets = {pair.partition("-")[2] for pair in pairs}
     for language, tokenizer in score.tokenizers.items():
         key = f"score.tokenizers.{language}"
-        if tokenizer not in BLEU.TOKENIZERS:
-            near = nearest(tokenizer, BLEU.TOKENIZERS)
-            hint = f"did you mean {near}?" if near else f"it has {', '.join(BLEU.TOKENIZERS)}"
-            check.refuse(key, f"sacreBLEU has no tokenizer {tokenizer!r}; {hint}")
+        try:
+            check_tokenizers({language: tokenizer})
+        except ConfigError as error:
+            check.refuse(key, str(error).removeprefix(f"{key}: "))
         if language not in targets:
             check.warn(key, f"no pair has the target language {language}")
 

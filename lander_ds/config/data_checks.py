@@ -11,7 +11,6 @@ from lander_ds.errors import ConfigError
 
 _CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
 _PAIR = re.compile(rf"({_CODE})-({_CODE})")
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 def check_data(check: Check) -> None:
@@ -56,7 +55,7 @@ def _check_corpus(check: Check, key: str, corpus: CorpusConfig) -> None:
     pairs, columns = check.recipe.data.pairs, corpus.columns
     if not corpus.path:
         check.refuse(f"{key}.path", "is empty; name a file or directory")
-    _check_placeholders(check, f"{key}.path", corpus.path, ("pair", "src", "tgt"))
+    check.refuse_placeholders(f"{key}.path", corpus.path, ("pair", "src", "tgt"))
     if corpus.limit is not None and corpus.limit < 1:
         check.refuse(f"{key}.limit", f"must be at least 1, found {corpus.limit}; remove it to use everything")
     for number, pair in enumerate(corpus.pairs):
@@ -68,19 +67,12 @@ def _check_corpus(check: Check, key: str, corpus: CorpusConfig) -> None:
     for name, value in vars(columns).items():
         if value is not None and not value.strip():
             check.refuse(f"{key}.columns.{name}", "is empty; name a column")
-    _check_placeholders(check, f"{key}.columns.src", columns.src, ("src", "tgt"))
-    _check_placeholders(check, f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
+    check.refuse_placeholders(f"{key}.columns.src", columns.src, ("src", "tgt"))
+    check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
     if columns.src == columns.tgt:
         check.refuse(f"{key}.columns", f"src and tgt are the same column {columns.src!r}; correct one")
     if corpus.format == "moses" and columns != ColumnConfig():
         check.warn(f"{key}.columns", "has no effect: Moses files have no columns")
-
-
-def _check_placeholders(check: Check, key: str, text: str, allowed: tuple[str, ...]) -> None:
-    for name in _PLACEHOLDER.findall(text):
-        if name not in allowed:
-            valid = ", ".join(f"{{{option}}}" for option in allowed)
-            check.refuse(key, f"unknown placeholder {{{name}}}; it may use {valid}")
 
 
 def _check_coverage(check: Check) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lander_ds.data.corpus import Corpus
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 
 
 def check_files(check: Check) -> None:
@@ -25,6 +26,8 @@ def check_files(check: Check) -> None:
         _check_corpora(check)
     if check.runs("prepare", "detect", "train", "translate", "export"):
         _check_model(check)
+    if check.recipe.score.baseline is not None and check.runs("score"):
+        _check_baseline(check, check.recipe.score.baseline)
     if check.recipe.model.dtype == "float16" and check.runs("detect", "train", "translate"):
         _check_float16(check)
 
@@ -115,16 +118,28 @@ def _check_model(check: Check) -> None:
         except (OSError, ValueError) as error:
             check.refuse("model.path", f"{config} is not a readable JSON file ({error}); restore the model")
             return
-        _check_layers(check, content)
+        text = content.get("text_config", content) if isinstance(content, dict) else None
+        if not isinstance(text, dict):
+            check.refuse("model.path", "config.json holds no JSON object; restore the model")
+            return
+        _check_positions(check, text)
+        _check_layers(check, text)
 
 
-def _check_layers(check: Check, config: Any) -> None:
-    """The selection against the number of decoder layers, where the model's config.json tells it."""
-    text = config.get("text_config", config) if isinstance(config, dict) else None
-    if not isinstance(text, dict):
-        check.refuse("model.path", "config.json holds no JSON object; restore the model")
-        return
-    count = next((text[key] for key in _LAYER_KEYS if isinstance(text.get(key), int)), None)
+def _check_positions(check: Check, config: dict[str, Any]) -> None:
+    """The longest example against the model's positions, where config.json tells them."""
+    positions = _first_number(config, _POSITION_KEYS)
+    length = check.recipe.data.max_length
+    if positions is not None and length > positions:
+        check.refuse(
+            "data.max_length",
+            f"{length} is more than the model's {positions} positions; lower it to {positions}",
+        )
+
+
+def _check_layers(check: Check, config: dict[str, Any]) -> None:
+    """The selection against the number of decoder layers, where config.json tells it."""
+    count = _first_number(config, _LAYER_KEYS)
     layers = check.recipe.select.layers
     if count is None or layers.criterion == "all":
         return
@@ -142,6 +157,29 @@ def _check_layers(check: Check, config: Any) -> None:
             f"criterion {layers.criterion} can choose at most {most} of the model's {count} layers, "
             f"found {layers.k}; lower it",
         )
+
+
+def _first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+
+
+def _check_baseline(check: Check, pattern: str) -> None:
+    from lander_ds.evaluation.baseline import baseline_path
+
+    served: dict[Path, str] = {}
+    for pair in check.recipe.data.pairs:
+        path = baseline_path(pattern, pair)
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            check.refuse("score.baseline", f"{path} {what}; name a file of another system's translations")
+            return
+        if path in served:
+            check.refuse(
+                "score.baseline",
+                f"{served[path]} and {pair} would read the same file; use {{pair}}, {{src}} or {{tgt}} in it",
+            )
+            return
+        served[path] = pair
 
 
 def _check_float16(check: Check) -> None:

@@ -1,8 +1,8 @@
 """The recipe: every option of every stage, typed. This file is the reference of what a recipe may say.
 
 Field docstrings follow their field. Marks in brackets say where a choice comes from: (P) the LANDeRMT paper,
-(I) inferred by this project, (R) a named ancestor. `lander_ds.config.loader` builds these classes from YAML and
-refuses unknown keys; `lander_ds.config.checks` refuses combinations that cannot work.
+(I) inferred by this project, (R) a named ancestor. `lander_ds.config.loader` builds these classes from YAML
+and refuses unknown keys; `lander_ds.config.checks` refuses combinations that cannot work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ColumnConfig:
-    """Names of the columns (JSONL keys, TSV header names or 0-based numbers, HF columns; dots reach into nested ones)."""
+    """Names of the columns: JSONL keys, TSV header names or 0-based numbers, HF columns; dots reach into
+    nested ones."""
 
     src: str = "src"
     """Source text. `{src}`/`{tgt}` are replaced by language codes, e.g. `translation.{src}`."""
@@ -46,7 +47,7 @@ class CorpusConfig:
     """One corpus, or one family of corpora when `path` holds placeholders."""
 
     path: str
-    """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are replaced for every pair."""
+    """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are filled in per pair."""
     split: Split = "train"
     """What the corpus is for. `detect` feeds the detect stage; without one it is cut from `train`."""
     format: CorpusFormat = "auto"
@@ -56,7 +57,8 @@ class CorpusConfig:
     columns: ColumnConfig = field(default_factory=ColumnConfig)
     """Where the texts stand in each row."""
     swap: bool = False
-    """Read the corpus backwards: a file for en-de serves de-en. Placeholders are filled with the languages swapped."""
+    """Read the corpus backwards: a file for en-de serves de-en. Placeholders are filled with the languages
+    swapped."""
     limit: int | None = None
     """Use at most this many sentence pairs of the corpus (the first ones that pass the filters)."""
 
@@ -70,7 +72,8 @@ class FilterConfig:
     max_chars: int = 2000
     """Longer sources or targets are dropped."""
     max_length_ratio: float = 6.0
-    """Drop where the longer side has more than this many times the UTF-8 bytes of the shorter. 0 switches it off."""
+    """Drop where the longer side has more than this many times the UTF-8 bytes of the shorter. 0 switches it
+    off."""
     drop_duplicates: bool = True
     """Keep the first of equal (source, target) pairs within a pair's split."""
     drop_identical: bool = True
@@ -91,7 +94,7 @@ class PromptConfig:
     separator: str = "\n\n"
     """Put between few-shot examples."""
     shots: int = 0
-    """Few-shot examples in front of every prompt, also in training (taken from the training split, seeded)."""
+    """Few-shot examples in front of every prompt, also in training (from the training split, seeded)."""
     language_names: dict[str, str] = field(default_factory=dict)
     """Overrides or additions to the built-in English names, e.g. `{de: German}`."""
 
@@ -133,11 +136,12 @@ class LayerChoice:
     """Which decoder layers are trained."""
 
     criterion: Literal["relevance", "awareness", "last", "random", "list", "all"] = "relevance"
-    """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); the others are ablations."""
+    """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); others are ablations."""
     k: int = 4
     """How many (P: 4). Ignored by `list` and `all`."""
     scope: Literal["shared", "per_pair"] = "shared"
-    """`shared`: one set from the mean over pairs (I). `per_pair`: each pair's own top k; it owns neurons only there."""
+    """`shared`: one set from the mean over pairs (I). `per_pair`: each pair's own top k; it owns neurons only
+    there."""
     layers: tuple[int, ...] = ()
     """The layers of `criterion: list`, counted from 0."""
 
@@ -147,7 +151,8 @@ class BankChoice:
     """How the neurons of a selected layer are divided into banks."""
 
     criterion: Literal["spread", "ratio", "entropy", "random"] = "spread"
-    """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024), `random` control."""
+    """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024),
+    `random` control."""
     rho: float = 0.9
     """Share of neurons that become general (P sweeps 0.5, 0.7, 0.9)."""
     spread: Literal["std", "cv"] = "std"
@@ -231,7 +236,7 @@ class TrainConfig:
     batch_tokens: int = 16384
     """Token budget of a global batch: prompt and target tokens over all ranks and micro-batches."""
     micro_batch: int = 1
-    """Packed sequences of `pack_tokens` per micro-batch and rank. Changes memory and speed, not the result."""
+    """Packed sequences of `pack_tokens` per micro-batch and rank. Changes memory and speed, not results."""
     pack_tokens: int = 1024
     """Token capacity of one packed sequence."""
     temperature: float = 1.0
@@ -298,6 +303,10 @@ class ScoreConfig:
 
     bootstrap_samples: int = 1000
     """Resamples of the paired bootstrap."""
+    baseline: str | None = None
+    """Another system's translations, scored too; p-values are then against it instead of `base`. One file per
+    pair (`{pair}`, `{src}`, `{tgt}` are filled in): JSON lines with `id` and `hyp` as in translations/, or
+    text with one translation per line."""
     ter: bool = True
     """Also compute TER."""
     tokenizers: dict[str, str] = field(default_factory=dict)
@@ -309,12 +318,12 @@ class ExportConfig:
     """HF directories made from the trained model."""
 
     formats: tuple[Literal["dense", "routed"], ...] = ("routed",)
-    """`routed`: exact, ships its own modelling file. `dense`: a standard architecture, exact without gates."""
+    """`routed`: exact, ships its own modelling file. `dense`: standard architecture, exact without gates."""
     dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
     """Type of the exported weights; `model` keeps the base's."""
     verify: int = 2
-    """Sentences per pair on which each export is compared with the trained model (logits in float32 and greedy
-    translations); 0 skips it. Needs memory for two copies of the model."""
+    """Sentences per pair on which each export is compared with the trained model (logits in float32 and
+    greedy translations); 0 skips it. Needs memory for two copies of the model."""
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,8 @@ class _Builder:
         if len(shots) < count:
             raise DataError(
                 f"data.prompt.shots: {self._data.prompt.shots} examples of {pair} are wanted, and its "
-                "training split has "
-                f"{len(shots)} usable ones (one more is needed): lower it, or add training data"
+                f"training split has {len(shots)} usable ones (one more is needed): lower it, or add "
+                "training data"
             )
         return shots
 
@@ -264,8 +264,7 @@ class _Builder:
     def _without_detection(
         self, pair: str, examples: Iterable[tuple[Row, Encoded]], set_aside: list[tuple[Row, Encoded]]
     ) -> Iterator[tuple[Row, Encoded]]:
-        # A heap holds the examples with the smallest seeded hashes so far; whatever falls out of it is
-        # trained on.
+        # A heap holds the examples with the smallest seeded hashes so far; what falls out of it is trained on.
         heap: list[tuple[int, int, tuple[Row, Encoded]]] = []
         for number, example in enumerate(examples):
             row = example[0]
@@ -303,9 +302,8 @@ class _Builder:
         if counts.moved_to_detect:
             return DataError(
                 f"train of {pair}: all {counts.moved_to_detect} examples that pass the filters were set "
-                "aside for "
-                "detection: lower data.detect_examples, add training data, or give a corpus with split: "
-                "detect"
+                "aside for detection: lower data.detect_examples, add training data, or give a corpus with "
+                "split: detect"
             )
         dropped = ", ".join(f"{reason} {count}" for reason, count in counts.dropped.items()) or "nothing"
         first = "; ".join(counts.first_dropped)
@@ -327,7 +325,8 @@ def _reading(corpus: Corpus, bar: ProgressTask) -> Iterator[Row | Rejection]:
     try:
         yield from read(corpus, advance)
     finally:
-        bar.advance(left)
+        if left:
+            bar.advance(left)
 
 
 def _size(corpus: Corpus) -> int:

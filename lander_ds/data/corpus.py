@@ -72,8 +72,7 @@ def resolve(data: DataConfig) -> list[Corpus]:
 
 
 def _check_complete(data: DataConfig, corpora: list[Corpus]) -> None:
-    # A pair without training data beside pairs that have some is an oversight; a recipe that only evaluates
-    # is not.
+    # One pair without training data is an oversight; a recipe that only evaluates has none at all.
     for split in ("train", "detect"):
         served = {corpus.pair for corpus in corpora if corpus.split == split}
         if served and (missing := [pair for pair in data.pairs if pair not in served]):
@@ -129,8 +128,7 @@ def _recognise(path: Path, src: str, tgt: str, key: str) -> CorpusFormat:
         known = ", ".join(FORMAT_OF_SUFFIX)
         raise DataError(
             f"{path}: unknown kind of file ({key}): name it {known} (plain, .gz, .xz or .zst), give a Moses "
-            "prefix with "
-            f".{src} and .{tgt} behind it, or set the format of this corpus"
+            f"prefix with .{src} and .{tgt} behind it, or set the format of this corpus"
         )
     raise DataError(
         f"{path}: no such file or directory, and no Moses pair {path.name}.{src}, {path.name}.{tgt} ({key}): "
@@ -143,8 +141,7 @@ def _moses_sides(path: Path, src: str, tgt: str, key: str) -> tuple[Path, Path]:
     if not candidates:
         raise DataError(
             f"{path}: no Moses pair there ({key}): {path.name}.{src} and {path.name}.{tgt} (plain, .gz, .xz "
-            "or .zst) "
-            "must both exist"
+            "or .zst) must both exist"
         )
     return candidates[0]
 

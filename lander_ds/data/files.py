@@ -29,7 +29,8 @@ class _CountedFile(io.FileIO):
 
     def readinto(self, buffer: bytearray | memoryview, /) -> int | None:  # type: ignore[override]
         count = super().readinto(buffer)
-        self._advance(count or 0)
+        if count:
+            self._advance(count)
         return count
 
 
@@ -88,6 +89,5 @@ def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
 def _broken(path: Path, line: int, error: Exception) -> DataError:
     return DataError(
         f"{path}: broken {path.suffix} file after line {line} ({error}): copy or download it again, or "
-        "rename it if it "
-        "is not compressed"
+        "rename it if it is not compressed"
     )

@@ -66,8 +66,7 @@ def _open(path: Path) -> Any:
     except Exception as error:  # `datasets` raises whatever its file readers raise
         raise DataError(
             f"{path}: `datasets` cannot open it ({_reason(error)}): give a save_to_disk directory, or one "
-            "with parquet, "
-            "arrow or JSON files"
+            "with parquet, arrow or JSON files"
         ) from None
 
 

@@ -69,6 +69,6 @@ def language_name(code: str, overrides: Mapping[str, str]) -> str:
         if candidate in LANGUAGE_NAMES:
             return LANGUAGE_NAMES[candidate]
     raise ConfigError(
-        f"data.prompt.template wants a language name, and none is known for {code!r}: "
-        f"add data.prompt.language_names: {{{code}: ...}}"
+        f"data.prompt.template wants a language name, and none is known for {code!r}: add "
+        f"data.prompt.language_names: {{{code}: ...}}"
     )

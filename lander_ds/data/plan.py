@@ -98,8 +98,8 @@ class BatchPlan:
             if sizes[longest] > batch_tokens:
                 raise DataError(
                     f"training example {longest} of pair number {number} of data.pairs has {sizes[longest]} "
-                    "tokens, more "
-                    f"than a global batch: raise train.batch_tokens ({batch_tokens}) or lower data.max_length"
+                    f"tokens, more than a global batch: raise train.batch_tokens ({batch_tokens}) or lower "
+                    "data.max_length"
                 )
         self._lengths, self._target_lengths = list(lengths), list(target_lengths)
         self._batch_tokens, self._seed = batch_tokens, seed
@@ -179,8 +179,7 @@ class BatchPlan:
         first, last = int(epochs[0]), int(epochs[-1])
         held_first, held = self._orders.get(pair, (0, np.empty((0, size), dtype=np.int32)))
         if first < held_first or last >= held_first + len(held):
-            # One row per epoch: a tiny pair passes through many epochs in a block, a large one through one
-            # or two.
+            # One row per epoch: a block takes a tiny pair through many epochs, a large one through one or two.
             keys = random_bits(size, self._seed, 1, pair, np.arange(first, last + 1, dtype=np.uint64))
             held_first, held = first, np.argsort(keys, axis=1, kind="stable").astype(np.int32)
             self._orders[pair] = (held_first, held)
@@ -219,8 +218,7 @@ def cut(batch: GlobalBatch, ranks: int, micro_batches: int) -> list[list[np.ndar
         exactly one; a part is empty when there are fewer examples than parts.
     """
     parts: list[list[int]] = [[] for _ in range(ranks * micro_batches)]
-    # Longest first into the emptiest part. Neighbouring parts are of different ranks, so that ranks fill
-    # evenly.
+    # Longest first into the emptiest part; neighbouring parts are of different ranks, so ranks fill evenly.
     loads = [(0, number) for number in range(len(parts))]
     for position in np.argsort(-batch.lengths.astype(np.int64), kind="stable"):
         load, number = loads[0]

@@ -56,9 +56,8 @@ def read(corpus: Corpus, advance: Advance = lambda count: None) -> Iterator[Row 
     counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
     raise DataError(
         f"{corpus.name}: not one line holds a sentence pair ({counts}; first: line {first.line}: "
-        f"{first.text[:80]!r}): "
-        f"check that the file is UTF-8 text of format {corpus.format}, or set {corpus.key}.format and "
-        ".columns"
+        f"{first.text[:80]!r}): check that the file is UTF-8 text of format {corpus.format}, or set "
+        f"{corpus.key}.format and .columns"
     )
 
 
@@ -88,8 +87,8 @@ def _json_objects(corpus: Corpus, advance: Advance) -> Iterator[Located]:
             continue
         if first and line.lstrip().startswith("["):
             raise DataError(
-                f"{corpus.name}: line {number}: is a JSON array, not JSON lines: write one object per line, e.g. with "
-                f"jq -c '.[]' {corpus.paths[0].name}"
+                f"{corpus.name}: line {number}: is a JSON array, not JSON lines: write one object per line, "
+                f"e.g. with jq -c '.[]' {corpus.paths[0].name}"
             )
         first = False
         try:
@@ -110,8 +109,7 @@ def _read_tsv(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
 
 
 def _tsv_rows(corpus: Corpus, advance: Advance, header: bool) -> Iterator[Located]:
-    # Tab-separated corpora do not quote, so a quotation mark is text. Columns can be had by number and, with
-    # a
+    # Tab-separated corpora do not quote, so a quotation mark is text. Columns can be had by number and, with a
     # header, by name. Without a header the first line that has the asked columns says how many there are.
     names: list[str] = []
     width = 0
@@ -161,6 +159,5 @@ def _read_moses(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
     if count[source] != count[target]:
         raise DataError(
             f"{source} has {count[source]} lines, but {target} has {count[target]}: the two sides of a Moses "
-            "pair must "
-            "correspond line by line; get or make them again"
+            "pair must correspond line by line; get or make them again"
         )

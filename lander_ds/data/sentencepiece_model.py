@@ -2,7 +2,8 @@
 
 transformers' own conversion of a bare `tokenizer.model` leaves out the prefix space, the stripping of white
 space and the scores that order BPE merges, so its ids differ from SentencePiece's. This one reads all of them
-from the model, and the result saves as a `tokenizer.json` that any Hugging Face tool opens.
+from the model, and the result saves as a `tokenizer.json` that any Hugging Face tool opens. One difference is
+left: where the model normalises by NFKC, a combining mark that follows a space may be encoded otherwise.
 """
 
 from __future__ import annotations
@@ -76,9 +77,8 @@ def _add_tokens_on_top(tokenizer: Tokenizer, settings: dict[str, Any], path: Pat
         if tokenizer.token_to_id(token["content"]) != index:
             raise ModelError(
                 f"{path.with_name('tokenizer_config.json')}: added_tokens_decoder gives {token['content']!r} "
-                "the id "
-                f"{index}, which does not follow on the {pieces} pieces of {path.name}: copy both files of "
-                "one model"
+                f"the id {index}, which does not follow on the {pieces} pieces of {path.name}: copy both "
+                "files of one model"
             )
 
 
@@ -89,8 +89,7 @@ def _parse(path: Path) -> Any:
     except (OSError, RuntimeError):
         raise ModelError(
             f"{path}: is not a SentencePiece model (a Git LFS pointer, a truncated copy or a tiktoken "
-            "file?): get the real "
-            "file, or save the tokenizer as tokenizer.json"
+            "file?): get the real file, or save the tokenizer as tokenizer.json"
         ) from None
     return proto
 

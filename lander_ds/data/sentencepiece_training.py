@@ -28,8 +28,7 @@ SPECIAL_PIECES: dict[str, Any] = {
     **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
 }
 
-# SentencePiece holds what it trains on in memory; a random sample of this many sentences is enough for any
-# vocabulary.
+# SentencePiece holds what it trains on in memory; a sample of this many sentences serves any vocabulary.
 SAMPLED_SENTENCES = 2_000_000
 
 
@@ -140,14 +139,12 @@ def _explain(error: Exception, vocab_size: int) -> LanderError:
     if highest := re.search(r"<= (\d+)", text):
         return DataError(
             f"tokenizer: the corpora are too small for {vocab_size} pieces: use a vocabulary of at most "
-            f"{highest[1]}, or "
-            "add training data"
+            f"{highest[1]}, or add training data"
         )
     if needed := re.search(r"required_chars[^\d]*\d+ vs (\d+)", text):
         return DataError(
             f"tokenizer: {vocab_size} pieces are fewer than the {needed[1]} that the characters of the "
-            "corpora need: raise "
-            "the vocabulary, or lower the character coverage"
+            "corpora need: raise the vocabulary, or lower the character coverage"
         )
     return DataError(
         f"tokenizer: SentencePiece cannot train on these corpora ({text.splitlines()[-1][:300]})"

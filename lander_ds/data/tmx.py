@@ -57,11 +57,12 @@ def read_tmx(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
         raise DataError(
             f"{path}: line {error.position[0]}: not well-formed XML ({error}): repair or export the TMX again"
         ) from None
+    except (LookupError, ValueError) as error:  # an encoding that the XML parser does not know
+        raise DataError(f"{path}: cannot be read as XML ({error}): convert it to UTF-8") from None
     if units and not matched:
         raise DataError(
             f"{path}: no unit has both {corpus.src} and {corpus.tgt} (found "
-            f"{', '.join(sorted(languages)) or 'no language'}): "
-            f"correct {corpus.key}.path or .pairs"
+            f"{', '.join(sorted(languages)) or 'no language'}): correct {corpus.key}.path or .pairs"
         )
 
 

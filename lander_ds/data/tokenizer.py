@@ -55,8 +55,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     if not present and not own_code:
         raise ModelError(
             f"{path}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...): copy the tokenizer files "
-            "of the base model "
-            "there, or train one with `lander tokenizer`"
+            "of the base model there, or train one with `lander tokenizer`"
         )
     if "tokenizer.model" in present and "tokenizer.json" not in present and not own_code:
         tokenizer = load_sentencepiece(directory / "tokenizer.model", settings)
@@ -81,8 +80,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{directory}: the tokenizer has no end-of-sequence token, so translations would never end: name "
-            "it as "
-            "eos_token in tokenizer_config.json"
+            "it as eos_token in tokenizer_config.json"
         )
     config = _read_json(directory / "config.json")
     embedding = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
@@ -95,9 +93,8 @@ def _check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     if largest >= embedding:
         raise ModelError(
             f"{directory}: the tokenizer has token ids up to {largest}, but the model's embedding has "
-            f"{embedding} rows "
-            "(vocab_size in config.json): tokenizer and model do not belong together; copy the tokenizer of "
-            "this model"
+            f"{embedding} rows (vocab_size in config.json): tokenizer and model do not belong together; copy "
+            "the tokenizer of this model"
         )
 
 

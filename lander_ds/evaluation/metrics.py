@@ -13,6 +13,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
+from lander_ds.config.document import nearest
 from lander_ds.config.recipe import ScoreConfig
 from lander_ds.data.languages import normalise_code
 from lander_ds.errors import ConfigError
@@ -129,8 +130,9 @@ def translation_error_rate(references: Sequence[str], hypotheses: Sequence[str])
 def _checked_tokenizer(tokenizer: str, language: str) -> str:
     where = f"score.tokenizers.{language}"
     if tokenizer not in BLEU.TOKENIZERS:
-        known = ", ".join(sorted(BLEU.TOKENIZERS))
-        raise ConfigError(f"{where}: sacreBLEU has no tokenizer {tokenizer!r}: use one of {known}")
+        near = nearest(tokenizer, BLEU.TOKENIZERS)
+        hint = f"did you mean {near}?" if near else f"use one of {', '.join(sorted(BLEU.TOKENIZERS))}"
+        raise ConfigError(f"{where}: sacreBLEU has no tokenizer {tokenizer!r}; {hint}")
     if problem := _problem_with(tokenizer):
         raise ConfigError(
             f"{where}: {tokenizer} cannot be used here ({problem}): install what it needs, or use char"

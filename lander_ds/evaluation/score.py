@@ -1,13 +1,14 @@
 """From translations to scores: the contents of `scores.json`.
 
 Per pair and system: BLEU, chrF2 (`chrf`), chrF2++ (`chrfpp`) and TER, bootstrap mean and half-width of the
-95 % interval (`*_mean`, `*_ci`), the p-value of the difference to the untouched base (`p_*`), the share of
+95 % interval (`*_mean`, `*_ci`), the p-value of the difference to the baseline (`p_*`), the share of
 translations in another language than the target (`off_target`) and the share of empty ones (`empty`).
+The baseline is the system `baseline`, read from the file of `score.baseline`, or else the untouched base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -24,13 +25,20 @@ from lander_ds.evaluation.metrics import (
 )
 from lander_ds.evaluation.translations import Translation
 
-BASELINE = "base"
+GIVEN = "baseline"
+"""The system whose translations come from the file of `score.baseline`."""
+BASE = "base"
 TRAINED = "trained"
 FEWSHOT = "fewshot"
 MEANS = (*BOOTSTRAPPED, "ter", "off_target")
 
 Translations = Mapping[str, Sequence[Translation]]
 """System -> its translations of one pair."""
+
+
+def baseline_of(systems: Collection[str]) -> str | None:
+    """The system that the others are tested against; None when neither a file nor the base is among them."""
+    return next((name for name in (GIVEN, BASE) if name in systems), None)
 
 
 def score_pair(
@@ -56,9 +64,10 @@ def score_pair(
     tokenizer = bleu_tokenizer(language, config.tokenizers)
     references, hypotheses = aligned(pair, translations)
     estimates, signatures = evaluate(references, hypotheses, tokenizer, config, seed)
+    baseline = baseline_of(hypotheses)
     systems: dict[str, dict[str, Any]] = {}
     for system, texts in hypotheses.items():
-        figures = _figures(estimates[system], compared=next(iter(hypotheses)) == BASELINE != system)
+        figures = _figures(estimates[system], compared=baseline not in (None, system))
         if config.ter:
             figures["ter"], signatures["ter"] = translation_error_rate(references, texts)
         figures["off_target"] = identifier.off_target(texts, language)
@@ -81,7 +90,8 @@ def aligned(pair: str, translations: Translations) -> tuple[list[str], dict[str,
     Raises:
         ArtefactError: see `score_pair`.
     """
-    ordered = sorted(translations, key=lambda system: system != BASELINE)
+    baseline = baseline_of(translations)
+    ordered = sorted(translations, key=lambda system: system != baseline)
     first, reference = ordered[0], translations[ordered[0]]
     cure = "run stage translate (again) for both"
     if not reference:

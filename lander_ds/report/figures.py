@@ -17,8 +17,7 @@ P = ParamSpec("P")
 WIDTH = 5.6
 """Inches. Narrow, so that text stays legible where a phone shrinks the figure to its width."""
 
-SYSTEM_NAMES = {"base": "base", "fewshot": "few-shot", "trained": "trained"}
-SYSTEM_COLOURS = {"base": "#b9c0c9", "fewshot": "#7fa6d6", "trained": "#1f6f8b"}
+SYSTEM_COLOURS = {"baseline": "#d9b26f", "base": "#b9c0c9", "fewshot": "#7fa6d6", "trained": "#1f6f8b"}
 BANK_COLOURS = {"general": "#4b7f9e", "frozen": "#d9dde2"}
 SEQUENTIAL = "viridis"
 # Distinguishable with colour vision deficiencies (Okabe and Ito, without yellow), then darker variants.

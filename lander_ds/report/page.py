@@ -17,8 +17,8 @@ from lander_ds.data.languages import split_pair
 from lander_ds.evaluation.translations import Translation
 from lander_ds.report import plots
 from lander_ds.report.artefacts import Artefacts, load_artefacts
-from lander_ds.report.figures import SYSTEM_NAMES, data_uri
-from lander_ds.report.summary import summarise
+from lander_ds.report.figures import data_uri
+from lander_ds.report.summary import SYSTEM_NAMES, summarise
 from lander_ds.run import RunDirectory, versions
 
 EXAMPLES_PER_PAIR = 5

@@ -15,13 +15,13 @@ from lander_ds.report.figures import (
     BANK_COLOURS,
     SEQUENTIAL,
     SYSTEM_COLOURS,
-    SYSTEM_NAMES,
     colour_of,
     legend,
     legend_columns,
     new_figure,
     styled,
 )
+from lander_ds.report.summary import SYSTEM_NAMES
 from lander_ds.selection.selection import Bank, Selection
 
 Records = Sequence[Mapping[str, Any]]

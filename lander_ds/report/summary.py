@@ -25,6 +25,8 @@ TRAINING_FIGURES = (
 )
 METRICS = ("bleu", "chrf", "chrfpp", "ter")
 P_VALUES = ("p_bleu", "p_chrf", "p_chrfpp")
+SYSTEM_NAMES = {"baseline": "baseline", "base": "base", "fewshot": "few-shot", "trained": "trained"}
+"""System of `scores.json` -> its name for a person, in the order of tables and plots."""
 STAGES = ("prepare", "detect", "select", "train", "translate", "score", "export", "report")
 
 
@@ -32,7 +34,8 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     """The figures of a finished or unfinished run, as JSON values; null where a stage has not run.
 
     `scores` holds per pair `base_bleu`, `fewshot_bleu`, `bleu` (the trained system) and so on for chrF2
-    (`chrf`), chrF2++ (`chrfpp`) and TER, and the p-values of the trained system against the base.
+    (`chrf`), chrF2++ (`chrfpp`) and TER, and the p-values of the trained system against the `baseline`: the
+    base, or the system that `score.baseline` gave, whose scores are then there as `baseline_bleu` and so on.
 
     Raises:
         ArtefactError: the directory does not exist, no stage has run in it, or an artefact is damaged.
@@ -49,6 +52,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     return {
         **{name: training.get(name) for name in TRAINING_FIGURES},
         "peak_memory_bytes_per_rank": training.get("peak_memory_bytes_per_rank"),
+        "baseline": scores.get("baseline"),
         "scores": pair_scores(scores),
         "stage_seconds": seconds,
         "artefacts": artefacts(run),
@@ -77,38 +81,38 @@ def artefacts(run: RunDirectory) -> dict[str, str]:
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
-    """BLEU and chrF2 per pair: base, few-shot, trained, the gain over the base and how sure it is."""
-    systems = {"base_": "base", "fewshot_": "few-shot", "": "trained"}
+    """BLEU and chrF2 per pair: every system, the gain of the trained one over the baseline, how sure it is."""
     present = {
-        prefix: title
-        for prefix, title in systems.items()
-        if any(figures.get(f"{prefix}bleu") is not None for figures in scores.values())
+        _prefix(system): name
+        for system, name in SYSTEM_NAMES.items()
+        if any(figures.get(f"{_prefix(system)}bleu") is not None for figures in scores.values())
     }
-    compared = "base_" in present and "" in present
+    baseline = next((prefix for prefix in ("baseline_", "base_") if {prefix, ""} <= set(present)), None)
     table = Table(
-        title="BLEU / chrF2 per pair",
+        title="BLEU / chrF2 per pair" + (f"; gain and p over {present[baseline]}" if baseline else ""),
         title_justify="left",
         show_footer=len(scores) > 1,
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        # Four systems fit into 80 columns only just.
+        padding=(0, 1 if len(present) < len(SYSTEM_NAMES) else 0, 0, 0),
         pad_edge=False,
         show_edge=False,
     )
     table.add_column("pair", footer="mean")
     for prefix, title in present.items():
-        for metric, label in (("bleu", "BLEU"), ("chrf", "chrF")):
+        for metric, label in (("bleu", f"{title}\nBLEU"), ("chrf", "\nchrF")):
             column = [figures.get(prefix + metric) for figures in scores.values()]
-            table.add_column(f"{title}\n{label}", _number(_mean(column)), justify="right")
-    if compared:
-        gains = [_gain(figures) for figures in scores.values()]
+            table.add_column(label, _number(_mean(column)), justify="right")
+    if baseline:
+        gains = [_gain(figures, baseline) for figures in scores.values()]
         table.add_column("gain\nchrF", _number(_mean(gains), signed=True), justify="right", style="bold")
         table.add_column("p\nBLEU", justify="right")
         table.add_column("p\nchrF", justify="right")
     for pair, figures in scores.items():
         cells = [_number(figures.get(prefix + metric)) for prefix in present for metric in ("bleu", "chrf")]
-        if compared:
+        if baseline:
             p_values = [_p_value(figures.get("p_bleu")), _p_value(figures.get("p_chrf"))]
-            cells += [_number(_gain(figures), signed=True), *p_values]
+            cells += [_number(_gain(figures, baseline), signed=True), *p_values]
         table.add_row(pair, *cells)
     return table
 
@@ -135,9 +139,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    for system, prefix in (("base", "base_"), ("fewshot", "fewshot_"), ("trained", "")):
-        found = entry["systems"].get(system, {})
-        figures |= {f"{prefix}{metric}": found.get(metric) for metric in METRICS}
+    for system in SYSTEM_NAMES:
+        # Most runs have no other system to compare with, while the others are null until they are scored.
+        if system != "baseline" or system in entry["systems"]:
+            found = entry["systems"].get(system, {})
+            figures |= {f"{_prefix(system)}{metric}": found.get(metric) for metric in METRICS}
     return {**figures, **{name: entry.get(name) for name in P_VALUES}, "sentences": entry.get("sentences")}
 
 
@@ -153,9 +159,14 @@ def _figure(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _gain(figures: Mapping[str, Any]) -> float | None:
-    base, trained = figures.get("base_chrf"), figures.get("chrf")
-    return None if base is None or trained is None else trained - base
+def _prefix(system: str) -> str:
+    """Of a system's figures: those of the trained one are what a run is about and have none."""
+    return "" if system == "trained" else f"{system}_"
+
+
+def _gain(figures: Mapping[str, Any], baseline: str) -> float | None:
+    before, after = figures.get(f"{baseline}chrf"), figures.get("chrf")
+    return None if before is None or after is None else after - before
 
 
 def _mean(values: list[float | None]) -> float | None:

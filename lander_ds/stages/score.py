@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lander_ds.config.recipe import Recipe
@@ -12,10 +13,11 @@ from lander_ds.console import progress, stdout
 from lander_ds.data.languages import split_pair
 from lander_ds.data.prepared import PreparedData
 from lander_ds.errors import ArtefactError
+from lander_ds.evaluation.baseline import baseline_path, read_baseline
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import check_tokenizers
 from lander_ds.evaluation.provenance import System, is_up_to_date, record_name
-from lander_ds.evaluation.score import BASELINE, means, score_pair
+from lander_ds.evaluation.score import GIVEN, baseline_of, means, score_pair
 from lander_ds.evaluation.translations import Translation, read_translations
 from lander_ds.parallel import comm
 from lander_ds.report.summary import pair_scores, score_table
@@ -25,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Score every system of `translate.systems` on every pair, and print the table.
+    """Score every system of `translate.systems`, and that of `score.baseline`, on every pair; print the table.
 
     Raises:
         ArtefactError: translations are missing, were made from something else, or do not fit together.
         ConfigError: `score.tokenizers` names a tokenizer that cannot be used.
+        DataError: the file of `score.baseline` is missing or does not fit the translations.
     """
     if comm.rank() == 0:
         _score(recipe, run, force)
@@ -40,7 +43,7 @@ def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:
     started = time.monotonic()
     check_tokenizers(recipe.score.tokenizers)
     systems, pairs = recipe.translate.systems, recipe.data.pairs
-    paths = {
+    paths: dict[str, dict[str, Path]] = {
         pair: {system: run.translations / system / f"{pair}.jsonl" for system in systems} for pair in pairs
     }
     translations: dict[str, dict[str, list[Translation]]] = {
@@ -50,6 +53,10 @@ def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:
     for system in systems:
         _check_origin(recipe, run, system)
     options = {**section(recipe, "score", "seed"), "systems": list(systems), "pairs": list(pairs)}
+    if (pattern := recipe.score.baseline) is not None:
+        for pair in pairs:
+            paths[pair][GIVEN] = path = baseline_path(pattern, pair)
+            translations[pair][GIVEN] = read_baseline(path, translations[pair][systems[0]])
     inputs = {run.relative(path): file_hash(path) for of_pair in paths.values() for path in of_pair.values()}
     if not force and run.up_to_date("score", options, inputs):
         logger.info("score: up to date")
@@ -63,9 +70,11 @@ def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:
                 pair, translations[pair], recipe.score, recipe.seed, identifier
             )
             bar.advance(1, pair)
+    scored_systems = list(scored[pairs[0]]["systems"])
     scores = {
-        "baseline": BASELINE if BASELINE in systems else None,
-        "systems": list(systems),
+        "baseline": baseline_of(scored_systems),
+        "baseline_file": recipe.score.baseline,
+        "systems": scored_systems,
         "bootstrap_samples": recipe.score.bootstrap_samples,
         "pairs": scored,
         "mean": means(scored),

@@ -1,7 +1,7 @@
 """This rank's packed micro-batches of a set of examples, the same number on every rank.
 
 A micro-batch that gets no example (fewer examples than micro-batches) is filled with one token that belongs to no
-pair and has no target, because every rank must call the same modules equally often.
+pair and no sample (both ids are -1) and has no target, because every rank must call the same modules equally often.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lander_ds.data.packing import Example, PackedBatch, pack
 from lander_ds.data.plan import GlobalBatch, cut
 from lander_ds.data.prepared import PreparedSplit
 
-FILLER = Example(np.zeros(1, dtype=np.int32), 1, -1, 0)
+FILLER = Example(np.zeros(1, dtype=np.int32), prompt_length=1, pair_id=-1, sample_id=-1)
 
 
 def whole_split(splits: Sequence[PreparedSplit], limit: int | None) -> GlobalBatch:

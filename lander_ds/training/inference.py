@@ -67,6 +67,9 @@ def open_for_inference(
         fill(model, family, weights, _to_device, trained)
         model.to(comm.device())
     model.eval()
+    # With a head that requires no gradient, torch multiplies the last hidden state of a prompt by a copy of the head
+    # per sentence (gigabytes) instead of by the head.
+    model.requires_grad_(True)
     return InferenceModel(model, state)
 
 

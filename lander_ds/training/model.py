@@ -89,8 +89,10 @@ class TranslationModel(nn.Module):
         total = losses.sum() / norm.target_tokens
         budget = total.new_zeros(())
         if self.budget_weight > 0.0 and specific_share is not None:
-            # Per example, so that the value does not depend on which examples share a micro-batch.
-            budget = (specific_share - self.budget).abs().sum() / norm.examples
+            # Per example, so that the value does not depend on which examples share a micro-batch. A filler
+            # (sample id -1) is no example.
+            real = (batch.sample_ids >= 0).to(specific_share.dtype)
+            budget = ((specific_share - self.budget).abs() * real).sum() / norm.examples
             total = total + self.budget_weight * budget
         per_pair = torch.zeros(2, self.pairs, dtype=torch.float64, device=losses.device)
         owners = batch.pair_ids[batch.target_positions]

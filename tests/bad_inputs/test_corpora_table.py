@@ -143,6 +143,10 @@ CORPORA: dict[str, tuple[Callable[[Path], CorpusConfig], str]] = {
     "TMX cut off": (file("a.tmx", TMX_HEAD + b"<tu><tuv>"), r"a\.tmx: line 3: not well-formed XML"),
     "XML that is not TMX": (file("a.tmx", b"<html></html>"), r"its root is <html>, not <tmx>"),
     "TMX of other languages": (file("a.tmx", ONE_LANGUAGE), r"no unit has both en and de \(found en\)"),
+    "TMX in an unknown encoding": (
+        file("a.tmx", b'<?xml version="1.0" encoding="klingon"?>\n<tmx></tmx>'),
+        r"a\.tmx: .*(encoding|convert it)",
+    ),
     "empty TMX": (file("a.tmx", TMX_HEAD + b"</body></tmx>"), r"a\.tmx: is empty"),
     "folder without a data set": (folder(), r"folder: `datasets` cannot open it.*parquet"),
     "folder for a file": (folder(format="jsonl"), r"folder: is a directory, but jsonl wants a file"),

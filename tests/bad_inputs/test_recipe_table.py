@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import RECIPE, Workspace
+from support.workspace import RECIPE, Workspace
 
 from lander_ds.cli import main
 
@@ -89,10 +89,22 @@ OVERRIDES = [
     ),
     ("train", ["routing.gate=none", "routing.alpha_max=1"], "routing.alpha_max: noise needs gates"),
     ("train", ["routing.gate=none", "routing.gate_eval=hard"], "routing.gate_eval: hard gates need gates"),
+    (
+        "train",
+        ["routing.gate_eval=hard"],
+        "routing.gate_eval: hard gates with gate_init: preserve",
+        "gates of 0 and 2",
+        "set routing.gate_init: paper",
+    ),
     ("translate", ["translate.shots=0"], "translate.shots: the system fewshot needs at least 1"),
     ("translate", ["translate.systems=[]"], "translate.systems: nothing to translate with"),
     ("translate", ["translate.systems=[base, base]"], "translate.systems: base is given twice"),
     ("score", ["score.tokenizers={de: ja-mecb}"], "score.tokenizers.de", "did you mean ja-mecab?"),
+    ("score", ["score.tokenizers={de: no-such}"], "has no tokenizer 'no-such'; use one of 13a, char"),
+    ("score", ["score.baseline=theirs.{pair}.txt"], "score.baseline: theirs.en-de.txt does not exist"),
+    ("score", ["score.baseline=model"], "score.baseline: model is a directory; name a file"),
+    ("score", ["score.baseline=test.en-de.jsonl"], "en-de and en-fr would read the same file", "{pair}"),
+    ("score", ["score.baseline='{system}.{pair}'"], "score.baseline: unknown placeholder {system}", "{src}"),
     ("export", ["export.formats=[]"], "export.formats: nothing to export"),
     ("export", ["train.method=full"], "export.formats: routed needs banks", "write [dense]"),
     ("prepare", ["data.corpora.0.path=t.{pair}"], "data.corpora.0.path: t.en-de: no such file"),
@@ -128,6 +140,14 @@ DAMAGES: list[tuple[Callable[[Workspace], object], str]] = [
     ),
     (lambda w: (w.path / "model/config.json").unlink(), "line 4: model.path: model has no config.json"),
     (lambda w: (w.path / "model/config.json").write_text("{"), "config.json is not a readable JSON file"),
+    (
+        lambda w: (w.path / "model/config.json").write_text('{"n_layer": 6, "max_position_embeddings": 32}'),
+        "line 12: data.max_length: 64 is more than the model's 32 positions; lower it to 32",
+    ),
+    (
+        lambda w: (w.path / "model/config.json").write_text('{"text_config": {"n_positions": 63}}'),
+        "data.max_length: 64 is more than the model's 63 positions",
+    ),
     (lambda w: w.deepspeed.write_text("{"), "zero3.json, line 1: not valid JSON"),
     (lambda w: w.deepspeed.write_text('{"fp16": {}, "fp16": {}}'), "zero3.json, line 1: fp16: given twice"),
     (lambda w: w.deepspeed.write_text("[]"), "zero3.json: a DeepSpeed JSON is an object"),

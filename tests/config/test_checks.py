@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import Workspace
+from support.workspace import Workspace
 
 from lander_ds.config.checks import RANGES, check_recipe
 from lander_ds.config.explain import explain

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEEPSPEED, Workspace
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime import constants
 from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from support.workspace import DEEPSPEED, Workspace
 
 from lander_ds.config import deepspeed_schema as schema
 from lander_ds.config.deepspeed_json import (

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE, Workspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.workspace import RECIPE, Workspace
 
 from lander_ds.config.loader import dump_recipe, load_recipe
 from lander_ds.config.recipe import (

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sample_run import PAIRS, sample_run
+from sample_run import PAIRS, sample_recipe, sample_run
 
 from lander_ds.errors import ArtefactError
+from lander_ds.report.page import render_report
 from lander_ds.report.summary import score_table, stage_seconds, summarise, summary_table
 from lander_ds.run import RunDirectory, write_json
 
@@ -74,6 +75,33 @@ def test_only_the_trained_system_was_scored(run: RunDirectory, tmp_path: Path) -
     table = text(score_table(summarise(partial)["scores"]))
     assert "trained" in table
     assert "base" not in table
+
+
+def with_given_baseline(run: RunDirectory) -> RunDirectory:
+    """Add a system of `score.baseline`, as good as the few-shot one."""
+    scores = json.loads(run.scores.read_text())
+    for part in (*(entry["systems"] for entry in scores["pairs"].values()), scores["mean"]):
+        part["baseline"] = part["fewshot"]
+    systems = ["baseline", *scores["systems"]]
+    write_json(
+        run.scores, scores | {"baseline": "baseline", "baseline_file": "mt.{pair}", "systems": systems}
+    )
+    return run
+
+
+def test_another_systems_baseline(tmp_path: Path) -> None:
+    run = with_given_baseline(sample_run(tmp_path, sentences=20)[1])
+    summary = summarise(run)
+    assert summary["baseline"] == "baseline"
+    figures = summary["scores"]["en-cs"]
+    assert figures["baseline_chrf"] == figures["fewshot_chrf"] > figures["base_chrf"]
+    # All four systems fit into 80 columns, and the gain is the one over the file.
+    table = text(score_table(summary["scores"]))
+    assert "…" not in table
+    (line,) = [line for line in table.splitlines() if line.startswith("en-cs")]
+    assert len(line.split()) == 1 + 4 * 2 + 3
+    assert f"{figures['chrf'] - figures['baseline_chrf']:+.1f}" in line.split()
+    assert "mt.{pair}" in render_report(sample_recipe(tmp_path), run)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""The systems that the step benchmark compares; each function is the whole work of one rank process.
+
+`lander` is this package's own session and training loop. The others are transformers' Trainer as its users run it:
+model from `from_pretrained`, DeepSpeed JSON in `TrainingArguments`, its dataloader, loss and optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from turns import Turns, Work
+from workload import PAIRS, Workload
+
+LORA_RANK = 16
+SPECIFIC_SHARE = 0.025
+"""Of a layer's neurons, for each pair: with four pairs, 90 % are general (the default of `select.banks.rho`)."""
+
+IGNORED = -100
+"""Label of a token without loss."""
+
+
+def lander(workload: Workload, directory: Path, turns: Turns) -> None:
+    """This trainer: routed FFNs with gates in the chosen layers, one bank per pair."""
+    from lander_ds.parallel import comm, zero3
+    from lander_ds.run import RunDirectory
+    from lander_ds.training.journal import Journal
+    from lander_ds.training.loop import Loop
+    from lander_ds.training.session import open_session
+
+    class TurnJournal(Journal):
+        """Takes the next turn where the real one writes figures down."""
+
+        first_loss = 0.0
+
+        def __init__(self) -> None:
+            pass
+
+        def step(self, record: dict[str, Any]) -> None:
+            self.first_loss = self.first_loss or record["loss"]
+            turns.next()
+
+    comm.start()
+    recipe = _recipe(workload, directory)
+    run = RunDirectory(recipe.run_dir)
+    if comm.rank() == 0:
+        _save_selection(workload, recipe, run)
+    comm.barrier()
+    session = open_session(recipe, run)
+    journal = TurnJournal()
+    loop = Loop(session, workload.data(), journal, save=lambda step: None)
+    turns.next()
+    loop.run()
+    total = sum(zero3.numel(parameter) for parameter in session.model.model.parameters())
+    turns.finish(session.trained_parameters, total, journal.first_loss)
+    comm.stop()
+
+
+def _recipe(workload: Workload, directory: Path) -> Any:
+    from lander_ds.config.recipe import DataConfig, LearningRates, ModelConfig, Recipe, TrainConfig
+
+    rate = workload.learning_rate
+    return Recipe(
+        run_dir=str(directory / "run"),
+        model=ModelConfig(workload.model, dtype=workload.dtype),  # type: ignore[arg-type]
+        data=DataConfig(PAIRS, ()),
+        deepspeed=workload.deepspeed,
+        seed=workload.seed,
+        train=TrainConfig(
+            steps=workload.steps,
+            batch_tokens=workload.tokens_per_step,
+            pack_tokens=workload.tokens,
+            lr=LearningRates(general=rate, specific=rate, gates=rate),
+            schedule="constant",
+        ),
+    )
+
+
+def _save_selection(workload: Workload, recipe: Any, run: Any) -> None:
+    """Banks drawn at random: their sizes decide what a step costs, not which neurons they hold."""
+    import torch
+
+    from lander_ds.families.loading import build
+    from lander_ds.families.weights import base_fingerprint
+    from lander_ds.selection.selection import Bank, LayerSelection, Selection
+
+    model, family = build(recipe.model)
+    neurons = family.neurons(model)
+    size = max(1, round(SPECIFIC_SHARE * neurons))
+    banks = (
+        Bank("general", PAIRS, neurons - size * len(PAIRS)),
+        *(Bank("specific", (pair,), size) for pair in PAIRS),
+    )
+    generator = torch.Generator().manual_seed(workload.seed)
+    layers = tuple(
+        LayerSelection(layer, torch.randperm(neurons, generator=generator), banks)
+        for layer in workload.layers
+    )
+    metadata = {"base_fingerprint": base_fingerprint(workload.model)}
+    Selection(PAIRS, neurons, layers, metadata).save(run.selection)
+
+
+def hugging_face(
+    workload: Workload, directory: Path, turns: Turns, *, lora: bool, target_logits: bool
+) -> None:
+    """transformers' Trainer with DeepSpeed.
+
+    Args:
+        workload, directory, turns: as of every system.
+        lora: train adapters on all linear layers but the head, through PEFT, instead of everything.
+        target_logits: ask the model for logits at the positions that predict a target token; otherwise at all
+            positions, as the model does when nothing is said.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class TurnCallback(TrainerCallback):
+        """Takes turns; a step lasts until the next one begins, so fetching its batch is part of it."""
+
+        first_loss = 0.0
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            turns.next()
+
+        def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            self.first_loss = self.first_loss or logs.get("loss", 0.0)
+
+    arguments = TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        deepspeed=workload.deepspeed,
+        use_cpu=True,
+        bf16=workload.dtype == "bfloat16",
+        max_steps=workload.steps,
+        per_device_train_batch_size=workload.examples,
+        train_sampling_strategy="sequential",
+        learning_rate=workload.learning_rate,
+        lr_scheduler_type="constant",
+        logging_steps=workload.steps + 1,
+        logging_first_step=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=workload.seed,
+    )
+    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=getattr(torch, workload.dtype))
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        options = LoraConfig(
+            r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, options)
+    callback = TurnCallback()
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=[torch.from_numpy(e.input_ids).long() for e in workload.in_order()],
+        data_collator=partial(_collate, prompt=workload.prompt, target_logits=target_logits),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    turns.next()
+    sizes = [(parameter.ds_numel, parameter.requires_grad) for parameter in trainer.model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    turns.finish(trained, sum(size for size, _ in sizes), callback.first_loss)
+    torch.distributed.destroy_process_group()
+
+
+def _collate(examples: list[Any], prompt: int, target_logits: bool) -> dict[str, Any]:
+    """A batch [B, length] of equally long examples, in which the prompt carries no loss.
+
+    `logits_to_keep` and `shift_labels` are how transformers' models are told to compute some logits only.
+    """
+    import torch
+
+    input_ids = torch.stack(examples)
+    labels = input_ids.clone()
+    labels[:, :prompt] = IGNORED
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    if target_logits:
+        batch["logits_to_keep"] = torch.arange(prompt - 1, input_ids.shape[1] - 1)
+        batch["shift_labels"] = labels[:, prompt:].contiguous()
+    return batch
+
+
+SYSTEMS: dict[str, Callable[[Workload, Path, Turns], None]] = {
+    "lander": lander,
+    "full": partial(hugging_face, lora=False, target_logits=False),
+    "lora": partial(hugging_face, lora=True, target_logits=False),
+    "full_same_logits": partial(hugging_face, lora=False, target_logits=True),
+    "lora_same_logits": partial(hugging_face, lora=True, target_logits=True),
+}
+
+
+def work(system: str, workload: Workload, directory: Path) -> Work:
+    """What a rank process of `system` does; picklable."""
+    return partial(SYSTEMS[system], workload, directory)

@@ -1,0 +1,162 @@
+"""A whole run in miniature: a small random Gemma 3, a tokenizer, real sentences, a recipe, prepared data, a selection."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.selections import random_selection
+from transformers import Gemma3TextConfig, Gemma3ForCausalLM
+
+from lander_ds.config.loader import load_recipe
+from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe
+from lander_ds.data.sentencepiece_training import train_tokenizer
+from lander_ds.families.weights import base_fingerprint
+from lander_ds.run import RunDirectory
+from lander_ds.selection.selection import Selection
+from lander_ds.stages import prepare
+
+SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
+PAIRS = ("en-de", "en-fr", "en-es")
+SENTENCES = {"train": 100, "valid": 12, "test": 6}
+VOCABULARY = 480
+WIDTH, NEURONS = 32, 64
+SELECTED = (1, 3)
+"""Decoder layers with banks: one below the first, one between them, are frozen."""
+
+RECIPE = """\
+run_dir: run
+deepspeed: {root}/zero3.json
+seed: 5
+model: {{path: {root}/model, dtype: float32}}
+data:
+  pairs: [en-de, en-fr, en-es]
+  cache_dir: {root}/cache
+  corpora:
+    - {{path: "{root}/train.{{pair}}.jsonl"}}
+    - {{path: "{root}/valid.{{pair}}.jsonl", split: valid}}
+    - {{path: "{root}/test.{{pair}}.jsonl", split: test}}
+  max_length: 96
+  detect_examples: 24
+  prompt: {{template: "{{tgt_lang}} {{src}} ="}}
+detect: {{batch_tokens: 256}}
+routing: {{hidden: 8}}
+train:
+  steps: 20
+  batch_tokens: 384
+  pack_tokens: 96
+  optimizer: adamw
+  lr: {{general: 1.0e-2, specific: 2.0e-2, gates: 4.0e-2, dense: 1.0e-3, lora: 3.0e-3}}
+  clip: 0.0
+"""
+
+DEEPSPEED: dict[str, Any] = {
+    "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 1500},
+    "steps_per_print": 1000000,
+}
+"""The threshold keeps small parameters whole on every rank and shards large ones: both kinds are there."""
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """Where everything lies."""
+
+    root: Path
+
+    @property
+    def recipe_path(self) -> Path:
+        """The recipe."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def model(self) -> Path:
+        """The base model."""
+        return self.root / "model"
+
+    def recipe(self, name: str, *overrides: str) -> Recipe:
+        """The recipe of the run `name`."""
+        return load_recipe(self.recipe_path, [f"run_dir={self.root / name}", *overrides])
+
+    def run(self, name: str) -> RunDirectory:
+        """The directory of the run `name`, with prepared data and a selection in it."""
+        run = RunDirectory(self.root / name)
+        if not run.data.exists():
+            shutil.copytree(self.root / "prepared" / "data", run.data)
+            self.selection().save(run.selection)
+        return run
+
+    def selection(self) -> Selection:
+        """General, specific, shared and frozen banks in `SELECTED`."""
+        made = random_selection(NEURONS, SELECTED, PAIRS, seed=2)
+        return replace(made, metadata={"base_fingerprint": base_fingerprint(self.model)})
+
+
+def make_tiny_run(root: Path) -> TinyRun:
+    """Build one in `root`."""
+    for split, count in SENTENCES.items():
+        for pair in PAIRS:
+            lines = list(_short_lines(SAMPLE / f"{split}.{pair}.jsonl", count))
+            (root / f"{split}.{pair}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (root / "recipe.yaml").write_text(RECIPE.format(root=root), encoding="utf-8")
+    (root / "zero3.json").write_text(json.dumps(DEEPSPEED), encoding="utf-8")
+    corpora = (CorpusConfig(str(root / "train.{pair}.jsonl")),)
+    train_tokenizer(
+        Recipe("unused", ModelConfig("unused"), DataConfig(PAIRS, corpora), "unused"),
+        root / "model",
+        VOCABULARY,
+    )
+    _random_gemma().save_pretrained(root / "model")
+    made = TinyRun(root)
+    prepare.run(made.recipe("prepared"), RunDirectory(root / "prepared"))
+    return made
+
+
+def _short_lines(path: Path, count: int) -> Iterator[str]:
+    """The shortest lines of a corpus."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    yield from sorted(lines, key=len)[:count]
+
+
+def _random_gemma() -> Gemma3ForCausalLM:
+    """Weights large enough that every neuron matters."""
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=NEURONS,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        query_pre_attn_scalar=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    model = Gemma3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise if parameter.dim() > 1 else 0.1 * noise)
+    return model
+
+
+
+def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
+    """The training steps in metrics.jsonl."""
+    lines = run.metrics.read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Largest relative difference between two series of equal length."""
+    assert len(found) == len(expected) > 0
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))

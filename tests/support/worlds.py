@@ -1,0 +1,124 @@
+"""Worlds of several gloo ranks for tests: started once, many jobs inside, all results on disk."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+from lander_ds.parallel.comm import free_port
+
+TIMEOUT_SECONDS = 240.0
+PRELOADED = (
+    "deepspeed",
+    "transformers",
+    "peft",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "lander_ds.stages.detect",
+    "lander_ds.stages.train",
+)
+"""What every rank would import by itself otherwise, in seconds each."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call on every rank, in a run directory of its own."""
+
+    name: str
+    """Its run directory is `<name>-<ranks>`."""
+    overrides: tuple[str, ...] = ()
+    """`--set` arguments."""
+    call: str = "lander_ds.stages.train:run"
+    """`module:function` with the arguments (recipe, run directory)."""
+
+
+def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
+    """Run the jobs one after another in a world of `ranks` processes.
+
+    Raises:
+        RuntimeError: a rank failed or did not end in time; the message holds its traceback.
+    """
+    # Forked from a server that has imported everything once: processes start in milliseconds.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    port = free_port()
+    processes = [
+        context.Process(target=_rank, args=(root, rank, ranks, port, tuple(jobs)), daemon=True)
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        _wait(root, processes, ranks)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _wait(root: Path, processes: Sequence[object], ranks: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while any(process.is_alive() for process in processes):  # type: ignore[attr-defined]
+        if any(process.exitcode for process in processes) or time.monotonic() > deadline:  # type: ignore[attr-defined]
+            break
+        time.sleep(0.05)
+    if all(process.exitcode == 0 for process in processes):  # type: ignore[attr-defined]
+        return
+    told = [path.read_text() for path in sorted(root.glob(f"failure-{ranks}-*.txt"))]
+    raise RuntimeError("\n".join(told) or f"a world of {ranks} ranks did not end in {TIMEOUT_SECONDS} s")
+
+
+def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -> None:
+    import gc
+
+    import torch
+
+    # What the server has imported stays shared, and out of every collection.
+    gc.freeze()
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    from support.tiny_run import TinyRun
+
+    from lander_ds.parallel import comm
+
+    place = "start"
+    try:
+        comm.start(TIMEOUT_SECONDS)
+        made = TinyRun(root)
+        for job in jobs:
+            place = job.name
+            name = f"{job.name}-{ranks}"
+            if rank == 0:
+                made.run(name)
+            comm.barrier()
+            module, function = job.call.split(":")
+            began = time.monotonic()
+            getattr(import_module(module), function)(made.recipe(name, *job.overrides), made.run(name))
+            comm.barrier()
+            if rank == 0:
+                (root / name / "job-seconds.txt").write_text(f"{time.monotonic() - began:.2f}")
+        comm.stop()
+    except BaseException:
+        text = f"job {place}, rank {rank} of {ranks}:\n{traceback.format_exc()}"
+        (root / f"failure-{ranks}-{rank}.txt").write_text(text)
+        # Other ranks may wait for this one: an orderly exit could hang.
+        os._exit(1)
