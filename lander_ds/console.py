@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -30,6 +31,22 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_SECONDS = 15.0
 
+_HARMLESS_WARNINGS = (
+    # Torch announces new names of its collectives, at each of DeepSpeed's calls.
+    r"`torch\.distributed\.\w+` is deprecated\. Please use `torch\.distributed\.\w+` instead",
+)
+"""Python warnings of other libraries that a user can do nothing about (regular expressions)."""
+
+_HARMLESS_LINES = {
+    "DeepSpeed": (
+        # On every import on a machine without GPU, in every process.
+        "Setting accelerator to CPU",
+        # Its list of tested optimizers holds none that was subclassed.
+        "You are using ZeRO with an untested optimizer",
+    ),
+}
+"""Logger -> parts of log lines of the same kind."""
+
 
 def rank() -> int:
     """This process's global rank, readable before torch.distributed is initialised (launchers set RANK)."""
@@ -37,14 +54,51 @@ def rank() -> int:
 
 
 def setup_logging(verbose: bool = False) -> None:
-    """Send log records of this package to standard error; other libraries only from WARNING on."""
+    """Send log records of this package to standard error; other libraries only from WARNING on.
+
+    What other libraries are known to say although all is well is left out, unless `verbose`.
+    """
     level = logging.DEBUG if verbose else logging.INFO
     own = level if rank() == 0 else logging.WARNING
-    handler = RichHandler(
-        console=stderr, show_path=verbose, show_level=True, log_time_format="[%X]", markup=False
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[_handler(verbose)], force=True)
     logging.getLogger("lander_ds").setLevel(own)
+    if not verbose:
+        _silence_harmless()
+
+
+def _silence_harmless() -> None:
+    for pattern in _HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    for name, parts in _HARMLESS_LINES.items():
+        logging.getLogger(name).addFilter(_Without(parts))
+    if not stderr.is_terminal:
+        # Bars of other libraries: in a file every redrawing is a line, or makes one endless.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+class _Without(logging.Filter):
+    """Drops records that contain one of `parts`."""
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(part in message for part in self._parts)
+
+
+def _handler(verbose: bool) -> logging.Handler:
+    """Wrapped and coloured on a terminal; one line per record in a file, where lines are searched and compared."""
+    handler: logging.Handler
+    if stderr.is_terminal:
+        handler = RichHandler(console=stderr, show_path=verbose, log_time_format="[%X]", markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        place = " (%(name)s, line %(lineno)d)" if verbose else ""
+        handler.setFormatter(logging.Formatter(f"[%(asctime)s] %(levelname)-8s%(message)s{place}", "%X"))
+    return handler
 
 
 class ProgressTask:

@@ -81,13 +81,10 @@ def read_deepspeed_json(path: Path) -> Document:
 def _schema() -> ModuleType:
     """`deepspeed_schema`, imported so that DeepSpeed's log lines go where ours go.
 
-    DeepSpeed logs to standard output, which carries results here, and greets every import with a warning.
+    DeepSpeed logs to standard output, which carries results here.
     """
-    logging.disable(logging.WARNING)
-    try:
-        from lander_ds.config import deepspeed_schema
-    finally:
-        logging.disable(logging.NOTSET)
+    from lander_ds.config import deepspeed_schema
+
     own = logging.getLogger("DeepSpeed")
     own.handlers.clear()
     own.propagate = True

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lander_ds.data.packing import Example
 from lander_ds.data.plan import GlobalBatch
 from lander_ds.data.prepared import PreparedSplit
 
 
-def examples(batch: GlobalBatch, positions: Iterable[int], splits: Sequence[PreparedSplit]) -> list[Example]:
+def examples(
+    batch: GlobalBatch, positions: Iterable[int], splits: Sequence[PreparedSplit] | Mapping[int, PreparedSplit]
+) -> list[Example]:
     """The examples at `positions` of a global batch, in that order.
 
     Args:
         batch: from `BatchPlan.batch`.
         positions: one part of `cut`.
-        splits: the training split of every pair, by pair id.
+        splits: the split of every pair in the batch, by pair id.
     """
     found = []
     for position in positions:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lander_ds import console
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.writer import copy_companions, fresh_directory, publish
 from lander_ds.families.weights import INDEX, read_config
@@ -35,14 +36,16 @@ def export_dense(trained: TrainedModel, directory: Path, dtype: torch.dtype | No
     base = trained.weights.directory
     temporary = fresh_directory(directory)
     changes = trained.changes()
-    for path in trained.weights.files():
-        tensors = {}
-        with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata()
-        for stored in names:
-            value = trained.merged(stored, changes.get(stored, []))
-            tensors[stored] = value if dtype is None or not value.is_floating_point() else value.to(dtype)
-        save_file(tensors, temporary / path.name, metadata=metadata or {"format": "pt"})
+    with console.progress("export dense (tensors)", len(list(trained.weights.names()))) as bar:
+        for path in trained.weights.files():
+            tensors = {}
+            with safe_open(path, framework="pt") as file:
+                names, metadata = list(file.keys()), file.metadata()
+            for stored in names:
+                value = trained.merged(stored, changes.get(stored, []))
+                tensors[stored] = value if dtype is None or not value.is_floating_point() else value.to(dtype)
+                bar.advance()
+            save_file(tensors, temporary / path.name, metadata=metadata or {"format": "pt"})
     if (base / INDEX).exists():
         shutil.copyfile(base / INDEX, temporary / INDEX)
     config = read_config(base)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lander_ds import console
 from lander_ds.errors import ConfigError
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.writer import ShardWriter, copy_companions, fresh_directory, publish
@@ -37,10 +38,12 @@ def export_routed(trained: TrainedModel, directory: Path, dtype: torch.dtype | N
     temporary = fresh_directory(directory)
     writer = ShardWriter(temporary)
     tied = tied_parameters(trained.model)
-    for name, parameter in trained.model.named_parameters():
-        if name not in tied:
+    parameters = [(name, p) for name, p in trained.model.named_parameters() if name not in tied]
+    with console.progress("export routed (tensors)", len(parameters)) as bar:
+        for name, parameter in parameters:
             value = _values(trained, name, parameter)
             writer.add(f"model.{name}", value if dtype is None else value.to(dtype))
+            bar.advance()
     writer.close()
     write_json(temporary / "config.json", _config(trained, dtype))
     for module in (modeling_lander, routed_ffn):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lander_ds import console
 from lander_ds.config.recipe import Recipe
 from lander_ds.run import RunDirectory
 from lander_ds.training.inference import open_for_inference
@@ -40,10 +41,11 @@ def compare(
     ours.model.float()
     exported.to(ours.model.device).float().eval()
     routed = exported.config.model_type == "lander"
-    difference, largest, same, sentences = 0.0, 0.0, True, 0
-    for pair, batch in prompts.items():
-        arguments = {"pair": pair} if routed else {}
-        for prompt in batch:
+    difference, largest, same = 0.0, 0.0, True
+    cases = [(pair, prompt) for pair, batch in prompts.items() for prompt in batch]
+    with console.progress(f"verify {directory.name} export", len(cases)) as bar:
+        for pair, prompt in cases:
+            arguments = {"pair": pair} if routed else {}
             ids = torch.tensor([list(prompt)], device=ours.model.device)
             options = {
                 "attention_mask": torch.ones_like(ids),
@@ -60,10 +62,10 @@ def compare(
             difference = max(difference, float((found - expected).abs().max()))
             largest = max(largest, float(expected.abs().max()))
             same = same and torch.equal(expected_text, found_text)
-            sentences += 1
+            bar.advance(1, pair)
     return {
         "max_logit_difference": difference,
         "max_logit": largest,
         "same_greedy": same,
-        "sentences": sentences,
+        "sentences": len(cases),
     }

@@ -35,7 +35,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     started = time.monotonic()
     held = data.split("detect")
     splits = [held[pair] for pair in recipe.data.pairs]
-    batch = whole_split(splits, recipe.detect.examples)
+    batch = whole_split(dict(enumerate(splits)), recipe.detect.examples)
     collector = collect(recipe, splits, batch)
     pairs = recipe.data.pairs
     sentences = {pair: int((batch.pair_ids == m).sum()) for m, pair in enumerate(pairs)}

@@ -16,6 +16,7 @@ from lander_ds.run import RunDirectory, file_hash, section, write_json
 from lander_ds.training.journal import Journal
 from lander_ds.training.loop import Loop, Outcome
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, load_data, open_session
+from lander_ds.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     journal = Journal(run.metrics, session.engine.monitor, recipe.train.log_every)
     loop = Loop(session, data, journal, lambda step: _save(session, run, step))
     outcome = loop.run()
-    if outcome.steps and not recipe.train.valid_every and loop.valid:
-        from lander_ds.training.validation import validation_loss
-
+    if loop.valid and not recipe.train.valid_every:
         journal.validation(outcome.steps, validation_loss(session, loop.valid))
     journal.close()
     unchanged = all(comm.gather_objects(before == zero3.frozen_digest(session.model)))

@@ -6,7 +6,7 @@ pair and no sample (both ids are -1) and has no target, because every rank must 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,19 +19,23 @@ from lander_ds.data.prepared import PreparedSplit
 FILLER = Example(np.zeros(1, dtype=np.int32), prompt_length=1, pair_id=-1, sample_id=-1)
 
 
-def whole_split(splits: Sequence[PreparedSplit], limit: int | None) -> GlobalBatch:
-    """The first `limit` examples of every pair as one global batch, in the order of the pairs."""
-    counts = [len(split) if limit is None else min(limit, len(split)) for split in splits]
-    lengths = [split.lengths[:count] for split, count in zip(splits, counts, strict=True)]
-    targets = np.array(
-        [split.target_lengths[:count].sum() for split, count in zip(splits, counts, strict=True)]
-    )
+def whole_split(splits: Mapping[int, PreparedSplit], limit: int | None) -> GlobalBatch:
+    """The first `limit` examples of every pair as one global batch, in the order of the pairs.
+
+    Args:
+        splits: prepared data by pair id; pairs may be missing.
+        limit: None takes all.
+    """
+    counts = {pair: len(split) if limit is None else min(limit, len(split)) for pair, split in splits.items()}
+    targets = np.zeros(max(splits) + 1, dtype=np.int64)
+    for pair, split in splits.items():
+        targets[pair] = split.target_lengths[: counts[pair]].sum()
     return GlobalBatch(
         step=0,
-        pair_ids=np.repeat(np.arange(len(splits), dtype=np.int32), counts),
-        indices=np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
-        sample_ids=np.arange(sum(counts), dtype=np.int64),
-        lengths=np.concatenate(lengths).astype(np.int32),
+        pair_ids=np.repeat(np.array(list(counts), dtype=np.int32), list(counts.values())),
+        indices=np.concatenate([np.arange(count, dtype=np.int64) for count in counts.values()]),
+        sample_ids=np.arange(sum(counts.values()), dtype=np.int64),
+        lengths=np.concatenate([split.lengths[: counts[pair]] for pair, split in splits.items()]),
         target_tokens=int(targets.sum()),
         target_tokens_per_pair=targets,
     )
@@ -39,7 +43,7 @@ def whole_split(splits: Sequence[PreparedSplit], limit: int | None) -> GlobalBat
 
 def packed(
     batch: GlobalBatch,
-    splits: Sequence[PreparedSplit],
+    splits: Sequence[PreparedSplit] | Mapping[int, PreparedSplit],
     rank: int,
     ranks: int,
     micro_batches: int,

@@ -61,7 +61,9 @@ class Loop:
         self.pairs = recipe.data.pairs
         train = data.split("train")
         self.splits: list[PreparedSplit] = [train[pair] for pair in self.pairs]
-        self.valid: list[PreparedSplit] = list(data.split("valid").values())
+        valid = data.split("valid")
+        self.valid = {i: valid[pair] for i, pair in enumerate(self.pairs) if len(valid.get(pair, ()))}
+        """Validation data by pair id, of the pairs that have any."""
         self.plan = BatchPlan(
             [split.lengths for split in self.splits],
             [split.target_lengths for split in self.splits],
@@ -81,7 +83,7 @@ class Loop:
                 done += 1
                 self.journal.step(record)
                 bar.advance(note=f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s")
-                if self._due(self.train.valid_every, done):
+                if self.valid and self._due(self.train.valid_every, done):
                     mean = self.journal.validation(done, validation_loss(self.session, self.valid))
                     without_gain = 0 if mean < best else without_gain + 1
                     best = min(best, mean)

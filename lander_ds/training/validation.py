@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -14,18 +14,18 @@ from lander_ds.training.model import Normaliser
 from lander_ds.training.session import Session
 
 
-def validation_loss(session: Session, splits: Sequence[PreparedSplit]) -> dict[str, float]:
+def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> dict[str, float]:
     """Mean loss per target token in nats, by pair (collective).
 
     Args:
         session: the model.
-        splits: validation data by pair id.
+        splits: validation data by pair id; pairs without any are left out of the result.
     """
-    train = session.recipe.train
+    recipe, train = session.recipe, session.recipe.train
     batch = whole_split(splits, train.valid_examples)
     capacity = comm.world_size() * train.micro_batch * train.pack_tokens
     count = max(1, math.ceil(int(batch.lengths.sum()) / capacity))
-    sums = torch.zeros(2, len(splits), dtype=torch.float64)
+    sums = torch.zeros(2, len(recipe.data.pairs), dtype=torch.float64)
     session.engine.eval()
     with torch.no_grad():
         norm = Normaliser(batch.target_tokens, len(batch.indices))
@@ -34,4 +34,4 @@ def validation_loss(session: Session, splits: Sequence[PreparedSplit]) -> dict[s
             sums += per_pair.cpu()
     session.engine.train()
     comm.sum_over_ranks(sums)
-    return {pair: float(sums[0, i] / sums[1, i]) for i, pair in enumerate(session.recipe.data.pairs)}
+    return {recipe.data.pairs[i]: float(sums[0, i] / sums[1, i]) for i in splits}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from support.selections import random_selection
-from transformers import Gemma3TextConfig, Gemma3ForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lander_ds.config.loader import load_recipe
 from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe
@@ -147,16 +147,3 @@ def _random_gemma() -> Gemma3ForCausalLM:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.2 * noise if parameter.dim() > 1 else 0.1 * noise)
     return model
-
-
-
-def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
-    """The training steps in metrics.jsonl."""
-    lines = run.metrics.read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
-
-
-def largest_relative(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Largest relative difference between two series of equal length."""
-    assert len(found) == len(expected) > 0
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))

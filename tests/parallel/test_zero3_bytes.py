@@ -1,0 +1,105 @@
+"""What each rank holds, and that what is frozen stays bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.jobs import GATHERED
+from support.tiny_run import NEURONS, SELECTED, TinyRun
+
+pytestmark = pytest.mark.distributed
+
+FLOAT = 4
+ADAM_BYTES = 12
+"""Master, first and second moment of a trained parameter."""
+
+
+def summary(runs: TinyRun, name: str) -> dict[str, object]:
+    return json.loads(runs.run(name).training_summary.read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_rank_holds_its_share(request: pytest.FixtureRequest, ranks: int) -> None:
+    runs: TinyRun = request.getfixturevalue(f"world_{ranks}")
+    found = summary(runs, f"adamw-{ranks}")
+    trained, total = found["trained_parameters"], found["total_parameters"]
+    base = sum(tensor.numel() for tensor in load_file(runs.model / "model.safetensors").values())
+    gates = sum(found["groups"][name] for name in ("gates",))  # type: ignore[index]
+    assert found["ranks"] == ranks
+    assert total == base + gates, "tied embeddings count once"
+    assert trained == sum(found["groups"].values())  # type: ignore[attr-defined]
+    for name, expected, tolerance in (
+        ("optimizer_bytes_per_rank", ADAM_BYTES * trained / ranks, 0.02),  # type: ignore[operator]
+        ("gradient_bytes_per_rank", FLOAT * trained / ranks, 0.02),  # type: ignore[operator]
+        ("weight_bytes_per_rank", FLOAT * total / ranks, 0.05),  # type: ignore[operator]
+    ):
+        assert len(found[name]) == ranks  # type: ignore[arg-type]
+        assert found[name] == pytest.approx([expected] * ranks, rel=tolerance), name
+
+
+def test_sgd_keeps_no_moments(world_2: TinyRun) -> None:
+    found = summary(world_2, "sgd-2")
+    expected = FLOAT * found["trained_parameters"] / 2  # type: ignore[operator]
+    assert found["optimizer_bytes_per_rank"] == pytest.approx([expected] * 2, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["none-2", "input-2", "output-2"])
+def test_frozen_weights_stay_bitwise_what_they_were(world_2: TinyRun, name: str) -> None:
+    base = load_file(world_2.model / "model.safetensors")
+    after = load_file(world_2.run(name).path / GATHERED)
+    selection = world_2.selection()
+    roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    moved, same = set(), set()
+    for tensor in base:
+        if not any(f"layers.{layer}.mlp" in tensor for layer in SELECTED):
+            assert torch.equal(after[tensor], base[tensor]), tensor
+    for layer in selection.layers:
+        prefix, neurons = f"model.layers.{layer.layer}.mlp", layer.slices()
+        assert sum(map(len, neurons)) == NEURONS
+        for number, bank in enumerate(layer.banks):
+            for role, projection in roles.items():
+                weight = base[f"{prefix}.{projection}.weight"]
+                before = weight[:, neurons[number]] if role == "down" else weight[neurons[number]]
+                equal = torch.equal(after[f"{prefix}.banks.{number}.{role}"], before)
+                (same if equal else moved).add(bank.kind)
+    general = {"frozen", "general"} if name == "output-2" else {"frozen"}
+    assert same == general
+    assert moved == {"general", "specific", "frozen"} - general
+    assert summary(world_2, name)["frozen_unchanged"] is True
+
+
+def test_a_frozen_weight_that_changes_by_one_bit_is_noticed(world_2: TinyRun) -> None:
+    assert summary(world_2, "nudged-2")["frozen_unchanged"] is False
+
+
+def test_layers_trains_the_whole_ffns_and_nothing_else(world_2: TinyRun) -> None:
+    base = load_file(world_2.model / "model.safetensors")
+    after = load_file(world_2.run("layers-2").path / GATHERED)
+    changed = {name for name in base if not torch.equal(after[name], base[name])}
+    assert changed == {
+        f"model.layers.{layer}.mlp.{projection}.weight"
+        for layer in SELECTED
+        for projection in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert summary(world_2, "layers-2")["groups"] == {"dense": 2 * 3 * 32 * NEURONS}
+
+
+def test_lora_trains_adapters_and_nothing_else(world_2: TinyRun) -> None:
+    base = load_file(world_2.model / "model.safetensors")
+    after = load_file(world_2.run("lora-2").path / GATHERED)
+    adapters = {name for name in after if ".lora_" in name}
+    assert len(adapters) == 2 * 4 * 7, "A and B of seven projections in four layers"
+    assert {name.replace(".base_layer", "") for name in after} - adapters == set(base)
+    for name, tensor in after.items():
+        if name not in adapters:
+            assert torch.equal(tensor, base[name.replace(".base_layer", "")]), name
+    assert all(tensor.abs().max() > 0 for name, tensor in after.items() if ".lora_B." in name)
+    assert summary(world_2, "lora-2")["frozen_unchanged"] is True
+
+
+def test_full_leaves_nothing_frozen(world_2: TinyRun) -> None:
+    found = summary(world_2, "full-2")
+    assert found["trained_parameters"] == found["total_parameters"]
