@@ -8,7 +8,9 @@ from lander_ds.families import attention
 LENGTHS = (5, 1, 9)
 
 
-def by_hand(q, k, v, scaling, window):
+def by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
     """One token at a time: softmax over what it sees in its own example."""
     outputs, start = [], 0
     repeats = q.shape[1] // k.shape[1]
@@ -26,7 +28,9 @@ def by_hand(q, k, v, scaling, window):
 @pytest.mark.parametrize("explicit_length", [0, 512], ids=["fused", "explicit"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
-def test_both_ways_equal_attention_by_hand(monkeypatch, explicit_length, window, heads):
+def test_both_ways_equal_attention_by_hand(
+    monkeypatch: pytest.MonkeyPatch, explicit_length: int, window: int | None, heads: tuple[int, int]
+) -> None:
     monkeypatch.setattr(attention, "CPU_EXPLICIT_LENGTH", explicit_length)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, count, sum(LENGTHS), 8) for count in (heads[0], heads[1], heads[1]))
@@ -36,7 +40,7 @@ def test_both_ways_equal_attention_by_hand(monkeypatch, explicit_length, window,
     torch.testing.assert_close(found, by_hand(q, k, v, 0.3, window), atol=1e-5, rtol=1e-5)
 
 
-def test_no_gradient_crosses_examples(monkeypatch):
+def test_no_gradient_crosses_examples() -> None:
     q = torch.randn(1, 2, sum(LENGTHS), 8, requires_grad=True)
     k, v = (torch.randn(1, 2, sum(LENGTHS), 8, requires_grad=True) for _ in range(2))
     found, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, segment_lengths=LENGTHS)
