@@ -114,7 +114,15 @@ def hugging_face(
             positions, as the model does when nothing is said.
     """
     import torch
-    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from lander_ds.parallel import comm
 
     class TurnCallback(TrainerCallback):
         """Takes turns; a step lasts until the next one begins, so fetching its batch is part of it."""
@@ -167,7 +175,7 @@ def hugging_face(
     sizes = [(parameter.ds_numel, parameter.requires_grad) for parameter in trainer.model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     turns.finish(trained, sum(size for size, _ in sizes), callback.first_loss)
-    torch.distributed.destroy_process_group()
+    comm.stop()
 
 
 def _collate(examples: list[Any], prompt: int, target_logits: bool) -> dict[str, Any]:

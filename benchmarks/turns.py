@@ -26,6 +26,17 @@ class SystemFailed(Exception):
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """What a step took."""
+
+    seconds: float
+    """On the clock; of a group: of its slowest rank."""
+    processor_seconds: float
+    """Of all threads, in user and system mode; of a group: of all ranks together. Other processes on the machine
+    disturb it much less."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a rank knows about its system when all steps are done."""
 
@@ -47,7 +58,7 @@ class Turns:
     def __init__(self, connection: Connection, steps: int, profile: bool = False) -> None:
         """Follow `connection` for `steps` steps; `profile`: record the operators of the last one."""
         self._connection, self._steps = connection, steps
-        self._done, self._begun = 0, 0.0
+        self._done, self._begun, self._begun_processor = 0, 0.0, 0.0
         self._profile = profile
         self._profiler: Any = None
         self.peak_since = "steps"
@@ -55,7 +66,8 @@ class Turns:
     def next(self) -> None:
         """Report the step that has just ended, if one has, and wait for the next turn, if there is one."""
         if self._begun:
-            self._connection.send(time.perf_counter() - self._begun)
+            seconds = time.perf_counter() - self._begun
+            self._connection.send(StepTime(seconds, time.process_time() - self._begun_processor))
             self._done += 1
         else:
             self._forget_peak_memory()
@@ -66,8 +78,8 @@ class Turns:
             return
         if self._profile and self._done == self._steps - 1:
             self._start_profiler()
-        assert self._connection.recv() == GO
-        self._begun = time.perf_counter()
+        self._connection.recv()
+        self._begun, self._begun_processor = time.perf_counter(), time.process_time()
 
     def finish(self, trained_parameters: int, total_parameters: int, first_loss: float) -> None:
         """Hand over the facts after the last step."""
@@ -153,11 +165,14 @@ class Group:
         """Return when every rank waits for its first turn."""
         self._receive()
 
-    def step(self) -> float:
-        """Let the system take a step; returns the seconds of its slowest rank."""
+    def step(self) -> StepTime:
+        """Let the system take a step."""
         for connection in self._connections:
             connection.send(GO)
-        return max(self._receive())
+        times: list[StepTime] = self._receive()
+        return StepTime(
+            max(taken.seconds for taken in times), sum(taken.processor_seconds for taken in times)
+        )
 
     def facts(self) -> list[Facts]:
         """By rank, after the last step."""

@@ -128,7 +128,10 @@ def chosen_layers(text: str, count: int, k: int = 4) -> tuple[int, ...]:
     if text in ("middle", "last"):
         first = (count - k) // 2 if text == "middle" else count - k
         return tuple(range(first, first + k))
-    layers = tuple(sorted({int(part) for part in text.split(",")}))
+    try:
+        layers = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ValueError(f"{text!r} is neither middle nor last nor layer numbers such as 0,3,10") from None
     if layers[0] < 0 or layers[-1] >= count:
-        raise ValueError(f"the model has layers 0 to {count - 1}")
+        raise ValueError(f"{text!r}: the model has layers 0 to {count - 1}")
     return layers

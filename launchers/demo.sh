@@ -57,8 +57,6 @@ Nothing is written outside this directory, except pip's and torch's caches.
 EOF
 
 export_environment "$ranks"
-# Torch announces the new names of its collectives on every rank.
-export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
 # Tables in a log file need not fit the 80 columns of a terminal that is not there.
 [[ -t 1 ]] || export COLUMNS="${COLUMNS:-120}"
 run_part "install" "$ROOT/launchers/setup.sh"

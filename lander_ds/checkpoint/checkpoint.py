@@ -4,12 +4,11 @@
     selection.safetensors   the selection (methods that have one)
     state.json              step, method, base fingerprint, hashes of the files, versions
 
-Written to a temporary name and renamed when complete, so a directory called `step-N` is always whole.
+A directory called `step-N` is always whole (see `lander_ds.directories`).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lander_ds.directories import replacing
 from lander_ds.errors import ArtefactError
 from lander_ds.run import file_hash, read_json, versions, write_json
+from lander_ds.selection.selection import Selection
 
 TRAINED, SELECTION, STATE = "trained.safetensors", "selection.safetensors", "state.json"
 FORMAT = "lander-checkpoint-1"
@@ -43,15 +43,25 @@ class Checkpoint:
         Raises:
             ArtefactError: the file is not what was written.
         """
-        path = self.path / TRAINED
-        cure = f"delete {self.path} and use an earlier checkpoint, or train again"
-        if not path.exists() or file_hash(path) != self.state["files"][TRAINED]:
-            raise ArtefactError(f"{path} is missing or not what was written: {cure}")
-        try:
-            tensors: dict[str, torch.Tensor] = load_file(path)
-            return tensors
-        except SafetensorError as error:
-            raise ArtefactError(f"{path} is damaged ({error}): {cure}") from None
+        tensors: dict[str, torch.Tensor] = load_file(self._intact(TRAINED))
+        return tensors
+
+    def selection(self) -> Selection | None:
+        """The selection it was trained with; None for methods without one.
+
+        Raises:
+            ArtefactError: the file is not what was written.
+        """
+        return Selection.load(self._intact(SELECTION)) if SELECTION in self.state["files"] else None
+
+    def _intact(self, name: str) -> Path:
+        path = self.path / name
+        if not path.exists() or file_hash(path) != self.state["files"][name]:
+            raise ArtefactError(
+                f"{path} is missing or not what was written: delete {self.path} and use an earlier checkpoint, "
+                "or train again"
+            )
+        return path
 
 
 def write(
@@ -73,21 +83,13 @@ def write(
     Returns: the path of the checkpoint.
     """
     final = directory / f"step-{step}"
-    temporary = directory / f".step-{step}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TRAINED)
-    if selection is not None:
-        shutil.copyfile(selection, temporary / SELECTION)
-    for path in temporary.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    files = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
-    state = {"format": FORMAT, "step": step, **description, "files": files, "versions": versions()}
-    write_json(temporary / STATE, state)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
+    with replacing(final) as new:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / TRAINED)
+        if selection is not None:
+            shutil.copyfile(selection, new / SELECTION)
+        files = {path.name: file_hash(path) for path in sorted(new.iterdir())}
+        state = {"format": FORMAT, "step": step, **description, "files": files, "versions": versions()}
+        write_json(new / STATE, state)
     return final
 
 
@@ -116,7 +118,6 @@ def newest(directory: Path) -> Checkpoint:
 
 
 def remove_all(directory: Path) -> None:
-    """Delete the checkpoints of an earlier training whose options have changed."""
-    for path in directory.glob("step-*"):
-        if _NAME.fullmatch(path.name):
-            shutil.rmtree(path)
+    """Delete the checkpoints of an earlier training whose options have changed, and what it left unfinished."""
+    for path in [*directory.glob("step-*"), *directory.glob(".step-*.tmp")]:
+        shutil.rmtree(path)

@@ -182,7 +182,7 @@ class RoutingConfig:
     gate_init: Literal["preserve", "paper"] = "preserve"
     """`preserve` (I): c_G = 2c, c_S = 2(1-c), exactly 1 at step 0. `paper`: c_G = c, c_S = 1-c."""
     gate_eval: Literal["soft", "hard"] = "soft"
-    """Gate at inference: the sigmoid, or rounded to 0/1 (R)."""
+    """Gate at inference: the sigmoid, or rounded to 0/1 (R), which needs `gate_init: paper`."""
     hidden: int = 128
     """Inner width of the gate network (R)."""
     alpha_max: float = 0.0

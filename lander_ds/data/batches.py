@@ -10,7 +10,9 @@ from lander_ds.data.prepared import PreparedSplit
 
 
 def examples(
-    batch: GlobalBatch, positions: Iterable[int], splits: Sequence[PreparedSplit] | Mapping[int, PreparedSplit]
+    batch: GlobalBatch,
+    positions: Iterable[int],
+    splits: Sequence[PreparedSplit] | Mapping[int, PreparedSplit],
 ) -> list[Example]:
     """The examples at `positions` of a global batch, in that order.
 

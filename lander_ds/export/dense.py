@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lander_ds import console
+from lander_ds.directories import replacing
 from lander_ds.export.trained import TrainedModel
-from lander_ds.export.writer import copy_companions, fresh_directory, publish
+from lander_ds.export.writer import copy_companions
 from lander_ds.families.weights import INDEX, read_config
 from lander_ds.run import write_json
 
@@ -34,24 +35,24 @@ def export_dense(trained: TrainedModel, directory: Path, dtype: torch.dtype | No
     if any(".router." in name for name in trained.tensors):
         logger.warning("dense export drops the gates: it only approximates a model trained with routing.gate")
     base = trained.weights.directory
-    temporary = fresh_directory(directory)
     changes = trained.changes()
-    with console.progress("export dense (tensors)", len(list(trained.weights.names()))) as bar:
+    with (
+        replacing(directory) as new,
+        console.progress("export dense (tensors)", len(list(trained.weights.names()))) as bar,
+    ):
         for path in trained.weights.files():
             tensors = {}
             with safe_open(path, framework="pt") as file:
                 names, metadata = list(file.keys()), file.metadata()
             for stored in names:
-                value = trained.merged(stored, changes.get(stored, []))
-                tensors[stored] = value if dtype is None or not value.is_floating_point() else value.to(dtype)
+                tensors[stored] = trained.merged(stored, changes.get(stored, []), dtype)
                 bar.advance()
-            save_file(tensors, temporary / path.name, metadata=metadata or {"format": "pt"})
-    if (base / INDEX).exists():
-        shutil.copyfile(base / INDEX, temporary / INDEX)
-    config = read_config(base)
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(temporary / "config.json", config)
-    copy_companions(base, temporary)
-    publish(temporary, directory)
+            save_file(tensors, new / path.name, metadata=metadata or {"format": "pt"})
+        if (base / INDEX).exists():
+            shutil.copyfile(base / INDEX, new / INDEX)
+        config = read_config(base)
+        if dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(new / "config.json", config)
+        copy_companions(base, new)

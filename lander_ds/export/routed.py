@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from lander_ds import console
+from lander_ds.directories import replacing
 from lander_ds.errors import ConfigError
 from lander_ds.export.trained import TrainedModel
-from lander_ds.export.writer import ShardWriter, copy_companions, fresh_directory, publish
+from lander_ds.export.writer import ShardWriter, copy_companions
 from lander_ds.families.loading import tied_parameters
 from lander_ds.routing import modeling_lander, routed_ffn
 from lander_ds.routing.surgery import OPTIONS, banks_of, routed_ffns
@@ -35,33 +36,36 @@ def export_routed(trained: TrainedModel, directory: Path, dtype: torch.dtype | N
             f"export.formats: routed exists for train.method lander only, this checkpoint is of method "
             f"{trained.checkpoint.state['method']}: use export.formats: [dense]"
         )
-    temporary = fresh_directory(directory)
-    writer = ShardWriter(temporary)
     tied = tied_parameters(trained.model)
     parameters = [(name, p) for name, p in trained.model.named_parameters() if name not in tied]
-    with console.progress("export routed (tensors)", len(parameters)) as bar:
+    with (
+        replacing(directory) as new,
+        console.progress("export routed (tensors)", len(parameters)) as bar,
+    ):
+        writer = ShardWriter(new)
         for name, parameter in parameters:
-            value = _values(trained, name, parameter)
-            writer.add(f"model.{name}", value if dtype is None else value.to(dtype))
+            writer.add(f"model.{name}", _values(trained, name, parameter, dtype))
             bar.advance()
-    writer.close()
-    write_json(temporary / "config.json", _config(trained, dtype))
-    for module in (modeling_lander, routed_ffn):
-        source = Path(str(module.__file__))
-        shutil.copyfile(source, temporary / source.name)
-    copy_companions(trained.weights.directory, temporary)
-    publish(temporary, directory)
+        writer.close()
+        write_json(new / "config.json", _config(trained, dtype))
+        for module in (modeling_lander, routed_ffn):
+            source = Path(str(module.__file__))
+            shutil.copyfile(source, new / source.name)
+        copy_companions(trained.weights.directory, new)
 
 
-def _values(trained: TrainedModel, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A parameter in the type of the base tensor it comes from (gates: in the type they were computed in)."""
+def _values(
+    trained: TrainedModel, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """A parameter in `dtype`; None: in the type of the base tensor it comes from (gates: that of the training)."""
     if ".router." in name:
-        return trained.tensors[name].to(parameter.dtype)
+        return trained.tensors[name].to(dtype or parameter.dtype)
     cut = trained.cuts.get(name)
     base = trained.weights.read(trained.stored_name(name if cut is None else cut.tensor))
     if name in trained.tensors:
-        return trained.tensors[name].to(base.dtype)
-    return base if cut is None else base.index_select(cut.dim, cut.neurons)
+        return trained.tensors[name].to(dtype or base.dtype)
+    values = base if cut is None else base.index_select(cut.dim, cut.neurons)
+    return values.to(dtype or base.dtype)
 
 
 def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.config.recipe import Recipe
 from lander_ds.families.family import Family
-from lander_ds.families.loading import build
+from lander_ds.families.loading import build, tied_parameters
 from lander_ds.families.weights import BaseWeights
 from lander_ds.routing.surgery import Slice, slices
 from lander_ds.training.inference import restore_shape
@@ -41,12 +41,18 @@ class TrainedModel:
 
     def stored_name(self, name: str) -> str:
         """Name on disk of the base tensor `name`."""
-        stored = self.weights.stored_name(name, self.model.base_model_prefix, self.family.renamed)
+        stored = self._find(name)
         assert stored is not None, f"the base lacks {name}, with which training began"
         return stored
 
+    def _find(self, name: str) -> str | None:
+        return self.weights.stored_name(name, self.model.base_model_prefix, self.family.renamed)
+
     def changes(self) -> dict[str, list[str]]:
         """Base tensors that training changed: name on disk -> names of the trained tensors that go into it."""
+        copies: dict[str, list[str]] = {}
+        for tied, original in tied_parameters(self.model).items():
+            copies.setdefault(original, []).append(tied)
         found: dict[str, list[str]] = {}
         for name in self.tensors:
             if name in self.cuts:
@@ -54,24 +60,29 @@ class TrainedModel:
             elif ".lora_A." in name:
                 found.setdefault(self.stored_name(_adapted(name)), []).append(name)
             elif ".lora_B." not in name and ".router." not in name:
-                found.setdefault(self.stored_name(name), []).append(name)
+                # Some files hold tied tensors twice; unequal ones would no longer be tied on loading.
+                stored = {self.stored_name(name), *filter(None, map(self._find, copies.get(name, [])))}
+                for place in stored:
+                    found.setdefault(place, []).append(name)
         return found
 
-    def merged(self, stored: str, names: list[str]) -> torch.Tensor:
-        """The base tensor `stored` with the trained tensors `names` written into it, in the base's type."""
+    def merged(self, stored: str, names: list[str], dtype: torch.dtype | None) -> torch.Tensor:
+        """The base tensor `stored` with the trained tensors `names` written into it, in `dtype` (None: its own)."""
         base = self.weights.read(stored)
+        kind = base.dtype if dtype is None or not base.is_floating_point() else dtype
+        merged = base.to(kind)
         for name in names:
             values = self.tensors[name]
             if name in self.cuts:
                 cut = self.cuts[name]
-                base.index_copy_(cut.dim, cut.neurons, values.to(base.dtype))
+                merged.index_copy_(cut.dim, cut.neurons, values.to(kind))
             elif ".lora_A." in name:
                 lora = self.checkpoint.state["lora"]
                 update = self.tensors[name.replace(".lora_A.", ".lora_B.")] @ values
-                base = (base.float() + update * (lora["alpha"] / lora["r"])).to(base.dtype)
+                merged = (base.float() + update * (lora["alpha"] / lora["r"])).to(kind)
             else:
-                base = values.to(base.dtype)
-        return base
+                merged = values.to(kind, copy=True)
+        return merged
 
 
 def _adapted(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -78,21 +77,3 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
-
-
-def fresh_directory(final: Path) -> Path:
-    """An empty directory beside `final` to write into; `publish` gives it its name."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a finished directory its name, replacing an older one."""
-    for path in temporary.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)

@@ -21,6 +21,7 @@ TRAINING_FIGURES = (
     "optimizer_bytes_per_rank",
     "gradient_bytes_per_rank",
     "weight_bytes_per_rank",
+    "peak_memory_bytes_per_rank",
     "frozen_unchanged",
 )
 METRICS = ("bleu", "chrf", "chrfpp", "ter")
@@ -51,7 +52,6 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         )
     return {
         **{name: training.get(name) for name in TRAINING_FIGURES},
-        "peak_memory_bytes_per_rank": training.get("peak_memory_bytes_per_rank"),
         "baseline": scores.get("baseline"),
         "scores": pair_scores(scores),
         "stage_seconds": seconds,

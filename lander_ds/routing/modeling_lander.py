@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from .routed_ffn import BankFFN, Gate, RoutedFFN, RoutingState, take_place
 
@@ -35,7 +35,7 @@ class LanderConfig(PretrainedConfig):
         return AutoConfig.for_model(self.base["model_type"], **values)
 
 
-class LanderForCausalLM(PreTrainedModel):
+class LanderForCausalLM(PreTrainedModel, GenerationMixin):
     """The routed model. `forward` and `generate` take `pair` (e.g. "en-de") or `pair_ids`."""
 
     config_class = LanderConfig
@@ -110,14 +110,20 @@ class LanderForCausalLM(PreTrainedModel):
         self._set_pair(pair, pair_ids)
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, pair: str | None = None, **kwargs: Any) -> Any:
-        """`generate` of the plain model with the routing of `pair` for the whole batch."""
-        self._set_pair(pair, None)
-        return self.model.generate(*args, **kwargs)
+    def generate(
+        self, *args: Any, pair: str | None = None, pair_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """`generate` of the plain model with the routing of `pair`.
 
-    def can_generate(self) -> bool:
-        """Generation is the plain model's."""
-        return True
+        Args:
+            args, kwargs: as of the plain model.
+            pair: language pair of the whole batch.
+            pair_ids: or int64 pair ids [B].
+        """
+        self._set_pair(pair, pair_ids)
+        # generation_config.json of the directory was read into this model, not into the plain one.
+        kwargs.setdefault("generation_config", self.generation_config)
+        return self.model.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
         """The plain model's token embedding."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.config.recipe import Recipe
@@ -41,6 +44,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     before = zero3.frozen_digest(session.model)
     if comm.rank() == 0:
         checkpoint.remove_all(run.checkpoints)
+        run.training_summary.unlink(missing_ok=True)
     comm.barrier()
     journal = Journal(run.metrics, session.engine.monitor, recipe.train.log_every)
     loop = Loop(session, data, journal, lambda step: _save(session, run, step))
@@ -84,8 +88,11 @@ def _announce(session: Session) -> None:
 
 def _save(session: Session, run: RunDirectory, step: int) -> None:
     """Write `checkpoints/step-N` (collective: every rank takes part in gathering)."""
-    prefix = "model."
-    tensors = {name.removeprefix(prefix): value for name, value in zero3.trained_tensors(session.model)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in zero3.trained_tensors(session.model):
+        # One rank writes, so one rank holds them all.
+        if comm.rank() == 0:
+            tensors[name.removeprefix("model.")] = value.cpu()
     recipe = session.recipe
     if comm.rank() == 0:
         selection = run.selection if recipe.train.method in METHODS_WITH_SELECTION else None
@@ -113,8 +120,17 @@ def _summary(session: Session, outcome: Outcome, unchanged: bool, seconds: float
         "weight_bytes_per_rank": [part.weights for part in held],
         "gradient_bytes_per_rank": [part.gradients for part in held],
         "optimizer_bytes_per_rank": [part.optimizer for part in held],
+        "peak_memory_bytes_per_rank": comm.gather_objects(_peak_memory()),
         "frozen_unchanged": unchanged,
         "groups": session.group_sizes,
         "seconds": round(seconds, 2),
         "checkpoint": f"checkpoints/step-{outcome.steps}",
     }
+
+
+def _peak_memory() -> int:
+    """The most memory this process has held, in bytes: of its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    # Linux counts in KiB.
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

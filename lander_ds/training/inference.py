@@ -22,7 +22,6 @@ from lander_ds.families.weights import BaseWeights, base_fingerprint
 from lander_ds.parallel import comm, zero3
 from lander_ds.routing.routed_ffn import RoutingState
 from lander_ds.run import RunDirectory
-from lander_ds.selection.selection import Selection
 from lander_ds.training.groups import prepare_model
 
 
@@ -79,7 +78,7 @@ def restore_shape(
     """Bring a base model (on meta) into the shape it was trained in; returns its routing state, if any.
 
     Raises:
-        ArtefactError: the checkpoint belongs to another base model.
+        ArtefactError: the checkpoint belongs to another base model, or is damaged.
     """
     fingerprint = base_fingerprint(recipe.model.path)
     if found.state["base_fingerprint"] != fingerprint:
@@ -88,13 +87,12 @@ def restore_shape(
             f"{recipe.model.path} ({fingerprint}): correct model.path, or train again"
         )
     method: Any = found.state["method"]
-    selection = Selection.load(found.path / checkpoint.SELECTION) if method in ("lander", "layers") else None
     as_trained = replace(
         recipe,
         train=replace(recipe.train, method=method, lora=LoraConfig(**found.state["lora"])),
         routing=RoutingConfig(**found.state["routing"]),
     )
-    return prepare_model(model, family, as_trained, selection)
+    return prepare_model(model, family, as_trained, found.selection())
 
 
 def _to_device(unit: nn.Module) -> None:

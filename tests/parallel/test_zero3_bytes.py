@@ -38,6 +38,10 @@ def test_every_rank_holds_its_share(request: pytest.FixtureRequest, ranks: int) 
     ):
         assert len(found[name]) == ranks  # type: ignore[arg-type]
         assert found[name] == pytest.approx([expected] * ranks, rel=tolerance), name
+    # A process that has imported torch, and no more than a test machine has.
+    peaks = found["peak_memory_bytes_per_rank"]
+    assert len(peaks) == ranks  # type: ignore[arg-type]
+    assert all(1e7 < peak < 2e10 for peak in peaks)  # type: ignore[attr-defined]
 
 
 def test_sgd_keeps_no_moments(world_2: TinyRun) -> None:

@@ -51,6 +51,7 @@ def sample_run(
             "optimizer_bytes_per_rank": [92_400_000, 92_400_000],
             "gradient_bytes_per_rank": [15_400_000, 15_400_000],
             "weight_bytes_per_rank": [268_000_000, 268_000_000],
+            "peak_memory_bytes_per_rank": [2_100_000_000, 2_050_000_000],
             "frozen_unchanged": True,
             "groups": {"general": 14_000_000, "gates": 400_000},
             "seconds": 431.0,

@@ -35,6 +35,7 @@ def test_figures(run: RunDirectory) -> None:
     assert summary["ranks"] == 2
     assert summary["optimizer_bytes_per_rank"] == [92_400_000, 92_400_000]
     assert summary["gradient_bytes_per_rank"] == [15_400_000, 15_400_000]
+    assert summary["peak_memory_bytes_per_rank"] == [2_100_000_000, 2_050_000_000]
     assert summary["frozen_unchanged"] is True
     assert set(summary["scores"]) == set(PAIRS)
     scores = json.loads(run.scores.read_text())["pairs"]

@@ -78,7 +78,7 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
             {
                 "present": present,
                 "active": sorted(active_groups(after, present)),
-                "changed": sorted(set(sum(comm.gather_objects(changed), []))),
+                "changed": sorted({group for part in comm.gather_objects(changed) for group in part}),
                 "groups": sorted(after),
             }
         )

@@ -163,10 +163,10 @@ class Reference:
             self.pair = int(batch.pair_ids[number])
             self.shares.clear()
             total, penalty = self._example(int(batch.indices[number]))
-            losses[self.pair] += float(total)
+            losses[self.pair] += float(total.detach())
             loss = total / batch.target_tokens
             if self.recipe.routing.budget_weight:
-                budget += float(penalty) / len(batch)
+                budget += float(penalty.detach()) / len(batch)
                 loss = loss + self.recipe.routing.budget_weight * penalty / len(batch)
             self._accumulate(loss)
         norm = math.sqrt(sum(float(e.gradient.double().square().sum()) for e in self.trained.values()))
@@ -190,7 +190,7 @@ class Reference:
     def _example(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss of the target tokens, and |mean(1 - c) - p|."""
         ids, prompt = self.splits[self.pair].tokens(index)
-        tokens = torch.from_numpy(ids).long()
+        tokens = torch.tensor(ids, dtype=torch.int64)
         logits = self.model(tokens[None]).logits[0]
         loss = functional.cross_entropy(logits[prompt - 1 : -1], tokens[prompt:], reduction="sum")
         share = torch.stack(self.shares).mean() if self.shares else torch.zeros(())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.selections import random_selection
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lander_ds.config.loader import load_recipe
@@ -20,6 +19,7 @@ from lander_ds.families.weights import base_fingerprint
 from lander_ds.run import RunDirectory
 from lander_ds.selection.selection import Selection
 from lander_ds.stages import prepare
+from support.selections import random_selection
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
 PAIRS = ("en-de", "en-fr", "en-es")
@@ -143,7 +143,7 @@ def _random_gemma() -> Gemma3ForCausalLM:
     model = Gemma3ForCausalLM(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.2 * noise if parameter.dim() > 1 else 0.1 * noise)
     return model

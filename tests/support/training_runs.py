@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+
 from support.worlds import Job, run_world
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("nudged", sets(train__steps=2), "support.jobs:train_and_nudge"),
         Job(
             "patience",
-            (*sets(train__valid_every=2, train__patience=1, train__save_every=3), "train.lr={general: 0.0, specific: 0.0, gates: 0.0}"),
+            (
+                *sets(train__valid_every=2, train__patience=1, train__save_every=3),
+                "train.lr={general: 0.0, specific: 0.0, gates: 0.0}",
+            ),
         ),
         Job("detect", (), DETECT),
     ),

@@ -96,9 +96,8 @@ def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    from support.tiny_run import TinyRun
-
     from lander_ds.parallel import comm
+    from support.tiny_run import TinyRun
 
     place = "start"
     try:
