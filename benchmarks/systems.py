@@ -124,7 +124,7 @@ def hugging_face(
 
     from lander_ds.parallel import comm
 
-    class TurnCallback(TrainerCallback):
+    class TurnCallback(TrainerCallback):  # type: ignore[misc]
         """Takes turns; a step lasts until the next one begins, so fetching its batch is part of it."""
 
         first_loss = 0.0
