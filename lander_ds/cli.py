@@ -279,6 +279,7 @@ def _run_stages(arguments: argparse.Namespace) -> None:
             write_text(run.recipe, dump_recipe(recipe))
         for name in STAGES if stage == "all" else [stage]:
             import_module(f"lander_ds.stages.{name}").run(recipe, run, force=arguments.force)
+            comm.free_memory()
     except BaseException:
         # Leaving the group in good order would wait for ranks that wait for this one.
         if ranks() == 1:

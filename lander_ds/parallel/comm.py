@@ -6,6 +6,7 @@ one in both cases, so that every stage runs the same code path on one process an
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Sequence
@@ -107,6 +108,13 @@ def from_rank_zero(value: T) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[no-any-return]
+
+
+def free_memory() -> None:
+    """Let go of models that only reference cycles still hold, as DeepSpeed's engines do after their end."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

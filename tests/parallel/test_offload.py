@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.compare import distance, metrics, relative, trained
 from support.tiny_run import DEEPSPEED, TinyRun
 from support.training_runs import ADAMW
-from support.worlds import Job, run_world
+from support.worlds import Job, run_world, search_path
 
 COMPILE_SECONDS = 900
 COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
@@ -22,10 +21,8 @@ COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder()
 def offloaded(world_2: TinyRun) -> TinyRun:
     """The job `adamw` again, on two ranks, with an offloaded optimizer."""
     # Compiled before the ranks start, since it takes minutes where it was never compiled before.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(
-        [sys.executable, "-c", COMPILE], check=True, timeout=COMPILE_SECONDS, env={**os.environ, "PATH": path}
-    )
+    compiled = [sys.executable, "-c", COMPILE]
+    subprocess.run(compiled, check=True, timeout=COMPILE_SECONDS, env={**os.environ, "PATH": search_path()})
     zero = {**DEEPSPEED["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
     config = world_2.root / "offload.json"
     config.write_text(json.dumps({**DEEPSPEED, "zero_optimization": zero}))

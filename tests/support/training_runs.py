@@ -32,6 +32,12 @@ ABSENT = sets(
 )
 LORA = sets(train__method="lora", train__steps=6, train__lora__r=4)
 
+PATIENCE = (
+    *sets(train__valid_every=2, train__patience=1, train__save_every=3, train__log_every=2),
+    "train.lr={general: 0.0, specific: 0.0, gates: 0.0}",
+)
+"""Nothing improves: the second validation, at step 4, ends it."""
+
 JOBS: dict[int, tuple[Job, ...]] = {
     1: (
         Job("sgd", SGD),
@@ -46,7 +52,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("detect-large", ("detect.batch_tokens=4096",), DETECT),
     ),
     2: (
-        Job("sgd", (*SGD, "train.micro_batch=2")),
+        Job("sgd", (*SGD, "train.micro_batch=2", "train.valid_every=7")),
         Job("adamw", ADAMW),
         Job("none", ABSENT, GATHER),
         Job(
@@ -69,13 +75,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("lora", LORA, GATHER),
         Job("watched", ABSENT, "support.jobs:watch_groups"),
         Job("nudged", sets(train__steps=2), "support.jobs:train_and_nudge"),
-        Job(
-            "patience",
-            (
-                *sets(train__valid_every=2, train__patience=1, train__save_every=3),
-                "train.lr={general: 0.0, specific: 0.0, gates: 0.0}",
-            ),
-        ),
+        Job("patience", PATIENCE),
         Job("detect", (), DETECT),
     ),
     4: (Job("sgd", SGD), Job("adamw", ADAMW), Job("few", FEW), Job("detect", (), DETECT)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -69,6 +70,11 @@ def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
             os.environ["OMP_NUM_THREADS"] = before
 
 
+def search_path() -> str:
+    """PATH with the tools of the virtual environment first: another ninja would compile everything again."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
 def _wait(root: Path, processes: Sequence[object], ranks: int) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while any(process.is_alive() for process in processes):  # type: ignore[attr-defined]
@@ -95,6 +101,7 @@ def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -
         WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        PATH=search_path(),
     )
     from lander_ds.parallel import comm
     from support.tiny_run import TinyRun

@@ -85,7 +85,7 @@ def test_losses_are_those_of_each_example_alone(case: str, tmp_path: Path) -> No
         counts[example.pair_id] += len(losses)
     torch.testing.assert_close(per_pair[0], sums, rtol=1e-5, atol=1e-5)
     assert torch.equal(per_pair[1], counts)
-    assert float(loss) == pytest.approx(float(sums.sum()) / 10, rel=1e-5)
+    assert loss.item() == pytest.approx(float(sums.sum()) / 10, rel=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["none", "input", "output"])

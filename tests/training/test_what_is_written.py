@@ -31,7 +31,7 @@ def test_a_record_of_every_step(world_1: TinyRun) -> None:
     assert [record["step"] for record in records] == list(range(1, 21))
     groups = json.loads(world_1.run("adamw-1").training_summary.read_text())["groups"]
     for number, record in enumerate(records):
-        assert set(record) == {
+        assert set(record) >= {
             *("step", "loss", "loss_per_pair", "budget_loss", "tokens", "target_tokens", "examples", "lr"),
             *("grad_norm", "gates", "alpha", "tokens_per_second", "seconds", "eta_seconds"),
         }
@@ -51,7 +51,7 @@ def test_a_record_of_every_step(world_1: TinyRun) -> None:
 
 def test_the_summary_of_a_training(world_2: TinyRun) -> None:
     found = json.loads(world_2.run("adamw-2").training_summary.read_text())
-    assert set(found) == {
+    assert set(found) >= {
         *("method", "trained_parameters", "total_parameters", "ranks", "steps", "stopped_early", "seconds"),
         *("weight_bytes_per_rank", "gradient_bytes_per_rank", "optimizer_bytes_per_rank"),
         *("frozen_unchanged", "groups", "checkpoint"),
