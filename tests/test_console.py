@@ -19,11 +19,14 @@ LONG = "a sentence that goes on " * 20 + "[and] ends here"
 
 @pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
-    """Leaves logging, warnings and the environment as they were."""
+    """Starts without any set-up and leaves logging, warnings and the environment as they were."""
     root, other = logging.getLogger(), logging.getLogger("DeepSpeed")
     handlers, level, filters = list(root.handlers), root.level, list(other.filters)
     own = logging.getLogger("lander_ds").level
     environment = dict(os.environ)
+    # Other tests of the same process may have set logging up already.
+    other.filters[:] = []
+    os.environ.pop("TQDM_DISABLE", None)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         yield
