@@ -98,6 +98,14 @@ def test_the_checkpoint_says_what_was_trained_not_the_recipe(world_2: TinyRun, t
         export.run(edited, run)
 
 
+def test_a_training_in_bfloat16_on_a_float32_base(world_2: TinyRun, tmp_path: Path) -> None:
+    recipe, run = copy_of(world_2, "bfloat16", tmp_path / "run", "export.formats=[routed]")
+    export.run(recipe, run)
+    found = json.loads((run.export / "verification.json").read_text())["routed"]
+    assert found["expected_exact"]
+    assert found["max_logit_difference"] < 1e-5 * max(1.0, found["max_logit"])
+
+
 def test_in_bfloat16_the_proof_is_against_the_weights_that_were_used(
     world_2: TinyRun, tmp_path: Path
 ) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.jobs import GATHERED
+from support.jobs import GATHERED, NOTES
 from support.tiny_run import NEURONS, SELECTED, TinyRun
 
 pytestmark = pytest.mark.distributed
@@ -17,8 +18,9 @@ ADAM_BYTES = 12
 """Master, first and second moment of a trained parameter."""
 
 
-def summary(runs: TinyRun, name: str) -> dict[str, object]:
-    return json.loads(runs.run(name).training_summary.read_text())  # type: ignore[no-any-return]
+def summary(runs: TinyRun, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(runs.run(name).training_summary.read_text())
+    return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -27,26 +29,38 @@ def test_every_rank_holds_its_share(request: pytest.FixtureRequest, ranks: int) 
     found = summary(runs, f"adamw-{ranks}")
     trained, total = found["trained_parameters"], found["total_parameters"]
     base = sum(tensor.numel() for tensor in load_file(runs.model / "model.safetensors").values())
-    gates = sum(found["groups"][name] for name in ("gates",))  # type: ignore[index]
+    gates = found["groups"]["gates"]
     assert found["ranks"] == ranks
     assert total == base + gates, "tied embeddings count once"
-    assert trained == sum(found["groups"].values())  # type: ignore[attr-defined]
+    assert trained == sum(found["groups"].values())
     for name, expected, tolerance in (
-        ("optimizer_bytes_per_rank", ADAM_BYTES * trained / ranks, 0.02),  # type: ignore[operator]
-        ("gradient_bytes_per_rank", FLOAT * trained / ranks, 0.02),  # type: ignore[operator]
-        ("weight_bytes_per_rank", FLOAT * total / ranks, 0.05),  # type: ignore[operator]
+        ("optimizer_bytes_per_rank", ADAM_BYTES * trained / ranks, 0.02),
+        ("gradient_bytes_per_rank", FLOAT * trained / ranks, 0.02),
+        ("weight_bytes_per_rank", FLOAT * total / ranks, 0.05),
     ):
-        assert len(found[name]) == ranks  # type: ignore[arg-type]
+        assert len(found[name]) == ranks
         assert found[name] == pytest.approx([expected] * ranks, rel=tolerance), name
     # A process that has imported torch, and no more than a test machine has.
     peaks = found["peak_memory_bytes_per_rank"]
-    assert len(peaks) == ranks  # type: ignore[arg-type]
-    assert all(1e7 < peak < 2e10 for peak in peaks)  # type: ignore[attr-defined]
+    assert len(peaks) == ranks
+    assert all(1e7 < peak < 2e10 for peak in peaks)
+
+
+def test_bfloat16_weights_float32_optimizer(world_2: TinyRun) -> None:
+    found = summary(world_2, "bfloat16-2")
+    assert found["optimizer_bytes_per_rank"] == pytest.approx(
+        [ADAM_BYTES * found["trained_parameters"] / 2] * 2, rel=0.02
+    )
+    assert found["weight_bytes_per_rank"] == pytest.approx([2 * found["total_parameters"] / 2] * 2, rel=0.05)
+    assert found["frozen_unchanged"] is True
+    notes = json.loads((world_2.run("looked-into-2").path / NOTES).read_text())
+    assert notes["parameters"] == ["torch.bfloat16"]
+    assert notes["rotary"] == ["torch.float32"], "in bfloat16 far positions would move"
 
 
 def test_sgd_keeps_no_moments(world_2: TinyRun) -> None:
     found = summary(world_2, "sgd-2")
-    expected = FLOAT * found["trained_parameters"] / 2  # type: ignore[operator]
+    expected = FLOAT * found["trained_parameters"] / 2
     assert found["optimizer_bytes_per_rank"] == pytest.approx([expected] * 2, rel=0.02)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from lander_ds.config.recipe import Recipe
+from lander_ds.errors import LanderError
 from lander_ds.parallel import comm, zero3
 from lander_ds.run import RunDirectory
 from lander_ds.stages import train
@@ -16,9 +18,11 @@ from lander_ds.training.groups import active_groups
 from lander_ds.training.journal import Journal
 from lander_ds.training.loop import Loop, Outcome
 from lander_ds.training.session import Session, load_data, open_session
+from lander_ds.training.validation import validation_loss
 
 GATHERED = "gathered.safetensors"
 WATCHED = "watched.json"
+NOTES = "notes.json"
 
 
 def train_and_gather(recipe: Recipe, run: RunDirectory) -> None:
@@ -86,6 +90,50 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     if comm.rank() == 0:
         (run.path / WATCHED).write_text(json.dumps(notes))
     session.engine.destroy()
+
+
+def look_into_session(recipe: Recipe, run: RunDirectory) -> None:
+    """Note types of parameters and buffers, and validation losses of all pairs, of one alone and of few sentences."""
+    session, data = open_session(recipe, run), load_data(recipe, run)
+    valid = dict(enumerate(data.split("valid").values()))
+    few = replace(session, recipe=replace(recipe, train=replace(recipe.train, valid_examples=1)))
+    notes = {
+        "parameters": sorted({str(p.dtype) for p in session.model.parameters()}),
+        "rotary": sorted({str(b.dtype) for name, b in session.model.named_buffers() if "inv_freq" in name}),
+        "all": validation_loss(session, valid),
+        "one": validation_loss(session, {2: valid[2]}),
+        # One sentence: most micro-batches and perhaps ranks have none.
+        "few": validation_loss(few, {2: valid[2]}),
+        "training": session.model.training,
+    }
+    if comm.rank() == 0:
+        (run.path / NOTES).write_text(json.dumps(notes))
+    session.engine.destroy()
+
+
+def use_collectives(recipe: Recipe, run: RunDirectory) -> None:
+    """Note what every collective returns on every rank."""
+    rank, ranks = comm.rank(), comm.world_size()
+    summed = torch.full((2,), float(rank + 1), dtype=torch.float64)
+    returned = comm.sum_over_ranks(summed)
+    notes = {
+        "sum": summed.tolist(),
+        "same": returned is summed,
+        "gathered": comm.gather_objects({"rank": rank}),
+        "from_zero": comm.from_rank_zero(f"of rank {rank}"),
+        "share": list(comm.share(range(10))),
+    }
+    (run.path / f"{rank}-{NOTES}").write_text(json.dumps(notes))
+    comm.barrier()
+    assert all((run.path / f"{other}-{NOTES}").exists() for other in range(ranks))
+
+
+def diverge(recipe: Recipe, run: RunDirectory) -> None:
+    """Stage train, which must fail; every rank notes the error."""
+    try:
+        train.run(recipe, run)
+    except LanderError as error:
+        (run.path / f"{comm.rank()}-{NOTES}").write_text(str(error))
 
 
 def _states(session: Session) -> dict[str, list[torch.Tensor]]:

@@ -76,9 +76,24 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("watched", ABSENT, "support.jobs:watch_groups"),
         Job("nudged", sets(train__steps=2), "support.jobs:train_and_nudge"),
         Job("patience", PATIENCE),
+        Job("bfloat16", sets(model__dtype="bfloat16", train__steps=4)),
+        Job("looked-into", sets(model__dtype="bfloat16"), "support.jobs:look_into_session"),
+        Job("collectives", (), "support.jobs:use_collectives"),
         Job("detect", (), DETECT),
+        # Last, because it ends in an error.
+        Job(
+            "diverged",
+            (*sets(train__optimizer="sgd", train__save_every=1), "train.lr={general: 1.0e+30}"),
+            "support.jobs:diverge",
+        ),
     ),
-    4: (Job("sgd", SGD), Job("adamw", ADAMW), Job("few", FEW), Job("detect", (), DETECT)),
+    4: (
+        Job("sgd", SGD),
+        Job("adamw", ADAMW),
+        Job("few", FEW),
+        Job("detect", (), DETECT),
+        Job("collectives", (), "support.jobs:use_collectives"),
+    ),
 }
 """By number of ranks."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.compare import metrics, validations
+from support.jobs import NOTES
 from support.tiny_run import PAIRS, SELECTED, TinyRun
 from support.training_runs import ADAMW
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,6 +99,26 @@ def test_the_checkpoint_at_the_end_holds_the_trained_tensors(world_2: TinyRun) -
     assert sum(value.numel() for value in found.trained().values()) == summary["trained_parameters"]
     assert found.state["routing"]["alpha_max"] == 1.0
     assert found.state["pairs"] == list(PAIRS)
+
+
+def test_divergence_ends_with_an_error_and_whole_checkpoints(world_2: TinyRun) -> None:
+    run = world_2.run("diverged-2")
+    for rank in range(2):
+        message = (run.path / f"{rank}-{NOTES}").read_text()
+        assert re.search(r"the loss of .*en-.* is not finite at step \d+: lower train\.lr", message)
+    assert checkpoint.newest(run.checkpoints).trained()
+    assert not run.training_summary.exists()
+    assert not run.record_path("train").exists()
+
+
+def test_pairs_without_validation_data_are_left_out(world_2: TinyRun) -> None:
+    """The others are validated as themselves: a pair's id is its place in the recipe."""
+    notes = json.loads((world_2.run("looked-into-2").path / NOTES).read_text())
+    assert set(notes["all"]) == set(PAIRS)
+    assert set(notes["one"]) == set(notes["few"]) == {"en-es"}
+    assert notes["one"]["en-es"] == pytest.approx(notes["all"]["en-es"], rel=1e-2)  # bfloat16
+    assert 0 < notes["few"]["en-es"] < 20
+    assert notes["training"], "back in training mode"
 
 
 def test_a_finished_training_is_not_repeated(world_1: TinyRun) -> None:
