@@ -127,9 +127,9 @@ def test_a_signal_stops_everything_that_was_started(clone: Path, number: signal.
         'set -euo pipefail\nsource "$(dirname "$0")/env.sh"\n'
         "run_part part bash -c 'sleep 300 & echo $! >child; wait'\n"
     )
-    process = subprocess.Popen(
-        ["bash", str(script)], cwd=clone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    # Where the tests themselves run in the background, interrupts are ignored, which bash would inherit for good.
+    command = ["env", "--default-signal=INT", "bash", str(script)]
+    process = subprocess.Popen(command, cwd=clone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     child_file = clone / "child"
     deadline = time.monotonic() + 30
     while not (child_file.exists() and child_file.read_text().strip()):
