@@ -77,6 +77,7 @@ class Loop:
         best, without_gain, stopped = float("inf"), 0, False
         done = 0
         started = time.monotonic()
+        self.session.engine.train()
         with console.progress("train", self.train.steps) as bar:
             while done < self.train.steps and not stopped:
                 record = self._step(done, started)
