@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 
 from lander_ds import console
@@ -17,7 +16,7 @@ from lander_ds.families.loading import build, fill
 from lander_ds.families.weights import BaseWeights, base_fingerprint
 from lander_ds.parallel import comm, zero3
 from lander_ds.run import RunDirectory, section
-from lander_ds.training.batches import packed, whole_split
+from lander_ds.training.batches import micro_batches_for, packed, whole_split
 from lander_ds.training.model import Normaliser, TranslationModel
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     fingerprint = base_fingerprint(recipe.model.path)
     inputs = {"data": data.hash, "base": fingerprint}
     options = {**section(recipe, "detect"), "dtype": recipe.model.dtype}
-    if comm.from_rank_zero(not force and run.up_to_date("detect", options, inputs)):
+    if comm.from_rank_zero(comm.rank() == 0 and not force and run.up_to_date("detect", options, inputs)):
         logger.info("detect: up to date")
         return
     started = time.monotonic()
@@ -69,7 +68,7 @@ def collect(recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch) -> 
         batch: which examples.
     """
     ranks = comm.world_size()
-    count = max(1, math.ceil(int(batch.lengths.sum()) / (ranks * recipe.detect.batch_tokens)))
+    count = micro_batches_for(int(batch.lengths.sum()), recipe.detect.batch_tokens, ranks)
     config = resolve_deepspeed_config(recipe, world_size=ranks, micro_batches=1)
     model, family = build(recipe.model)
     modules = family.down_projections(model)

@@ -13,12 +13,13 @@ import torch
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.config.recipe import Recipe
+from lander_ds.data.prepared import PreparedData
 from lander_ds.families.weights import base_fingerprint
 from lander_ds.parallel import comm, zero3
 from lander_ds.run import RunDirectory, file_hash, section, write_json
 from lander_ds.training.journal import Journal
 from lander_ds.training.loop import Loop, Outcome
-from lander_ds.training.session import METHODS_WITH_SELECTION, Session, load_data, open_session
+from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
 from lander_ds.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     """Train the recipe's method (collective)."""
-    data = load_data(recipe, run)
+    data = PreparedData.load(run, recipe)
     inputs = {
         "data": data.hash,
         "base": base_fingerprint(recipe.model.path),
@@ -35,7 +36,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     if recipe.train.method in METHODS_WITH_SELECTION:
         inputs["selection"] = file_hash(run.selection) if run.selection.exists() else "missing"
     options = {**section(recipe, "train", "routing", "topology", "seed"), "dtype": recipe.model.dtype}
-    if comm.from_rank_zero(not force and run.up_to_date("train", options, inputs)):
+    if comm.from_rank_zero(comm.rank() == 0 and not force and run.up_to_date("train", options, inputs)):
         logger.info("train: up to date")
         return
     started = time.monotonic()

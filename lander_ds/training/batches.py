@@ -6,11 +6,13 @@ pair and no sample (both ids are -1) and has no target, because every rank must 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from lander_ds.config.recipe import TrainConfig
 from lander_ds.data.batches import examples
 from lander_ds.data.packing import Example, PackedBatch, pack
 from lander_ds.data.plan import GlobalBatch, cut
@@ -39,6 +41,16 @@ def whole_split(splits: Mapping[int, PreparedSplit], limit: int | None) -> Globa
         target_tokens=int(targets.sum()),
         target_tokens_per_pair=targets,
     )
+
+
+def micro_batch_tokens(train: TrainConfig) -> int:
+    """Token capacity of one micro-batch on one rank."""
+    return train.micro_batch * train.pack_tokens
+
+
+def micro_batches_for(tokens: int, capacity: int, ranks: int) -> int:
+    """Micro-batches per rank into which `tokens` fit when each holds about `capacity`; at least 1."""
+    return max(1, math.ceil(tokens / (ranks * capacity)))
 
 
 def packed(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.prepared import PreparedData
 from lander_ds.errors import ArtefactError
 from lander_ds.families.family import Family
 from lander_ds.families.loading import build, fill
@@ -18,6 +16,7 @@ from lander_ds.parallel import comm, zero3
 from lander_ds.routing.routed_ffn import RoutingState
 from lander_ds.run import RunDirectory
 from lander_ds.selection.selection import Selection
+from lander_ds.training.batches import micro_batch_tokens, micro_batches_for
 from lander_ds.training.groups import mark_trained, prepare_model
 from lander_ds.training.model import TranslationModel
 from lander_ds.training.optimizer import build_optimizer
@@ -58,8 +57,7 @@ class Session:
 
 def micro_batches(recipe: Recipe, ranks: int) -> int:
     """Micro-batches per rank in one step: enough for the token budget of a global batch."""
-    capacity = ranks * recipe.train.micro_batch * recipe.train.pack_tokens
-    return max(1, math.ceil(recipe.train.batch_tokens / capacity))
+    return micro_batches_for(recipe.train.batch_tokens, micro_batch_tokens(recipe.train), ranks)
 
 
 def load_selection(recipe: Recipe, run: RunDirectory, fingerprint: str) -> Selection | None:
@@ -115,8 +113,3 @@ def open_session(recipe: Recipe, run: RunDirectory) -> Session:
     engine = zero3.initialise(wrapped, config, optimizer)
     zero3.allocate_optimizer_state(engine)
     return Session(recipe, engine, family, state, sizes, total, per_rank, fingerprint)
-
-
-def load_data(recipe: Recipe, run: RunDirectory) -> PreparedData:
-    """The prepared corpora of this recipe."""
-    return PreparedData.load(run, recipe)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 
 from lander_ds.data.prepared import PreparedSplit
 from lander_ds.parallel import comm
-from lander_ds.training.batches import packed, whole_split
+from lander_ds.training.batches import micro_batch_tokens, micro_batches_for, packed, whole_split
 from lander_ds.training.model import Normaliser
 from lander_ds.training.session import Session
 
@@ -23,8 +22,7 @@ def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> di
     """
     recipe, train = session.recipe, session.recipe.train
     batch = whole_split(splits, train.valid_examples)
-    capacity = comm.world_size() * train.micro_batch * train.pack_tokens
-    count = max(1, math.ceil(int(batch.lengths.sum()) / capacity))
+    count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), comm.world_size())
     sums = torch.zeros(2, len(recipe.data.pairs), dtype=torch.float64)
     session.engine.eval()
     with torch.no_grad():

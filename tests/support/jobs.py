@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lander_ds.config.recipe import Recipe
+from lander_ds.data.prepared import PreparedData
 from lander_ds.errors import LanderError
 from lander_ds.parallel import comm, zero3
 from lander_ds.run import RunDirectory
@@ -17,7 +18,7 @@ from lander_ds.stages import train
 from lander_ds.training.groups import active_groups
 from lander_ds.training.journal import Journal
 from lander_ds.training.loop import Loop, Outcome
-from lander_ds.training.session import Session, load_data, open_session
+from lander_ds.training.session import Session, open_session
 from lander_ds.training.validation import validation_loss
 
 GATHERED = "gathered.safetensors"
@@ -68,7 +69,7 @@ def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
 
 def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     """Train; note after every step which groups changed on this rank, in weights or in optimizer state."""
-    session, data = open_session(recipe, run), load_data(recipe, run)
+    session, data = open_session(recipe, run), PreparedData.load(run, recipe)
     loop = Loop(session, data, Journal(run.metrics, None, 1), lambda step: None)
     notes = []
     before = _states(session)
@@ -94,7 +95,7 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
 
 def look_into_session(recipe: Recipe, run: RunDirectory) -> None:
     """Note types of parameters and buffers, and validation losses of all pairs, of one alone and of few sentences."""
-    session, data = open_session(recipe, run), load_data(recipe, run)
+    session, data = open_session(recipe, run), PreparedData.load(run, recipe)
     valid = dict(enumerate(data.split("valid").values()))
     few = replace(session, recipe=replace(recipe, train=replace(recipe.train, valid_examples=1)))
     notes = {
