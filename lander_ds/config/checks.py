@@ -15,6 +15,7 @@ from lander_ds.config.data_checks import check_data
 from lander_ds.config.document import Document, Problems
 from lander_ds.config.file_checks import check_files
 from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
+from lander_ds.config.topology_checks import check_topology
 from lander_ds.errors import ConfigError
 
 
@@ -45,6 +46,7 @@ _POSITIVE, _COUNT, _AT_LEAST_ONE = Range(0, above=True), Range(0), Range(1)
 _SHARE, _SHARE_BELOW_ONE = Range(0, 1), Range(0, 1, below=True)
 
 RANGES: dict[str, Range] = {
+    "pipeline_stages": _AT_LEAST_ONE,
     "seed": Range(0, 2**32, below=True),
     "data.filters.min_chars": _COUNT,
     "data.filters.max_chars": _AT_LEAST_ONE,
@@ -85,6 +87,10 @@ RANGES: dict[str, Range] = {
     "train.patience": _COUNT,
     "train.save_every": _COUNT,
     "train.log_every": _AT_LEAST_ONE,
+    "train.keep_last": _COUNT,
+    "train.keep_every": _COUNT,
+    "train.max_skipped": _COUNT,
+    "train.stall_seconds": _COUNT,
     "train.lora.r": _AT_LEAST_ONE,
     "train.lora.alpha": _POSITIVE,
     "train.lora.dropout": _SHARE_BELOW_ONE,
@@ -95,6 +101,8 @@ RANGES: dict[str, Range] = {
     "translate.batch_size": _AT_LEAST_ONE,
     "translate.max_new_tokens": _AT_LEAST_ONE,
     "score.bootstrap_samples": _AT_LEAST_ONE,
+    "export.fold_sentences": _COUNT,
+    "export.shard_size": _POSITIVE,
     "export.verify": _COUNT,
 }
 
@@ -116,6 +124,7 @@ def check_recipe(recipe: Recipe, stage: str | None, document: Document | None = 
         value: Any = reduce(_part, key_path(key), recipe)
         if value is not None and not allowed.holds(value):
             check.refuse(key, f"must be {allowed}, found {value}")
+    check_topology(check)
     check_data(check)
     _check_select(check)
     _check_routing(check)
@@ -201,6 +210,8 @@ def _check_train(check: Check) -> None:
         )
     if train.patience and not train.valid_every:
         check.refuse("train.patience", "early stopping needs validations; set train.valid_every")
+    if (train.keep_every or not train.keep_best) and not train.keep_last:
+        check.warn("train.keep_last", "0 keeps every checkpoint; keep_every and keep_best have no effect")
     if train.valid_every > train.steps:
         check.warn("train.valid_every", f"{train.valid_every} is more than the {train.steps} steps")
     if train.valid_every and check.runs("prepare", "train") and "valid" not in _splits(recipe):
@@ -293,23 +304,46 @@ def _check_score(check: Check) -> None:
 
 
 def _check_export(check: Check) -> None:
-    recipe, formats = check.recipe, check.recipe.export.formats
+    recipe, export = check.recipe, check.recipe.export
+    formats, pairs_differ = (
+        export.formats,
+        recipe.routing.gate != "none" or recipe.routing.other_pairs == "mask",
+    )
     if not check.runs("export"):
         return
-    if not formats:
-        check.refuse("export.formats", "nothing to export; write [routed], [dense] or both")
+    if not formats and not export.fold:
+        check.refuse("export.formats", "nothing to export; write for example [routed]")
     check.refuse_repeats("export.formats", formats)
     if "routed" in formats and recipe.train.method != "lander":
         check.refuse(
             "export.formats",
             f"routed needs banks, which train.method: {recipe.train.method} does not train; write [dense]",
         )
-    if "dense" in formats and recipe.train.method == "lander" and recipe.routing.gate != "none":
+    if "dense" in formats and recipe.train.method == "lander" and pairs_differ:
         check.warn(
             "export.formats",
-            f"dense cannot hold gates (routing.gate: {recipe.routing.gate}), it approximates the trained "
-            f"model; routed is exact",
+            f"dense cannot hold gates (routing.gate: {recipe.routing.gate}, other_pairs: "
+            f"{recipe.routing.other_pairs}), it approximates the trained model; routed is exact",
         )
+    _check_fold(check, pairs_differ)
+    if export.dtype != "model" and formats == ("delta",) and not export.fold:
+        check.warn("export.dtype", "has no effect on a delta, which keeps the base's types")
+
+
+def _check_fold(check: Check, pairs_differ: bool) -> None:
+    recipe, fold = check.recipe, check.recipe.export.fold
+    check.refuse_repeats("export.fold", fold)
+    if fold and (recipe.train.method != "lander" or not pairs_differ):
+        check.refuse(
+            "export.fold",
+            "there is no gate to fold: formats: [dense] is exact already; remove fold",
+        )
+    for pair in fold:
+        if pair not in (*recipe.data.pairs, "mean"):
+            check.refuse(
+                "export.fold",
+                f"{pair} is no pair of data.pairs ({', '.join(recipe.data.pairs)}) and not mean; correct it",
+            )
 
 
 def _splits(recipe: Recipe) -> set[str]:

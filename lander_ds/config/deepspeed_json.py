@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.config.deepspeed_strict import read_deepspeed_json
+from lander_ds.config.deepspeed_topology import check_zero, complete_zero
 from lander_ds.config.document import KeyPath, Problems, lookup
 from lander_ds.config.recipe import Recipe
 
@@ -47,14 +48,17 @@ def resolve_deepspeed_config(recipe: Recipe, world_size: int, micro_batches: int
         ConfigError: as `check_deepspeed_json`.
     """
     config: dict[str, Any] = _without_auto(_read_and_compare(recipe))
-    config.pop("optimizer", None)
+    for decided_by_the_recipe in ("optimizer", "pipeline", "activation_checkpointing"):
+        config.pop(decided_by_the_recipe, None)
     config["train_micro_batch_size_per_gpu"] = recipe.train.micro_batch
     config["gradient_accumulation_steps"] = micro_batches
     config["train_batch_size"] = recipe.train.micro_batch * micro_batches * world_size
     # Always explicit: DeepSpeed clips at 1.0 when nothing is said.
     config["gradient_clipping"] = recipe.train.clip
-    config.setdefault("bf16", {})["enabled"] = recipe.model.dtype == "bfloat16"
-    config.setdefault("fp16", {})["enabled"] = recipe.model.dtype == "float16"
+    config["bf16"] = {**(config.get("bf16") or {}), "enabled": recipe.model.dtype == "bfloat16"}
+    config["fp16"] = {**(config.get("fp16") or {}), "enabled": recipe.model.dtype == "float16"}
+    # Without a word DeepSpeed would add up the micro-batches' gradients in the type of the weights.
+    config["data_types"] = {"grad_accum_dtype": "fp32", **(config.get("data_types") or {})}
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     zero = config["zero_optimization"]
@@ -62,6 +66,24 @@ def resolve_deepspeed_config(recipe: Recipe, world_size: int, micro_batches: int
         # A block that offloads nothing is left out, so that its presence means offloading.
         if lookup(zero, (name, "device")) in (None, "none"):
             zero.pop(name, None)
+    complete_zero(zero, recipe.topology)
+    return config
+
+
+def resolve_inference_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """What `translate.weights: sharded` gives to DeepSpeed in every topology: ZeRO-3 over all ranks, no optimizer.
+
+    Args:
+        recipe: names the JSON. What a stage-3 JSON says of weights (`offload_param`, thresholds) holds here too.
+        world_size: all ranks, each of which is a data-parallel rank.
+
+    Raises:
+        ConfigError: as `check_deepspeed_json`.
+    """
+    config = resolve_deepspeed_config(recipe, world_size, micro_batches=1)
+    if recipe.topology == "pipeline":
+        config["zero_optimization"] = {"stage": 3, "overlap_comm": False}
+    config["zero_optimization"].pop("offload_optimizer", None)
     return config
 
 
@@ -81,22 +103,24 @@ def _read_and_compare(recipe: Recipe) -> dict[str, Any]:
     document = read_deepspeed_json(Path(recipe.deepspeed))
     config: dict[str, Any] = document.value
     problems = Problems(document)
-    stage = lookup(config, ("zero_optimization", "stage")) or 0
-    if stage != 3:
-        problems.add(
-            ("zero_optimization", "stage"),
-            f"the recipe says topology: {recipe.topology}, which needs 3, found {stage}; write 3",
-        )
+    check_zero(config.get("zero_optimization") or {}, recipe.topology, problems)
     counts = "follows from the recipe keys train.batch_tokens, train.pack_tokens and the number of ranks"
     for key in ("train_batch_size", "gradient_accumulation_steps"):
         if config.get(key, "auto") not in ("auto", None):
             problems.add((key,), f'{counts}, found {config[key]}; write "auto"')
     dtype, clip, micro = recipe.model.dtype, recipe.train.clip, recipe.train.micro_batch
+    stages, recompute = recipe.pipeline_stages, recipe.train.activation_checkpointing
     expected: tuple[tuple[KeyPath, Any, str], ...] = (
         (("train_micro_batch_size_per_gpu",), micro, f"train.micro_batch: {micro}"),
         (("gradient_clipping",), clip, f"train.clip: {clip:g}"),
         (("bf16", "enabled"), dtype == "bfloat16", f"model.dtype: {dtype}"),
         (("fp16", "enabled"), dtype == "float16", f"model.dtype: {dtype}"),
+        (("pipeline", "stages"), stages, f"pipeline_stages: {stages}"),
+        (
+            ("pipeline", "activation_checkpoint_interval"),
+            int(recompute),
+            f"train.activation_checkpointing: {json.dumps(recompute)}",
+        ),
     )
     for path, wanted, source in expected:
         found = lookup(config, path)

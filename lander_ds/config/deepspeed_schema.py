@@ -41,6 +41,18 @@ class ActivationCheckpointing(Section):
     cpu_checkpointing: bool = False
 
 
+class Pipeline(Section):
+    """`pipeline`."""
+
+    stages: Count | Literal["auto"] | None = None
+    partition: str | None = None
+    seed_layers: bool = False
+    activation_checkpoint_interval: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    pipe_partitioned: bool = True
+    grad_partitioned: bool = True
+    use_reentrant: bool | None = None
+
+
 class FlopsProfiler(Section):
     """`flops_profiler`."""
 
@@ -119,6 +131,7 @@ class DeepSpeedJson(Section):
     zero_allow_untested_optimizer: bool = True
     zero_force_ds_cpu_optimizer: bool = False
     activation_checkpointing: ActivationCheckpointing | None = None
+    pipeline: Pipeline | None = None
     communication_data_type: Type | None = None
     seq_parallel_communication_data_type: Type | None = None
     prescale_gradients: bool = False
@@ -157,7 +170,6 @@ REFUSED: dict[str, str] = {
     "hybrid_engine": "it replaces modules that lander_ds routes; remove it",
     "torch_autocast": "model.dtype in the recipe is the type of the arithmetic; remove it",
     "weight_quantization": "it would change frozen weights; remove it",
-    "pipeline": _LAYOUT,
     "tensor_parallel": _LAYOUT,
     "expert_parallel": _LAYOUT,
     "sequence_parallel_size": _LAYOUT,
@@ -176,11 +188,16 @@ _MASTERS = "the optimizer always keeps float32 masters and moments; remove it"
 _SECOND_OPTIMIZER = (
     "DeepSpeed would step a second optimizer that does not know which banks are active; remove it"
 )
+_RECOMPUTED = (
+    "the recipe says what is recomputed; remove it and set train.activation_checkpointing: true there if layers "
+    "are to be recomputed"
+)
 
 REFUSED_WHEN_SET: dict[tuple[str, ...], str] = {
     ("zero_optimization", "zero_quantized_weights"): _QUANTISED,
     ("zero_optimization", "zero_quantized_nontrainable_weights"): _QUANTISED,
     ("zero_optimization", "zero_quantized_gradients"): _QUANTISED,
+    ("zero_optimization", "legacy_stage1"): "DeepSpeed has dropped it; remove it",
     ("zero_optimization", "zenflow"): _SECOND_OPTIMIZER,
     ("zero_optimization", "offload_optimizer", "super_offload"): _SECOND_OPTIMIZER,
     ("bf16", "bf16_master_weights_and_grads"): _MASTERS,
@@ -188,6 +205,10 @@ REFUSED_WHEN_SET: dict[tuple[str, ...], str] = {
     ("fp16", "fp16_master_weights_and_grads"): _MASTERS,
     ("compile", "deepcompile"): "it recompiles the forward pass without the gates' control flow; remove it",
     ("disable_allgather",): "ZeRO-3 has to gather the weights; remove it",
+    ("prescale_gradients",): "lander_ds undoes how DeepSpeed averages gradients; remove it",
+    **{("activation_checkpointing", name): _RECOMPUTED for name in ActivationCheckpointing.model_fields},
+    ("pipeline", "partition"): "layers are balanced by compute; remove it, or set pipeline_cut in the recipe",
+    ("pipeline", "seed_layers"): "everything random follows the recipe's seed; remove it",
 }
 """Keys that may be present, but not with a value other than false, 0 or null: why, and the cure."""
 

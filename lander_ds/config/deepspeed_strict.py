@@ -240,7 +240,13 @@ def _check_supported(value: dict[str, Any], problems: Problems) -> None:
             ("zero_force_ds_cpu_optimizer",), "DeepSpeed would refuse lander_ds's optimizer; remove it"
         )
     if str(value.get("gradient_allreduce_op", "mean")).lower() == "sum":
-        problems.add(("gradient_allreduce_op",), "DeepSpeed has it for ZeRO 1 and 2 only; remove it")
+        problems.add(("gradient_allreduce_op",), "lander_ds relies on mean; remove it")
+    if value.get("gradient_predivide_factor", 1.0) != 1.0:
+        problems.add(
+            ("gradient_predivide_factor",), "lander_ds undoes how DeepSpeed averages gradients; remove it"
+        )
+    if lookup(value, ("pipeline", "use_reentrant")) is False:
+        problems.add(("pipeline", "use_reentrant"), "lander_ds recomputes layers itself; remove it")
     _check_optimizer(value.get("optimizer") or {}, problems)
 
 

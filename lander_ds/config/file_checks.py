@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lander_ds.config.check import Check
 from lander_ds.config.recipe import ColumnConfig
+from lander_ds.config.topology_checks import check_layers_per_stage, check_tied_embeddings
 from lander_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -123,7 +124,25 @@ def _check_model(check: Check) -> None:
             check.refuse("model.path", "config.json holds no JSON object; restore the model")
             return
         _check_positions(check, text)
-        _check_layers(check, text)
+        count = _first_number(text, _LAYER_KEYS)
+        if count is not None:
+            _check_layers(check, count)
+            check_layers_per_stage(check, count)
+        check_tied_embeddings(check)
+        _check_pickles(check, path)
+
+
+def _check_pickles(check: Check, path: Path) -> None:
+    """Weights that can run code on opening, before a stage works for an hour to find them."""
+    if check.recipe.model.allow_pickle or any(path.glob("*.safetensors")):
+        return
+    if pickled := sorted(path.glob("pytorch_model*.bin")):
+        check.refuse(
+            "model.path",
+            f"{path} holds only pickled weights ({pickled[0].name}), which can run code on opening; convert them once "
+            f"with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or set model.allow_pickle: true if "
+            f"you trust where they come from",
+        )
 
 
 def _check_positions(check: Check, config: dict[str, Any]) -> None:
@@ -137,11 +156,10 @@ def _check_positions(check: Check, config: dict[str, Any]) -> None:
         )
 
 
-def _check_layers(check: Check, config: dict[str, Any]) -> None:
-    """The selection against the number of decoder layers, where config.json tells it."""
-    count = _first_number(config, _LAYER_KEYS)
+def _check_layers(check: Check, count: int) -> None:
+    """The selection against the number of decoder layers."""
     layers = check.recipe.select.layers
-    if count is None or layers.criterion == "all":
+    if layers.criterion == "all":
         return
     if layers.criterion == "list":
         if max(layers.layers) >= count:

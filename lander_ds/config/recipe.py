@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Topology = Literal["zero3"]
+Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
@@ -25,6 +25,9 @@ class ModelConfig:
     """Type of the weights and of the arithmetic. The optimizer always keeps float32 masters."""
     trust_remote_code: bool = False
     """Run Python code that the model directory ships. Only for directories whose code has been read."""
+    allow_pickle: bool = False
+    """Open weights that are PyTorch pickles (pytorch_model.bin), where there are no safetensors. Nothing but tensors is
+    taken from them, but only safetensors cannot run code by design."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,9 @@ class TrainConfig:
     """Packed sequences of `pack_tokens` per micro-batch and rank. Changes memory and speed, not results."""
     pack_tokens: int = 1024
     """Token capacity of one packed sequence."""
+    activation_checkpointing: bool = False
+    """Recompute every decoder layer's activations in the backward pass: less memory, about a third more
+    compute. Changes no result."""
     temperature: float = 1.0
     """Pairs are sampled in proportion to size ** (1 / temperature)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -267,6 +273,18 @@ class TrainConfig:
     """Stop after so many validations without improvement; 0 never stops early."""
     save_every: int = 0
     """Checkpoint every so many steps; there is always one at the end."""
+    save_in_background: bool = True
+    """Go on training while a checkpoint is being written."""
+    keep_last: int = 0
+    """Keep only the newest so many checkpoints; 0 keeps all."""
+    keep_every: int = 0
+    """With `keep_last`: also keep checkpoints whose step is a multiple of this; 0: none."""
+    keep_best: bool = True
+    """With `keep_last`: also keep the checkpoint with the lowest mean validation loss."""
+    max_skipped: int = 10
+    """Steps whose loss or gradients are not finite are skipped and counted; stop after so many in a row."""
+    stall_seconds: float = 1800.0
+    """End the training when no step has finished for so long, and name the rank that hangs; 0 waits for ever."""
     log_every: int = 1
     """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -317,10 +335,19 @@ class ScoreConfig:
 class ExportConfig:
     """HF directories made from the trained model."""
 
-    formats: tuple[Literal["dense", "routed"], ...] = ("routed",)
-    """`routed`: exact, ships its own modelling file. `dense`: standard architecture, exact without gates."""
+    formats: tuple[Literal["dense", "routed", "delta"], ...] = ("routed",)
+    """`routed`: exact, ships its own modelling file. `dense`: standard architecture, exact without gates. `delta`:
+    only what differs from the base, for `lander delta`; exact both ways."""
+    fold: tuple[str, ...] = ()
+    """Pairs, or `mean`, for each of which `dense-PAIR` is written too: a standard architecture with that pair's mean
+    gates folded into the weights (I). An approximation."""
+    fold_sentences: int = 100
+    """Sentences per folded pair on which BLEU and chrF of the folded export are compared with the routed model's; 0
+    skips it."""
     dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
-    """Type of the exported weights; `model` keeps the base's."""
+    """Type of the exported weights; `model` keeps the base's, as a delta always does."""
+    shard_size: float | None = None
+    """Largest weight file in gigabytes (10^9 bytes). Default: the base's own files for `dense`, 5 for `routed`."""
     verify: int = 2
     """Sentences per pair on which each export is compared with the trained model (logits in float32 and
     greedy translations); 0 skips it. Needs memory for two copies of the model."""
@@ -339,7 +366,13 @@ class Recipe:
     deepspeed: str
     """DeepSpeed JSON (`ds_configs/<size>/<topology>.json`)."""
     topology: Topology = "zero3"
-    """How the model is spread over the ranks."""
+    """`zero3`: every weight sharded over all ranks. `pipeline`: every rank holds whole layers, ZeRO-1 shards the
+    optimizer state. `pipeline_zero3`: ZeRO-3 inside every pipeline stage (I)."""
+    pipeline_stages: int = 1
+    """Stages of a pipeline topology; the number of ranks must be a multiple."""
+    pipeline_cut: tuple[int, ...] = ()
+    """First decoder layer of every pipeline stage but the first, e.g. [6, 12] for three stages; empty: balanced by
+    compute."""
     seed: int = 1
     """Seed of everything random."""
     detect: DetectConfig = field(default_factory=DetectConfig)

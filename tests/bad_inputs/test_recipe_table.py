@@ -47,6 +47,8 @@ EDITS = [
     ("zero3.json", "zero4.json", "zero4.json", "does not exist; did you mean zero3.json?"),
 ]
 
+TWO_STAGES = ["topology=pipeline", "pipeline_stages=2"]
+
 OVERRIDES = [
     # The stage, the overrides, fragments of the message.
     ("train", ["train.lrr=1"], "--set train.lrr=1: train.lrr: unknown key; did you mean train.lr?"),
@@ -96,6 +98,15 @@ OVERRIDES = [
         "gates of 0 and 2",
         "set routing.gate_init: paper",
     ),
+    ("train", ["pipeline_stages=2"], "pipeline_stages: topology: zero3 has one stage, found 2"),
+    ("train", ["pipeline_cut=[3]"], "pipeline_cut: topology: zero3 has no stages", "set topology: pipeline"),
+    ("train", ["topology=pipeline"], "pipeline_stages: topology: pipeline needs at least 2, found 1"),
+    ("train", [*TWO_STAGES, "pipeline_cut=[2, 4]"], "pipeline_cut: 2 stages need 1 entries", "found 2"),
+    ("train", [*TWO_STAGES, "pipeline_cut=[0]"], "pipeline_cut.0: the first stage begins with layer 0"),
+    ("train", [*TWO_STAGES, "pipeline_cut=[6]"], "pipeline_cut.0: the model has no layer 6", "0 to 5"),
+    ("detect", ["topology=pipeline_zero3", "pipeline_stages=7"], "pipeline_stages: every stage needs", "6"),
+    ("train", [*TWO_STAGES, "model.dtype=float16"], "model.dtype: float16", "write bfloat16 or float32"),
+    ("train", TWO_STAGES, "zero3.json, line 9: zero_optimization.stage", "topology: pipeline, which needs 1"),
     ("translate", ["translate.shots=0"], "translate.shots: the system fewshot needs at least 1"),
     ("translate", ["translate.systems=[]"], "translate.systems: nothing to translate with"),
     ("translate", ["translate.systems=[base, base]"], "translate.systems: base is given twice"),
@@ -129,6 +140,13 @@ JSON = [
     ({"bf16": {"enabled": True}}, "bf16.enabled", "model.dtype: float32"),
     ({"gradient_accumulation_steps": 8}, "gradient_accumulation_steps", "train.batch_tokens"),
     ({"elasticity": {"enabled": True}}, "elasticity", "Remove it"),
+    ({"pipeline": {"stages": 4}}, "pipeline.stages", "pipeline_stages: 1"),
+    ({"pipeline": {"partition": "uniform"}}, "pipeline.partition", "set pipeline_cut in the recipe"),
+    (
+        {"activation_checkpointing": {"partition_activations": True}},
+        "activation_checkpointing.partition_activations",
+        "set train.activation_checkpointing",
+    ),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights", "frozen weights"),
 ]
 

@@ -41,7 +41,7 @@ def test_ranges_name_numbers_of_the_schema(key: str) -> None:
 def test_every_number_of_the_schema_has_a_range() -> None:
     bounded = {key.removesuffix(".0").removesuffix(".1") for key in RANGES}
     numbers = {key.path for key in explain() if "number" in key.type}
-    checked_elsewhere = {"data.corpora.N.limit", "select.layers.layers"}
+    checked_elsewhere = {"data.corpora.N.limit", "select.layers.layers", "pipeline_cut"}
     assert numbers - bounded == checked_elsewhere
 
 
@@ -58,6 +58,101 @@ def test_every_number_of_the_schema_has_a_range() -> None:
 )
 def test_numbers_out_of_range(override: str, message: str, workspace: Workspace) -> None:
     assert message in refusal(workspace, override)
+
+
+THREE_STAGES = ("topology=pipeline_zero3", "pipeline_stages=3")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pipeline_stages=0"], "pipeline_stages: must be at least 1, found 0"),
+        (
+            ["pipeline_stages=2"],
+            "pipeline_stages: topology: zero3 has one stage, found 2; set topology: pipe",
+        ),
+        (["pipeline_cut=[3]"], "pipeline_cut: topology: zero3 has no stages to cut"),
+        (["topology=pipeline"], "pipeline_stages: topology: pipeline needs at least 2, found 1; set it, or"),
+        (["topology=pipeline", "pipeline_stages=0"], "pipeline_stages: must be at least 1, found 0"),
+        (
+            [*THREE_STAGES, "pipeline_cut=[3]"],
+            "pipeline_cut: 3 stages need 2 entries, the first layer of every stage but the first, found 1; "
+            "correct it or set pipeline_stages: 2",
+        ),
+        ([*THREE_STAGES, "pipeline_cut=[0, 3]"], "pipeline_cut.0: the first stage begins with layer 0"),
+        ([*THREE_STAGES, "pipeline_cut=[-1, 3]"], "or later, found -1"),
+        ([*THREE_STAGES, "pipeline_cut=[3, 3]"], "found [3, 3]; write increasing layers, each once"),
+        ([*THREE_STAGES, "pipeline_cut=[4, 2]"], "found [4, 2]; write increasing layers, each once"),
+        (
+            [*THREE_STAGES, "pipeline_cut=[2, 6]"],
+            "pipeline_cut.1: the model has no layer 6; its layers are 0 to",
+        ),
+        (
+            ["topology=pipeline", "pipeline_stages=7"],
+            "pipeline_stages: every stage needs a decoder layer and the",
+        ),
+        (
+            ["topology=pipeline", "pipeline_stages=2", "model.dtype=float16"],
+            "model.dtype: float16 does not work with topology: pipeline",
+        ),
+    ],
+)
+def test_topologies_that_cannot_be(overrides: list[str], message: str, workspace: Workspace) -> None:
+    assert message in refusal(workspace, *overrides)
+
+
+@pytest.mark.parametrize("topology", ["pipeline", "pipeline_zero3"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pipeline_stages=2"],
+        ["pipeline_stages=6"],
+        ["pipeline_stages=3", "pipeline_cut=[1, 5]"],
+        ["pipeline_stages=2", "train.method=lora", "export.formats=[dense]"],
+        ["pipeline_stages=2", "train.activation_checkpointing=true", "model.dtype=bfloat16"],
+    ],
+)
+def test_pipelines_that_work(topology: str, overrides: list[str], workspace: Workspace) -> None:
+    check(workspace, f"topology={topology}", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ('{"model_type": "llama", "num_hidden_layers": 6}', False),
+        ('{"model_type": "llama", "num_hidden_layers": 6, "tie_word_embeddings": true}', True),
+        # These families tie unless config.json says otherwise.
+        ('{"model_type": "gemma3_text", "num_hidden_layers": 6}', True),
+        ('{"model_type": "bloom", "n_layer": 6}', True),
+        ('{"model_type": "bloom", "n_layer": 6, "tie_word_embeddings": false}', False),
+        (
+            '{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 6}}',
+            True,
+        ),
+    ],
+)
+def test_a_tied_embedding_cannot_be_trained_in_two_stages(
+    config: str, tied: bool, workspace: Workspace
+) -> None:
+    (workspace.path / "model" / "config.json").write_text(config)
+    full = ("train.method=full", "export.formats=[dense]")
+    check(workspace, *full)
+    check(workspace, "topology=pipeline", "pipeline_stages=2")
+    if tied:
+        message = refusal(workspace, *full, "topology=pipeline", "pipeline_stages=2")
+        assert "train.method: full trains the embedding, which is also the model's head" in message
+        assert "set topology: zero3" in message
+    else:
+        check(workspace, *full, "topology=pipeline", "pipeline_stages=2")
+
+
+def test_the_tie_of_a_model_that_transformers_cannot_read(workspace: Workspace) -> None:
+    (workspace.path / "model" / "config.json").write_text('{"model_type": "no_such", "n_layer": 6}')
+    message = refusal(
+        workspace, "train.method=full", "export.formats=[dense]", "topology=pipeline", "pipeline_stages=2"
+    )
+    assert "model.path: " in message
+    assert "'no_such' is of no known family" in message
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from lander_ds.config.deepspeed_json import (
     check_deepspeed_json,
     load_deepspeed_json,
     resolve_deepspeed_config,
+    resolve_inference_config,
 )
 from lander_ds.config.loader import load_recipe
 from lander_ds.config.recipe import Recipe
@@ -37,6 +38,10 @@ def refusal(workspace: Workspace, *overrides: str, **changes: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         check_deepspeed_json(recipe_of(workspace, *overrides))
     return str(caught.value)
+
+
+PIPELINE = ["topology=pipeline", "pipeline_stages=2"]
+BOTH = ["topology=pipeline_zero3", "pipeline_stages=2"]
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -74,6 +79,8 @@ def test_every_key_that_deepspeed_reads_is_known() -> None:
 def test_sections_without_a_model_have_deepspeeds_keys() -> None:
     assert set(schema.ActivationCheckpointing.model_fields) == set(ACT_CHKPT_DEFAULT)
     assert set(schema.Aio.model_fields) == set(AIO_DEFAULT_DICT)
+    read_elsewhere = {"use_reentrant"}
+    assert set(schema.Pipeline.model_fields) == set(deepspeed_config.get_pipeline_config({})) | read_elsewhere
     data_types = {"GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES"}
     assert set(schema.DataTypes.model_fields) == {getattr(constants, name) for name in data_types}
 
@@ -131,6 +138,22 @@ def test_sections_without_a_model_have_deepspeeds_keys() -> None:
         ),
         ({"tensorboard": {"enabled": True, "output_pth": "x"}}, "did you mean tensorboard.output_path?"),
         ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer: "),
+        ({"prescale_gradients": True}, "prescale_gradients: lander_ds undoes"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor: lander_ds undoes"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: lander_ds relies on mean"),
+        ({"zero_optimization": {"legacy_stage1": True}}, "legacy_stage1: DeepSpeed has dropped it"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            "activation_checkpointing.cpu_checkpointing: the recipe says what is recomputed; remove it and set "
+            "train.activation_checkpointing: true",
+        ),
+        ({"activation_checkpointing": {"partition_activations": True}}, "train.activation_checkpointing"),
+        ({"activation_checkpointing": {"number_checkpoints": 4}}, "train.activation_checkpointing"),
+        ({"pipeline": {"partition": "uniform"}}, "pipeline.partition: layers are balanced by compute"),
+        ({"pipeline": {"seed_layers": True}}, "pipeline.seed_layers: everything random follows"),
+        ({"pipeline": {"use_reentrant": False}}, "pipeline.use_reentrant: lander_ds recomputes"),
+        ({"pipeline": {"partitions": "best"}}, "did you mean pipeline.partition?"),
+        ({"pipeline": {"stages": "two"}}, "pipeline.stages: "),
         ({"steps_per_print": 0}, "steps_per_print: "),
     ],
 )
@@ -151,6 +174,15 @@ def test_refused(changes: dict[str, Any], fragment: str, workspace: Workspace) -
         (["model.dtype=bfloat16"], {"fp16": {"enabled": True}}, ["fp16.enabled", "model.dtype: bfloat16"]),
         ([], {"zero_optimization": {"stage": 2}}, ["zero_optimization.stage", "topology: zero3"]),
         ([], {"remove": "zero_optimization"}, ["zero_optimization.stage", "found 0"]),
+        (PIPELINE, {}, ["zero_optimization.stage", "topology: pipeline, which needs 1, found 3; write 1"]),
+        (BOTH, {"zero_optimization": {"stage": 1}}, ["topology: pipeline_zero3, which needs 3, found 1"]),
+        ([], {"pipeline": {"stages": 2}}, ["pipeline.stages", "pipeline_stages: 1", "found 2"]),
+        (BOTH, {"pipeline": {"stages": 4}}, ["pipeline.stages", "pipeline_stages: 2", "found 4"]),
+        (
+            BOTH,
+            {"pipeline": {"activation_checkpoint_interval": 1}},
+            ["pipeline.activation_checkpoint_interval", "train.activation_checkpointing: false", "found 1"],
+        ),
         (
             ["train.optimizer=sgd"],
             {"optimizer": {"type": "AdamW"}},
@@ -164,6 +196,67 @@ def test_contradictions_name_both_keys(
     message = refusal(workspace, *overrides, **changes)
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("topology", "changes", "fragment"),
+    [
+        (PIPELINE, {"overlap_comm": True}, "overlap_comm: topology: pipeline: DeepSpeed does not overlap"),
+        (
+            PIPELINE,
+            {"offload_param": {"device": "cpu"}},
+            "offload_param: topology: pipeline: only ZeRO stage 3",
+        ),
+        (
+            PIPELINE,
+            {"offload_optimizer": {"device": "nvme", "nvme_path": "."}},
+            "offload_optimizer.device: topology: pipeline: ZeRO stage 1 offloads to the host alone; write cpu",
+        ),
+        (PIPELINE, {"compute_grad_norm": False}, "compute_grad_norm: topology: pipeline: the gradient norm"),
+        (BOTH, {"overlap_comm": True}, "overlap_comm: topology: pipeline_zero3: DeepSpeed does not overlap"),
+        (BOTH, {"stage3_prefetch_bucket_size": 1}, "stage3_prefetch_bucket_size: topology: pipeline_zero3: "),
+        (BOTH, {"prefetch_bucket_size": 5e7}, "prefetch_bucket_size: topology: pipeline_zero3: "),
+        (BOTH, {"stage3_max_reuse_distance": 9}, "does not repeat; write 0 or remove it"),
+        (BOTH, {"stage3_allgather_sequential": True}, "it makes DeepSpeed prefetch"),
+        (BOTH, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size: topology: pipeline_zero3: "),
+        (BOTH, {"zero_quantized_weights": True}, "zero_quantized_weights: frozen weights must stay"),
+        (BOTH, {"zero_quantized_gradients": True}, "zero_quantized_gradients: frozen weights must stay"),
+        (BOTH, {"zero_quantized_nontrainable_weights": True}, "frozen weights must stay"),
+    ],
+)
+def test_what_a_pipeline_cannot_do(
+    topology: list[str], changes: dict[str, Any], fragment: str, workspace: Workspace
+) -> None:
+    stage = 1 if topology is PIPELINE else 3
+    message = refusal(workspace, *topology, zero_optimization={"stage": stage, **changes})
+    assert fragment in message
+    assert "zero3.json, line " in message
+
+
+@pytest.mark.parametrize(
+    ("topology", "zero", "changes"),
+    [
+        (
+            PIPELINE,
+            {"stage": 1, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}},
+            {},
+        ),
+        (PIPELINE, {"stage": 1}, {"pipeline": {"stages": "auto", "activation_checkpoint_interval": 0}}),
+        (BOTH, {"offload_optimizer": {"device": "cpu"}, "stage3_prefetch_bucket_size": 0}, {}),
+        (
+            BOTH,
+            {"stage3_max_reuse_distance": "auto", "zero_hpz_partition_size": 1},
+            {"pipeline": {"stages": 2}},
+        ),
+        ([], {"overlap_comm": True, "stage3_prefetch_bucket_size": 5e7}, {"pipeline": {"stages": 1}}),
+        ([], {}, {"activation_checkpointing": {"partition_activations": False}}),
+    ],
+)
+def test_what_a_topology_can_do(
+    topology: list[str], zero: dict[str, Any], changes: dict[str, Any], workspace: Workspace
+) -> None:
+    workspace.write_deepspeed(zero_optimization=zero, **changes)
+    check_deepspeed_json(recipe_of(workspace, *topology))
 
 
 def test_values_that_agree_with_the_recipe_are_accepted(workspace: Workspace) -> None:
@@ -224,11 +317,75 @@ def test_the_resolved_configuration_says_everything(workspace: Workspace) -> Non
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
-        "data_types": {"keep_in_fp32_modules": "auto"},
+        "data_types": {"keep_in_fp32_modules": "auto", "grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+@pytest.mark.parametrize("name", ["zero3", "pipeline", "pipeline_zero3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_shipped_json_of_every_topology_fits_it(name: str, dtype: str, workspace: Workspace) -> None:
+    path = next(path for path in JSONS if path.name == f"{name}.json")
+    stages = 1 if name == "zero3" else 2
+    recipe = recipe_of(
+        workspace,
+        f"topology={name}",
+        f"pipeline_stages={stages}",
+        f"deepspeed={path}",
+        f"model.dtype={dtype}",
+    )
+    config = resolve_deepspeed_config(recipe, world_size=1, micro_batches=3)
+    read = deepspeed_config.DeepSpeedConfig(config)
+    assert read.zero_optimization_stage == (1 if name == "pipeline" else 3)
+    assert not read.zero_config.overlap_comm
+    assert read.bfloat16_config.enabled == (dtype == "bfloat16")
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_a_pipeline_looks_not_ahead_even_where_the_json_is_silent(workspace: Workspace) -> None:
+    workspace.write_deepspeed(remove="zero_optimization")
+    workspace.deepspeed.write_text(
+        '{"zero_optimization": {"stage": 3, "prefetch_bucket_size": 0, "overlap_comm": "auto"}, '
+        '"pipeline": {"stages": 2}, "activation_checkpointing": {"profile": false}, "bf16": null}'
+    )
+    config = resolve_deepspeed_config(recipe_of(workspace, *BOTH), world_size=1, micro_batches=2)
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+        "overlap_comm": False,
+    }
+    # The pipeline engine would act on these.
+    assert "pipeline" not in config
+    assert "activation_checkpointing" not in config
+    read = deepspeed_config.DeepSpeedConfig(config).zero_config
+    assert (read.prefetch_bucket_size, read.max_reuse_distance, read.overlap_comm) == (0, 0, False)
+
+
+def test_sharded_inference_is_zero3_in_every_topology(workspace: Workspace) -> None:
+    workspace.write_deepspeed(
+        zero_optimization={"stage": 1, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5}
+    )
+    recipe = recipe_of(workspace, *PIPELINE, "model.dtype=bfloat16", "train.micro_batch=2")
+    config = resolve_inference_config(recipe, world_size=4)
+    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert config["bf16"] == {"enabled": True}
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (8, 1)
+    workspace.write_deepspeed(
+        zero_optimization={
+            "offload_param": {"device": "cpu"},
+            "offload_optimizer": {"device": "cpu"},
+            "stage3_param_persistence_threshold": 0,
+        }
+    )
+    for topology in ([], BOTH):
+        zero = resolve_inference_config(recipe_of(workspace, *topology), world_size=1)["zero_optimization"]
+        assert zero["stage"] == 3
+        assert zero["offload_param"] == {"device": "cpu"}
+        assert zero["stage3_param_persistence_threshold"] == 0
+        assert "offload_optimizer" not in zero
 
 
 def test_clipping_switched_off_is_said_to_deepspeed(workspace: Workspace) -> None:
