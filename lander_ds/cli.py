@@ -18,12 +18,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from lander_ds import console
+from lander_ds import console, delta_cli
 from lander_ds.config.checks import check_recipe
 from lander_ds.config.loader import dump_recipe, read_recipe
 from lander_ds.config.recipe import Recipe
 from lander_ds.errors import LanderError
 from lander_ds.run import RunDirectory, write_text
+from lander_ds.training import preemption
 from lander_ds.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ OTHER_COMMANDS: dict[str, str] = {
     "config": "check, resolve and explain recipes",
     "summary": "print the figures of a run",
     "tokenizer": "train a SentencePiece tokenizer on a recipe's corpora",
+    "delta": delta_cli.SUMMARY,
 }
 
 COLLECTIVE_STAGES = ("detect", "train", "translate")
@@ -53,8 +55,8 @@ COLLECTIVE_STAGES = ("detect", "train", "translate")
 WAIT_SECONDS = 24 * 3600.0
 """How long ranks wait for rank 0 where there are stages that it does alone, such as reading large corpora."""
 
-HEAD_START_SECONDS = 1.0
-"""How much longer than rank 0 the other ranks take to fail."""
+HEAD_START_SECONDS = 3.0
+"""How much longer than rank 0 the other ranks take to fail: launchers look at their processes every second."""
 
 GRACE_SECONDS = 5.0
 """How long a rank that lost its connection to another lets the launcher end it, before it complains."""
@@ -78,7 +80,9 @@ examples:
   lander config --explain train.lr                           what a key means
   lander summary runs/demo --json                            the figures of a run
 
-`lander COMMAND --help` says more. Exit codes: 0 done, 2 wrong input, 1 a defect, 130 interrupted."""
+`lander COMMAND --help` says more. Exit codes: 0 done, 2 wrong input, 1 a defect, 74 the last checkpoint could not be
+written, 75 asked to stop (SIGTERM, SIGUSR1) and saved, 76 a rank hung, 130 interrupted. After 75 and 76, and after a
+machine failed, the same command with --auto-resume goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,13 +124,18 @@ def ranks() -> int:
 
 
 def _report(error: LanderError) -> None:
-    """Tell what is wrong: rank 0 in full, the others in one line, since they mostly fail alike."""
+    """Tell what is wrong: rank 0 at once in full, the others their first line.
+
+    They mostly fail like rank 0, and the launcher then ends them. A rank that is left alone tells the rest.
+    """
     if console.rank() == 0:
-        sys.stderr.write(f"error: {error}\n")
-    else:
-        logger.error("rank %d stopped: %s", console.rank(), str(error).splitlines()[0])
-        # Rank 0 has mostly met the same error: it must have said so before the launcher ends it.
-        time.sleep(HEAD_START_SECONDS)
+        sys.stderr.write(f"{error.label}: {error}\n")
+        return
+    first, _, rest = str(error).partition("\n")
+    logger.error("rank %d stopped: %s", console.rank(), first)
+    time.sleep(HEAD_START_SECONDS)
+    if rest:
+        logger.error("rank %d stopped, in full: %s", console.rank(), error)
 
 
 def _leave(code: int) -> int:
@@ -167,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--force", action="store_true", help="run again although the outputs are up to date"
         )
+        if stage in ("train", "all"):
+            command.add_argument(
+                "--auto-resume",
+                action="store_true",
+                help="go on from the newest whole checkpoint, if there is one",
+            )
         command.set_defaults(command=_run_stages, stage=stage)
 
     command = _command(commands, "config", "lander config --recipe my.yaml --set seed=2 --dump")
@@ -207,6 +222,10 @@ def _parser() -> argparse.ArgumentParser:
         help="share of characters with a piece",
     )
     command.set_defaults(command=_tokenizer)
+
+    delta_cli.add_arguments(
+        _command(commands, "delta", "lander delta apply models/base runs/demo/export/delta models/mine")
+    )
     return parser
 
 
@@ -266,19 +285,23 @@ def _load(arguments: argparse.Namespace, stage: str | None) -> Recipe:
 
 def _run_stages(arguments: argparse.Namespace) -> None:
     stage = arguments.stage
+    preemption.leave_at_once()
     recipe = _load(arguments, stage)
     run = RunDirectory(recipe.run_dir)
-    from lander_ds.parallel import comm
+    from lander_ds.parallel import agreement, comm
 
-    if stage in COLLECTIVE_STAGES:
-        comm.start()
-    elif stage == "all" or ranks() > 1:
-        comm.start(WAIT_SECONDS)
+    flags = {name: getattr(arguments, name, False) for name in ("force", "auto_resume")}
+    with agreement.alike(recipe, {"stage": stage, **flags}, ranks()):
+        if stage in COLLECTIVE_STAGES:
+            comm.start()
+        elif stage == "all" or ranks() > 1:
+            comm.start(WAIT_SECONDS)
     try:
         if comm.rank() == 0:
             write_text(run.recipe, dump_recipe(recipe))
         for name in STAGES if stage == "all" else [stage]:
-            import_module(f"lander_ds.stages.{name}").run(recipe, run, force=arguments.force)
+            more = {"auto_resume": arguments.auto_resume} if name == "train" else {}
+            import_module(f"lander_ds.stages.{name}").run(recipe, run, force=arguments.force, **more)
             comm.free_memory()
     except BaseException:
         # Leaving the group in good order would wait for ranks that wait for this one.

@@ -134,13 +134,15 @@ class ProgressTask:
 
 
 @contextmanager
-def progress(description: str, total: float) -> Iterator[ProgressTask]:
+def progress(description: str, total: float, done: float = 0) -> Iterator[ProgressTask]:
     """A progress bar with elapsed time and ETA on standard error; silent on ranks other than 0.
 
     Args:
         description: what is being done, in a few words.
         total: the number of units (`ProgressTask.advance` counts in the same unit).
+        done: units that an earlier start has done.
     """
+    total -= done
     if rank() != 0:
         yield ProgressTask(None, None, description, total)
         return

@@ -1,4 +1,6 @@
-"""Writing whole directories: a reader finds the old one or the complete new one, never a part."""
+"""Writing whole directories: a reader finds the old one or the complete new one, never a part. And names of files
+that were read from a file: they must not lead elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lander_ds.errors import ArtefactError
 
 
 @contextmanager
@@ -26,18 +30,40 @@ def replacing(final: Path) -> Iterator[Path]:
         shutil.rmtree(new)
         raise
     for path in (*new.iterdir(), new):
-        _flush(path)
+        flush(path)
     if final.exists():
         final.rename(old)
     new.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_inside(name: object) -> bool:
+    """Whether `name` is a relative path that stays below the directory it counts from, by its letters alone."""
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} is not a file name")
+    parts = Path(name).parts
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and "\0" not in name
+
+
+def inside(directory: Path, name: object, source: Path) -> Path:
+    """`directory / name`, for a name that was read from `source`.
+
+    Raises:
+        ArtefactError: it is no file name, or leads out of the directory.
+    """
+    if not isinstance(name, str) or not is_inside(name):
+        raise ArtefactError(
+            f"{source} names {name!r}, which is no path inside {directory}: somebody has edited it; delete it, or "
+            "do not use this directory"
+        )
+    return directory / name

@@ -11,6 +11,8 @@ class LanderError(Exception):
     """Base of every error that a user can cause and cure."""
 
     exit_code = 2
+    label = "error"
+    """What the command line writes before the message."""
 
 
 class ConfigError(LanderError):

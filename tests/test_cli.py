@@ -142,18 +142,20 @@ def test_all_runs_every_stage_in_order_in_one_group(
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    ran: list[tuple[str, bool]] = []
+    ran: list[tuple[str, bool, dict[str, bool]]] = []
     for stage in STAGES:
         monkeypatch.setattr(
             f"lander_ds.stages.{stage}.run",
-            lambda recipe, run, force, stage=stage: ran.append((stage, dist.is_initialized())),
+            lambda recipe, run, force, stage=stage, **options: ran.append(
+                (stage, dist.is_initialized(), options)
+            ),
         )
     try:
-        assert main(["all", "--recipe", "recipe.yaml"]) == 0
+        assert main(["all", "--recipe", "recipe.yaml", "--auto-resume"]) == 0
     finally:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-    assert ran == [(stage, True) for stage in STAGES]
+    assert ran == [(stage, True, {"auto_resume": True} if stage == "train" else {}) for stage in STAGES]
     assert not dist.is_initialized()
 
 

@@ -5,7 +5,7 @@ Shapes: T tokens of a micro-batch, K of them not padding, M pairs, L layers, f n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -50,36 +50,39 @@ class StatisticsCollector:
     Within a micro-batch sums are float32, across micro-batches and ranks float64.
     """
 
-    def __init__(self, down_projections: Sequence[nn.Module], pairs: int, device: torch.device) -> None:
+    def __init__(
+        self, down_projections: Mapping[int, nn.Module], layers: int, pairs: int, device: torch.device
+    ) -> None:
         """Prepare sums for `pairs` pairs on `device`; hooks are set on entering the context.
 
         Args:
-            down_projections: the down projection of every decoder layer, in order; linear modules whose
-                `in_features` is f. Under ZeRO-3 their weights may be partitioned.
+            down_projections: decoder layer -> its down projection, of the layers that this rank computes; linear
+                modules whose `in_features` is f. Under ZeRO-3 their weights may be partitioned.
+            layers: L, of the whole model. The ranks that hold layer 0 count the tokens.
             pairs: M.
             device: where the sums are kept: [5, M, L, f] float64.
 
         Raises:
             ModelError: the layers differ in f.
         """
-        widths = sorted({int(module.in_features) for module in down_projections})  # type: ignore[arg-type]
+        widths = sorted({int(module.in_features) for module in down_projections.values()})  # type: ignore[arg-type]
         if len(widths) != 1:
             raise ModelError(
                 f"the FFN layers have {widths} neurons but awareness needs the same number in each: "
                 f"use another base model"
             )
-        self._modules = list(down_projections)
+        self._modules = dict(down_projections)
         self._tokens = torch.zeros(pairs, dtype=torch.float64, device=device)
-        shape = (len(STATISTICS), pairs, len(self._modules), widths[0])
+        shape = (len(STATISTICS), pairs, layers, widths[0])
         self._sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self._micro_batches = 0
-        self._recorded = [0] * len(self._modules)
+        self._recorded = dict.fromkeys(self._modules, 0)
         self._ownership: _Ownership | None = None
         self._handles: list[RemovableHandle] = []
         self._reduced = False
 
     def __enter__(self) -> StatisticsCollector:
-        for layer, module in enumerate(self._modules):
+        for layer, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._capture(layer)))
         return self
 
@@ -109,7 +112,8 @@ class StatisticsCollector:
         one_hot = torch.zeros(pairs, len(kept), device=ids.device)
         one_hot[ids[kept], torch.arange(len(kept), device=ids.device)] = 1.0
         self._ownership = _Ownership(len(ids), None if len(kept) == len(ids) else kept, one_hot)
-        self._tokens += one_hot.sum(1, dtype=torch.float64)
+        if 0 in self._modules:
+            self._tokens += one_hot.sum(1, dtype=torch.float64)
         self._micro_batches += 1
 
     def _capture(self, layer: int) -> Any:
@@ -154,7 +158,7 @@ class StatisticsCollector:
         """
         if self._reduced:
             raise RuntimeError("StatisticsCollector.reduce was called twice")
-        for layer, recorded in enumerate(self._recorded):
+        for layer, recorded in self._recorded.items():
             if recorded != self._micro_batches:
                 raise RuntimeError(
                     f"layer {layer} recorded {recorded} of {self._micro_batches} micro-batches: "
@@ -178,7 +182,7 @@ class StatisticsCollector:
         sums = dict(zip(STATISTICS, self._sums.cpu(), strict=True))
         tokens = self._tokens.cpu()
         for row, pair in enumerate(pairs):
-            for layer in range(len(self._modules)):
+            for layer in range(self._sums.shape[2]):
                 if not all(torch.isfinite(values[row, layer]).all() for values in sums.values()):
                     raise ModelError(
                         f"the base model computes NaN or infinity in layer {layer} for pair {pair}: "

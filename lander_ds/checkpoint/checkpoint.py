@@ -1,50 +1,95 @@
-"""Checkpoints: `checkpoints/step-N/` with the trained tensors and what they belong to, independent of DeepSpeed.
+"""Reading checkpoints: `checkpoints/step-N/`, independent of DeepSpeed, topology and number of ranks.
 
-    trained.safetensors     every trained tensor once, float32, under its name in the HF model
-    selection.safetensors   the selection (methods that have one)
-    state.json              step, method, base fingerprint, hashes of the files, versions
+    trained-R.safetensors    the trained tensors that rank R wrote, float32, under their names in the HF model
+    optimizer-R.safetensors  their moments: `exp_avg/NAME` and `exp_avg_sq/NAME`, float32
+    selection.safetensors    the selection (methods that have one)
+    state.json               step, what it belongs to, progress, size and hash of every file and of itself
 
-A directory called `step-N` is always whole (see `lander_ds.directories`).
+Together the files hold every trained tensor once; which rank wrote which says nothing about who may read it. A
+directory called `step-N` is whole unless something damaged it later (see `checkpoint.writer`).
 """
 
 from __future__ import annotations
 
+import logging
 import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
-from lander_ds.directories import replacing
 from lander_ds.errors import ArtefactError
-from lander_ds.run import file_hash, read_json, versions, write_json
+from lander_ds.run import file_hash, json_hash, read_json
 from lander_ds.selection.selection import Selection
 
-TRAINED, SELECTION, STATE = "trained.safetensors", "selection.safetensors", "state.json"
-FORMAT = "lander-checkpoint-1"
+logger = logging.getLogger(__name__)
+
+TRAINED, OPTIMIZER = "trained", "optimizer"
+SELECTION, STATE = "selection.safetensors", "state.json"
+DIGEST = "state_sha256"
+"""Key in state.json: `json_hash` of everything else in it."""
+FORMAT = "lander-checkpoint-2"
 _NAME = re.compile(r"step-(\d+)")
+_FILE = re.compile(rf"(({TRAINED}|{OPTIMIZER})-\d+|selection)\.safetensors")
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors of several safetensors files by name, each read when it is asked for."""
+
+    def __init__(self, files: list[Path]) -> None:
+        """Read the names in `files`.
+
+        Raises:
+            ArtefactError: a file is damaged.
+        """
+        self._where: dict[str, Path] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as stored:
+                    self._where.update(dict.fromkeys(stored.keys(), path))
+            except (OSError, SafetensorError) as error:
+                raise ArtefactError(f"{path} is damaged ({error}): use an earlier checkpoint") from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._where[name], framework="pt") as stored:
+            tensor: torch.Tensor = stored.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A checkpoint on disk."""
 
     path: Path
     step: int
     state: Mapping[str, Any]
+    checked: bool = False
+    """Every file has been compared with its hash already."""
 
-    def trained(self) -> dict[str, torch.Tensor]:
+    def trained(self) -> StoredTensors:
         """Name in the HF model -> float32 tensor.
 
         Raises:
-            ArtefactError: the file is not what was written.
+            ArtefactError: a file is not what was written.
         """
-        tensors: dict[str, torch.Tensor] = load_file(self._intact(TRAINED))
-        return tensors
+        return self._tensors(TRAINED)
+
+    def optimizer(self) -> StoredTensors:
+        """`exp_avg/NAME` and `exp_avg_sq/NAME` -> float32 tensor; empty for optimizers without state.
+
+        Raises:
+            ArtefactError: a file is not what was written.
+        """
+        return self._tensors(OPTIMIZER)
 
     def selection(self) -> Selection | None:
         """The selection it was trained with; None for methods without one.
@@ -54,43 +99,36 @@ class Checkpoint:
         """
         return Selection.load(self._intact(SELECTION)) if SELECTION in self.state["files"] else None
 
+    def verified(self) -> Checkpoint:
+        """The same checkpoint, once every file has been compared with its recorded size and hash.
+
+        Raises:
+            ArtefactError: names the first file that is not what was written.
+        """
+        for name in self.state["files"]:
+            self._intact(name)
+        return replace(self, checked=True)
+
+    def _tensors(self, kind: str) -> StoredTensors:
+        return StoredTensors(
+            [self._intact(name) for name in self.state["files"] if name.startswith(f"{kind}-")]
+        )
+
     def _intact(self, name: str) -> Path:
-        path = self.path / name
-        if not path.exists() or file_hash(path) != self.state["files"][name]:
+        path, recorded = self.path / name, self.state["files"][name]
+        try:
+            intact = path.stat().st_size == recorded["bytes"] and (
+                self.checked or file_hash(path) == recorded["sha256"]
+            )
+            why = "is not what was written"
+        except OSError as error:
+            # Missing, or on a failing disk.
+            intact, why = False, f"cannot be read ({error.strerror})"
+        if not intact:
             raise ArtefactError(
-                f"{path} is missing or not what was written: delete {self.path} and use an earlier checkpoint, "
-                "or train again"
+                f"{path} {why}: delete {self.path} and use an earlier checkpoint, or train again"
             )
         return path
-
-
-def write(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, torch.Tensor],
-    selection: Path | None,
-    description: Mapping[str, Any],
-) -> Path:
-    """Write `directory/step-N` (one process calls this).
-
-    Args:
-        directory: the run's checkpoints.
-        step: optimizer steps done.
-        tensors: name -> float32 tensor.
-        selection: the selection file to keep with it, or None.
-        description: JSON values for state.json: method, base fingerprint, options.
-
-    Returns: the path of the checkpoint.
-    """
-    final = directory / f"step-{step}"
-    with replacing(final) as new:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / TRAINED)
-        if selection is not None:
-            shutil.copyfile(selection, new / SELECTION)
-        files = {path.name: file_hash(path) for path in sorted(new.iterdir())}
-        state = {"format": FORMAT, "step": step, **description, "files": files, "versions": versions()}
-        write_json(new / STATE, state)
-    return final
 
 
 def load(path: Path) -> Checkpoint:
@@ -99,25 +137,48 @@ def load(path: Path) -> Checkpoint:
     Raises:
         ArtefactError: it is missing, incomplete or of another format.
     """
-    state = read_json(path / STATE, "choose a complete checkpoint, or train again")
-    if state.get("format") != FORMAT:
-        raise ArtefactError(f"{path} is not a {FORMAT} directory: choose another checkpoint, or train again")
-    return Checkpoint(path, int(state["step"]), state)
+    cure = "choose a complete checkpoint, or train again"
+    state = read_json(path / STATE, cure)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ArtefactError(f"{path} is not a {FORMAT} directory: {cure}")
+    try:
+        sound = state.pop(DIGEST) == json_hash(state)
+        step, files = int(state["step"]), dict(state["files"])
+        # Names come from a file: none may lead out of the directory.
+        sound = sound and all(
+            _FILE.fullmatch(name) and {"bytes", "sha256"} <= set(kept) for name, kept in files.items()
+        )
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ArtefactError(f"{path / STATE} is damaged: {cure}")
+    return Checkpoint(path, step, state)
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, ascending."""
+    return sorted(
+        int(path.name.removeprefix("step-"))
+        for path in directory.glob("step-*")
+        if _NAME.fullmatch(path.name)
+    )
 
 
 def newest(directory: Path) -> Checkpoint:
-    """The checkpoint with the most steps.
+    """The checkpoint with the most steps among those that are whole; damaged ones are reported and passed over.
 
     Raises:
         ArtefactError: there is none.
     """
-    found = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)]
+    found = steps(directory)
+    for step in reversed(found):
+        try:
+            return load(directory / f"step-{step}").verified()
+        except ArtefactError as error:
+            logger.warning("%s; looking for an earlier one", error)
     if not found:
         raise ArtefactError(f"no checkpoint in {directory}: run stage train first")
-    return load(max(found, key=lambda path: int(path.name.removeprefix("step-"))))
-
-
-def remove_all(directory: Path) -> None:
-    """Delete the checkpoints of an earlier training whose options have changed, and what it left unfinished."""
-    for path in [*directory.glob("step-*"), *directory.glob(".step-*.tmp")]:
-        shutil.rmtree(path)
+    raise ArtefactError(
+        f"none of the {len(found)} checkpoints in {directory} is whole: bring one back from a backup, or train again "
+        "in another run_dir (or with --force, which deletes them)"
+    )

@@ -8,7 +8,7 @@ rank ever holds more than its share and one unit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lander_ds.errors import ArtefactError, ModelError
 from lander_ds.families.attention import IMPLEMENTATION
 from lander_ds.families.catalogue import family_of
 from lander_ds.families.family import Family
+from lander_ds.families.span import Span, units, whole
 from lander_ds.families.weights import BaseWeights, read_config
 
 Place = Callable[[nn.Module], None]
@@ -107,6 +108,8 @@ def fill(
     weights: BaseWeights,
     place: Place,
     trained: Mapping[str, torch.Tensor] | None = None,
+    span: Span | None = None,
+    reads: bool = True,
 ) -> None:
     """Give every meta parameter its values from disk, unit by unit.
 
@@ -119,27 +122,36 @@ def fill(
         weights: the files.
         place: called with each unit once it is real; ZeRO-3 partitions here.
         trained: values that replace the base's, by parameter name.
+        span: the part to fill; the rest stays on meta. Default: the whole model.
+        reads: False: leave the values to `place`, which gets them from another rank.
 
     Raises:
         ModelError: a tensor is missing on disk, has another shape, or holds NaN.
         ArtefactError: a trained tensor fits no parameter.
     """
     trained = trained or {}
-    _refuse_misfits(model, trained)
+    _refuse_strangers(model, trained)
     source = _Source(model, family, weights)
-    tied = tied_parameters(model)
-    for name, unit in units(model, family):
+    span = span or whole(model, family)
+    # A pipeline stage that has the head but not the embedding holds its own copy of what the two share.
+    originals = tied_parameters(model)
+    tied = originals if span.first and span.last else {}
+    for name, unit in units(model, family, span):
         for local, parameter in list(unit.named_parameters()):
             if f"{name}.{local}" in trained:
-                _set(unit, local, parameter, trained[f"{name}.{local}"].to(parameter.dtype))
+                values = trained[f"{name}.{local}"] if reads else torch.empty_like(parameter, device="cpu")
+                if values.shape != parameter.shape:
+                    raise ArtefactError(_misfit(f"{name}.{local} {list(values.shape)}"))
+                _set(unit, local, parameter, values.to(parameter.dtype))
         waiting = [
-            (_base_name(f"{name}.{local}", parameter), local, parameter)
+            (_base_name(originals.get(f"{name}.{local}", f"{name}.{local}"), parameter), local, parameter)
             for local, parameter in unit.named_parameters()
             if parameter.is_meta and f"{name}.{local}" not in tied
         ]
         # By base tensor, so that one that several banks are cut from is read once.
         for wanted, local, parameter in sorted(waiting, key=lambda item: item[0]):
-            _set(unit, local, parameter, source.values(wanted, parameter))
+            values = source.values(wanted, parameter) if reads else torch.empty_like(parameter, device="cpu")
+            _set(unit, local, parameter, values)
         source.forget()
         if not any(parameter.is_meta for parameter in unit.parameters()):
             place(unit)
@@ -147,28 +159,18 @@ def fill(
         _tie(model, name, original)
 
 
-def _refuse_misfits(model: PreTrainedModel, trained: Mapping[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, values in trained.items():
-        if name not in parameters or parameters[name].shape != values.shape:
-            raise ArtefactError(
-                f"trained tensor {name} {list(values.shape)} fits no parameter of this model: "
-                "the checkpoint is from another model or version; train again"
-            )
+def _refuse_strangers(model: PreTrainedModel, trained: Mapping[str, torch.Tensor]) -> None:
+    names = {name for name, _ in model.named_parameters()}
+    for name in trained:
+        if name not in names:
+            raise ArtefactError(_misfit(name))
 
 
-def units(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, nn.Module]]:
-    """Parts of the model that are read and placed in turn: (name, module), together all parameters."""
-    for name, child in family.decoder_of(model).named_children():
-        if name == family.layers:
-            for index, layer in enumerate(family.layers_of(model)):
-                yield f"{family.decoder}.{name}.{index}", layer
-        else:
-            yield f"{family.decoder}.{name}", child
-    head = model.get_output_embeddings()
-    for name, child in model.named_modules():
-        if child is head:
-            yield name, child
+def _misfit(name: str) -> str:
+    return (
+        f"trained tensor {name} fits no parameter of this model: the checkpoint is from another model or version; "
+        "train again"
+    )
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:

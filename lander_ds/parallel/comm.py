@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from lander_ds.parallel import discovery
+
 T = TypeVar("T")
 
 
@@ -23,6 +25,9 @@ def start(timeout_seconds: float = 1800.0) -> None:
     """Initialise torch.distributed through DeepSpeed (gloo on CPU, NCCL on GPU); does nothing when it already is.
 
     Without a launcher (no RANK and no MPI in the environment) a world of one process is made on a free port.
+
+    Raises:
+        ConfigError: it is not clear which network the ranks are to use; see discovery.py.
     """
     if dist.is_initialized():
         return
@@ -39,12 +44,13 @@ def start(timeout_seconds: float = 1800.0) -> None:
                 "MASTER_PORT": str(free_port()),
             }
         )
+    discovery.discover()
+    discovery.choose_interface()
     # DeepSpeed's shared-memory all-reduce needs a C++ compiler at the first start and leaves 69 MB per rank in
     # /dev/shm after the run; gloo does the same work.
     os.environ.pop("LOCAL_SIZE", None)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
-    os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def stop() -> None:

@@ -10,11 +10,13 @@ from lander_ds.awareness.awareness import AwarenessMetadata
 from lander_ds.awareness.collector import StatisticsCollector
 from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
+from lander_ds.data.packing import PackedBatch
 from lander_ds.data.plan import GlobalBatch
 from lander_ds.data.prepared import PreparedData, PreparedSplit
-from lander_ds.families.loading import build, fill
+from lander_ds.families.loading import Place, build, fill
 from lander_ds.families.weights import BaseWeights, base_fingerprint
-from lander_ds.parallel import comm, zero3
+from lander_ds.parallel import comm
+from lander_ds.parallel.topology import layout, open_engine, reads_weights, span_of
 from lander_ds.run import RunDirectory, section
 from lander_ds.training.batches import micro_batches_for, packed, whole_split
 from lander_ds.training.model import Normaliser, TranslationModel
@@ -63,34 +65,40 @@ def collect(recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch) -> 
     """Run the frozen base over `batch` and sum the statistics over all ranks (collective).
 
     Args:
-        recipe: model, DeepSpeed JSON and tokens per micro-batch.
+        recipe: model, topology, DeepSpeed JSON and tokens per micro-batch.
         splits: detection data by pair id.
         batch: which examples.
     """
-    ranks = comm.world_size()
-    count = micro_batches_for(int(batch.lengths.sum()), recipe.detect.batch_tokens, ranks)
-    config = resolve_deepspeed_config(recipe, world_size=ranks, micro_batches=1)
+    grid = layout(recipe)
+    count = micro_batches_for(int(batch.lengths.sum()), recipe.detect.batch_tokens, grid.data_ranks)
+    config = resolve_deepspeed_config(recipe, world_size=grid.data_ranks, micro_batches=1)
     model, family = build(recipe.model)
-    modules = family.down_projections(model)
+    projections = family.down_projections(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    fill(model, family, BaseWeights(recipe.model.path), zero3.partitioner(config))
-    wrapped = TranslationModel(model, family, len(splits), input_gradients=True)
-    engine = zero3.initialise(wrapped, config, None)
-    engine.eval()
+    span = span_of(recipe, model, family, grid, everything=True)
+
+    def make_model(place: Place) -> TranslationModel:
+        fill(model, family, BaseWeights(recipe.model.path, recipe.model.allow_pickle), place, span=span, reads=reads_weights(recipe, grid))
+        return TranslationModel(model, family, len(splits), span=span, input_gradients=True)
+
+    engine = open_engine(recipe, config, make_model, lambda: None)
     # The loss is summed, not averaged: then awareness does not depend on how the data was cut.
     norm = Normaliser(target_tokens=1, examples=1)
+    own = {layer: projections[layer] for layer in range(span.start, span.stop)}
     with (
-        StatisticsCollector(modules, pairs=len(splits), device=comm.device()) as collector,
+        StatisticsCollector(own, len(projections), pairs=len(splits), device=comm.device()) as collector,
         console.progress("detect", count) as bar,
     ):
-        for micro in packed(batch, splits, comm.rank(), ranks, count, comm.device()):
+
+        def announce(micro: PackedBatch) -> None:
             collector.set_pairs(micro.pair_ids)
-            # Not through the engine's forward: without an optimizer it refuses every backward pass. ZeRO-3 gathers
-            # and releases weights by hooks on the modules themselves.
-            loss, _, _ = engine.module(micro, norm)
-            loss.backward()
             bar.advance()
+
+        engine.model.announce = announce
+        engine.differentiate(
+            list(packed(batch, splits, grid.data_rank, grid.data_ranks, count, comm.device())), norm
+        )
         collector.reduce()
     engine.destroy()
     return collector

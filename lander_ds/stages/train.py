@@ -5,28 +5,43 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lander_ds.checkpoint import checkpoint
+from lander_ds.checkpoint.identity import identity_of, starting_point
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.families.weights import base_fingerprint
-from lander_ds.parallel import comm, zero3
+from lander_ds.parallel import comm
+from lander_ds.parallel.watchdog import Watchdog
 from lander_ds.run import RunDirectory, file_hash, section, write_json
 from lander_ds.training.journal import Journal
 from lander_ds.training.loop import Loop, Outcome
+from lander_ds.training.preemption import Preempted
+from lander_ds.training.progress import Progress
+from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
 from lander_ds.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Train the recipe's method (collective)."""
+def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: bool = False) -> None:
+    """Train the recipe's method (collective).
+
+    Args:
+        recipe, run: what to train, and where.
+        force: start anew although the outputs are up to date or there are checkpoints.
+        auto_resume: go on from the newest whole checkpoint, if there is one.
+
+    Raises:
+        ArtefactError: there are checkpoints and neither `force` nor `auto_resume` says what to do with them; or the
+            newest belongs to another training.
+        Preempted: a signal asked to stop; a checkpoint was saved.
+        TrainingDiverged, SaveFailed: see there.
+    """
     data = PreparedData.load(run, recipe)
     inputs = {
         "data": data.hash,
@@ -35,25 +50,38 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     }
     if recipe.train.method in METHODS_WITH_SELECTION:
         inputs["selection"] = file_hash(run.selection) if run.selection.exists() else "missing"
-    options = {**section(recipe, "train", "routing", "topology", "seed"), "dtype": recipe.model.dtype}
+    options = {
+        **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
+        "dtype": recipe.model.dtype,
+    }
     if comm.from_rank_zero(comm.rank() == 0 and not force and run.up_to_date("train", options, inputs)):
         logger.info("train: up to date")
         return
     started = time.monotonic()
-    session = open_session(recipe, run)
-    _announce(session)
-    before = zero3.frozen_digest(session.model)
-    if comm.rank() == 0:
-        checkpoint.remove_all(run.checkpoints)
-        run.training_summary.unlink(missing_ok=True)
-    comm.barrier()
-    journal = Journal(run.metrics, session.engine.monitor, recipe.train.log_every)
-    loop = Loop(session, data, journal, lambda step: _save(session, run, step))
-    outcome = loop.run()
-    if loop.valid and not recipe.train.valid_every:
-        journal.validation(outcome.steps, validation_loss(session, loop.valid))
-    journal.close()
-    unchanged = all(comm.gather_objects(before == zero3.frozen_digest(session.model)))
+    identity = identity_of(recipe, inputs)
+    found = starting_point(run.checkpoints, identity, force, auto_resume)
+    with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog:
+        session = open_session(recipe, run, found)
+        _announce(session)
+        before = session.engine.frozen_digest()
+        progress = Progress() if found is None else Progress(**found.state["progress"])
+        if comm.rank() == 0:
+            run.training_summary.unlink(missing_ok=True)
+        journal = Journal(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
+        saver = Saver(session, run, identity)
+        loop = Loop(session, data, journal, saver, progress, watchdog)
+        outcome = loop.run()
+        watchdog.beat("validation at the end")
+        if loop.valid and not recipe.train.valid_every and not outcome.preempted:
+            journal.validation(outcome.steps, validation_loss(session, loop.valid))
+        journal.close()
+        watchdog.beat("writing the last checkpoint")
+        saver.finish()
+    if outcome.preempted:
+        raise Preempted(
+            f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"
+        )
+    unchanged = all(comm.gather_objects(before == session.engine.frozen_digest()))
     seconds = time.monotonic() - started
     summary = _summary(session, outcome, unchanged, seconds)
     if comm.rank() == 0:
@@ -66,7 +94,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
 
 def _announce(session: Session) -> None:
     trained, total = session.trained_parameters, session.total_parameters
-    held = comm.gather_objects(zero3.rank_bytes(session.engine))
+    held = comm.gather_objects(session.engine.rank_bytes())
     logger.info(
         "%s: %s of %s parameters are trained (%.2f %%), %d micro-batches per rank and step",
         session.recipe.train.method,
@@ -79,45 +107,25 @@ def _announce(session: Session) -> None:
         logger.info("  group %s: %s parameters", name, f"{size:,}")
     for rank, part in enumerate(held):
         logger.info(
-            "  rank %d holds %.1f MB of weights, %.1f MB of gradients, %.1f MB of optimizer state",
+            "  rank %d holds %.1f MB of weights, %.1f MB of optimizer state",
             rank,
             part.weights / 1e6,
-            part.gradients / 1e6,
             part.optimizer / 1e6,
         )
 
 
-def _save(session: Session, run: RunDirectory, step: int) -> None:
-    """Write `checkpoints/step-N` (collective: every rank takes part in gathering)."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in zero3.trained_tensors(session.model):
-        # One rank writes, so one rank holds them all.
-        if comm.rank() == 0:
-            tensors[name.removeprefix("model.")] = value.cpu()
-    recipe = session.recipe
-    if comm.rank() == 0:
-        selection = run.selection if recipe.train.method in METHODS_WITH_SELECTION else None
-        description: dict[str, Any] = {
-            "method": recipe.train.method,
-            "base_fingerprint": session.fingerprint,
-            "pairs": list(recipe.data.pairs),
-            "routing": asdict(recipe.routing),
-            "lora": asdict(recipe.train.lora),
-        }
-        path = checkpoint.write(run.checkpoints, step, tensors, selection, description)
-        logger.info("wrote %s", path)
-    comm.barrier()
-
-
 def _summary(session: Session, outcome: Outcome, unchanged: bool, seconds: float) -> dict[str, Any]:
-    held = comm.gather_objects(zero3.rank_bytes(session.engine))
+    held = comm.gather_objects(session.engine.rank_bytes())
     return {
         "method": session.recipe.train.method,
         "trained_parameters": session.trained_parameters,
         "total_parameters": session.total_parameters,
+        "topology": session.recipe.topology,
         "ranks": comm.world_size(),
+        "layers_per_rank": comm.gather_objects([session.model.span.start, session.model.span.stop]),
         "steps": outcome.steps,
         "stopped_early": outcome.stopped_early,
+        "skipped_steps": outcome.skipped,
         "weight_bytes_per_rank": [part.weights for part in held],
         "gradient_bytes_per_rank": [part.gradients for part in held],
         "optimizer_bytes_per_rank": [part.optimizer for part in held],

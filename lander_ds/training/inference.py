@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.checkpoint import Checkpoint
-from lander_ds.config.deepspeed_json import resolve_deepspeed_config
+from lander_ds.config.deepspeed_json import resolve_inference_config
 from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
 from lander_ds.errors import ArtefactError
 from lander_ds.families.family import Family
@@ -57,10 +57,10 @@ def open_for_inference(
     found = checkpoint.newest(run.checkpoints) if system == "trained" else None
     model, family = build(recipe.model, attention=None)
     state = None if found is None else restore_shape(model, family, recipe, found)
-    weights, trained = BaseWeights(recipe.model.path), {} if found is None else found.trained()
+    weights, trained = BaseWeights(recipe.model.path, recipe.model.allow_pickle), {} if found is None else found.trained()
     if recipe.translate.weights == "sharded":
-        config = resolve_deepspeed_config(recipe, world_size=comm.world_size(), micro_batches=1)
-        fill(model, family, weights, zero3.partitioner(config), trained)
+        config = resolve_inference_config(recipe, comm.world_size())
+        fill(model, family, weights, zero3.partitioner(config), trained, reads=comm.rank() == 0)
         model = zero3.initialise(model, config, None).module
     else:
         fill(model, family, weights, _to_device, trained)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lander_ds.parallel import comm
+from lander_ds.run import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -15,24 +17,25 @@ logger = logging.getLogger(__name__)
 class Journal:
     """Rank 0 writes; the other ranks do nothing."""
 
-    def __init__(self, path: Path, monitor: Any, log_every: int) -> None:
-        """Start `path` anew.
+    def __init__(self, path: Path, monitor: Any, log_every: int, done: int = 0) -> None:
+        """Start `path` anew, or go on in it.
 
         Args:
             path: metrics.jsonl.
             monitor: the DeepSpeed engine's monitor.
             log_every: steps between log lines and TensorBoard points.
+            done: steps already done; what the file says of later ones is dropped, because they are done again.
         """
         self._monitor, self._log_every = monitor, log_every
         self._stream = None
         if comm.rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = path.open("w", encoding="utf-8")
+            write_text(path, "".join(_until(path, done)))
+            self._stream = path.open("a", encoding="utf-8")
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one optimizer step."""
         self._write(record)
-        if record["step"] % self._log_every == 0:
+        if record["step"] % self._log_every == 0 and not record["skipped"]:
             scalars = {
                 "train/loss": record["loss"],
                 "train/grad_norm": record["grad_norm"],
@@ -70,3 +73,16 @@ class Journal:
     def _scalars(self, values: dict[str, float], step: int) -> None:
         if comm.rank() == 0 and self._monitor is not None and self._monitor.enabled:
             self._monitor.write_events([(name, value, step) for name, value in values.items()])
+
+
+def _until(path: Path, done: int) -> Iterator[str]:
+    """Lines of a metrics file about the first `done` steps; a line that a killed process left half-written ends them."""
+    if done == 0 or not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if record["step"] <= done:
+            yield line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from lander_ds.data.plan import BatchPlan, GlobalBatch
 from lander_ds.data.prepared import PreparedData, PreparedSplit
 from lander_ds.errors import LanderError
 from lander_ds.parallel import comm
+from lander_ds.parallel.watchdog import Watchdog
 from lander_ds.training.batches import packed
 from lander_ds.training.groups import active_groups
 from lander_ds.training.journal import Journal
 from lander_ds.training.model import Normaliser
 from lander_ds.training.optimizer import learning_rate
+from lander_ds.training.preemption import StopRequest
+from lander_ds.training.progress import Progress
 from lander_ds.training.schedule import lr_factor, noise_alpha
 from lander_ds.training.session import Session
 from lander_ds.training.validation import validation_loss
@@ -28,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingDiverged(LanderError):
-    """The loss is no number any more."""
+    """Losses or gradients are no numbers any more."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,30 @@ class Outcome:
     """How training ended."""
 
     steps: int
-    """Steps done."""
+    """Steps done, those of an earlier start included."""
     stopped_early: bool
     """Whether patience ran out."""
+    preempted: bool
+    """Whether a signal asked to stop."""
+    skipped: int
+    """Steps whose loss or gradients were not finite."""
+
+
+Save = Callable[[Progress, float | None], None]
+"""Writes a checkpoint (collective): progress, and the mean validation loss of this very step if it was measured."""
 
 
 class Loop:
     """Steps over the global batch plan."""
 
     def __init__(
-        self, session: Session, data: PreparedData, journal: Journal, save: Callable[[int], None]
+        self,
+        session: Session,
+        data: PreparedData,
+        journal: Journal,
+        save: Save,
+        progress: Progress | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Prepare.
 
@@ -53,10 +71,13 @@ class Loop:
             session: model and engine.
             data: prepared corpora.
             journal: where figures go.
-            save: writes a checkpoint after the given number of steps (collective).
+            save: writes a checkpoint.
+            progress: of the checkpoint that training goes on from; default: none.
+            watchdog: told of every step.
         """
         recipe = session.recipe
         self.session, self.journal, self.save = session, journal, save
+        self.progress, self.watchdog = progress or Progress(), watchdog
         self.train = recipe.train
         self.pairs = recipe.data.pairs
         train = data.split("train")
@@ -73,81 +94,96 @@ class Loop:
         )
 
     def run(self) -> Outcome:
-        """Train to the end or until patience runs out (collective)."""
-        best, without_gain, stopped = float("inf"), 0, False
-        done = 0
-        started = time.monotonic()
-        self.session.engine.train()
-        with console.progress("train", self.train.steps) as bar:
-            while done < self.train.steps and not stopped:
-                record = self._step(done, started)
-                done += 1
-                self.journal.step(record)
-                bar.advance(note=f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s")
-                if self.valid and self._due(self.train.valid_every, done):
-                    mean = self.journal.validation(done, validation_loss(self.session, self.valid))
-                    without_gain = 0 if mean < best else without_gain + 1
-                    best = min(best, mean)
-                    stopped = bool(self.train.patience) and without_gain >= self.train.patience
-                if self._due(self.train.save_every, done) or stopped or done == self.train.steps:
-                    self.save(done)
+        """Train to the end, until patience runs out, or until a signal asks to stop (collective)."""
+        progress, train = self.progress, self.train
+        started, first = time.monotonic(), progress.done
+        stopped, preempted = self._out_of_patience(), False
+        with StopRequest() as stop, console.progress("train", train.steps, first) as bar:
+            while progress.done < train.steps and not stopped and not preempted:
+                self._beat(f"step {progress.done + 1}")
+                record, preempted = self._step(progress.done, stop.received)
+                progress.done += 1
+                self._count(record)
+                spent = time.monotonic() - started
+                left = train.steps - progress.done
+                self.journal.step({**record, "eta_seconds": spent / (progress.done - first) * left})
+                bar.advance(note=_note(record))
+                mean = None
+                if self.valid and self._due(train.valid_every, progress.done):
+                    self._beat(f"validation after step {progress.done}")
+                    mean = self.journal.validation(progress.done, validation_loss(self.session, self.valid))
+                    progress.validated(mean)
+                    stopped = self._out_of_patience()
+                last = stopped or preempted or progress.done == train.steps
+                if last or self._due(train.save_every, progress.done):
+                    self._beat(f"saving step {progress.done}")
+                    self.save(progress, mean)
         if stopped:
-            logger.info("no better validation loss %d times in a row: stopped at step %d", without_gain, done)
-        return Outcome(done, stopped)
+            logger.info(
+                "no better validation loss %d times in a row: stopped at step %d",
+                progress.without_gain,
+                progress.done,
+            )
+        return Outcome(progress.done, stopped, preempted, progress.skipped)
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.train.patience) and self.progress.without_gain >= self.train.patience
+
+    def _beat(self, doing: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
 
     def _due(self, every: int, done: int) -> bool:
         return every > 0 and (done % every == 0 or done == self.train.steps)
 
-    def _step(self, step: int, started: float) -> dict[str, Any]:
-        """One optimizer step; returns its record for metrics.jsonl."""
+    def _step(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its record for metrics.jsonl, and whether any rank was asked to stop."""
         begun = time.monotonic()
         session, batch = self.session, self.plan.batch(step)
         rates = self._set_groups(step, batch)
         self._set_routing(step)
-        per_pair = torch.zeros(2, len(self.pairs), dtype=torch.float64)
-        budget = torch.zeros((), dtype=torch.float64)
-        norm = Normaliser(batch.target_tokens, len(batch.indices))
-        ranks = comm.world_size()
-        for micro in packed(batch, self.splits, comm.rank(), ranks, session.micro_batches, comm.device()):
-            loss, sums, penalty = session.engine(micro, norm)
-            # DeepSpeed averages gradients over data-parallel ranks; the loss is normalised over all of them already.
-            session.engine.backward(loss * ranks, scale_wrt_gas=False)
-            session.engine.step()
-            per_pair += sums.cpu()
-            budget += penalty.cpu()
-        comm.sum_over_ranks(per_pair)
-        comm.sum_over_ranks(budget)
-        self._refuse_divergence(step, per_pair)
+        grid = session.grid
+        # Only LoRA's dropout draws random numbers; so they follow from the step too.
+        torch.manual_seed(hash((session.recipe.seed, step, comm.rank())))
+        micro = packed(
+            batch, self.splits, grid.data_rank, grid.data_ranks, session.micro_batches, comm.device()
+        )
+        figures = session.engine.train_step(list(micro), Normaliser(batch.target_tokens, len(batch.indices)))
+        # One reduction for everything.
+        mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), torch.tensor([float(stop)])])
+        *sums, budget, asked = comm.sum_over_ranks(mine.double()).tolist()
+        losses, tokens = sums[: len(self.pairs)], sums[len(self.pairs) :]
         seconds = time.monotonic() - begun
-        present = [i for i in range(len(self.pairs)) if per_pair[1, i] > 0]
-        elapsed = time.monotonic() - started
-        return {
+        present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
+        norm = session.engine.grad_norm
+        record = {
             "step": step + 1,
-            "loss": float(per_pair[0].sum() / per_pair[1].sum()),
-            "loss_per_pair": {self.pairs[i]: float(per_pair[0, i] / per_pair[1, i]) for i in present},
-            "budget_loss": float(budget),
+            "loss": _finite(sum(losses) / sum(tokens)),
+            "loss_per_pair": {self.pairs[i]: _finite(losses[i] / tokens[i]) for i in present},
+            "budget_loss": _finite(budget),
             "tokens": int(batch.lengths.sum()),
             "target_tokens": batch.target_tokens,
             "examples": len(batch.indices),
             "lr": rates,
-            "grad_norm": _number(session.engine.get_global_grad_norm()),
+            "grad_norm": _finite(norm),
+            "skipped": not math.isfinite(norm),
             "gates": self._gate_means(),
             "alpha": session.state.alpha if session.state is not None else 0.0,
             "tokens_per_second": float(batch.lengths.sum()) / seconds,
             "seconds": seconds,
-            "eta_seconds": elapsed / (step + 1) * (self.train.steps - step - 1),
         }
+        return record, asked > 0
 
     def _set_groups(self, step: int, batch: GlobalBatch) -> dict[str, float]:
         """Learning rates of this step; only groups that a pair of the batch owns are active."""
-        optimizer = self.session.engine.optimizer.optimizer
+        session = self.session
         present = {self.pairs[i] for i in set(batch.pair_ids.tolist())}
-        active = active_groups((group["name"] for group in optimizer.param_groups), present)
+        active = active_groups(session.group_sizes, present)
         factor = lr_factor(step, self.train)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(group["name"], self.train) * factor
-            group["active"] = group["name"] in active
-        return {group["name"]: group["lr"] for group in optimizer.param_groups}
+        rates = {name: learning_rate(name, self.train) * factor for name in session.group_sizes}
+        for group in session.engine.param_groups:
+            group["lr"], group["active"] = rates[group["name"]], group["name"] in active
+        return rates
 
     def _set_routing(self, step: int) -> None:
         state = self.session.state
@@ -158,10 +194,13 @@ class Loop:
     def _gate_means(self) -> dict[str, dict[str, float]]:
         """Mean gate value c per routed layer and pair over the global batch (collective)."""
         state = self.session.state
-        if state is None or not state.statistics:
+        if state is None or state.statistics is None or not self.session.model.gated:
             return {}
-        layers = sorted(state.statistics)
-        sums = torch.stack([state.statistics[layer] for layer in layers]).cpu()
+        layers = self.session.model.routed_layers
+        sums = torch.zeros(len(layers), 2, len(self.pairs), dtype=torch.float64)
+        for i, layer in enumerate(layers):
+            if layer in state.statistics:
+                sums[i] = state.statistics[layer].cpu()
         state.statistics = None
         comm.sum_over_ranks(sums)
         return {
@@ -173,14 +212,37 @@ class Loop:
             for i, layer in enumerate(layers)
         }
 
-    def _refuse_divergence(self, step: int, per_pair: torch.Tensor) -> None:
-        bad = [pair for pair, value in zip(self.pairs, per_pair[0], strict=True) if not torch.isfinite(value)]
-        if bad:
+    def _count(self, record: dict[str, Any]) -> None:
+        """Count skipped steps.
+
+        Raises:
+            TrainingDiverged: there were too many in a row.
+        """
+        progress = self.progress
+        if not record["skipped"]:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        bad = [pair for pair, loss in record["loss_per_pair"].items() if loss is None]
+        what = (
+            f"the loss of {', '.join(bad)}"
+            if bad
+            else f"the gradient of a batch of {', '.join(record['loss_per_pair'])}"
+        )
+        logger.warning("step %d skipped: %s is not finite", record["step"], what)
+        if progress.skipped_in_a_row > self.train.max_skipped:
             raise TrainingDiverged(
-                f"the loss of {', '.join(bad)} is not finite at step {step + 1}: lower train.lr, set train.clip, or "
-                "check the corpora of these pairs; earlier checkpoints are whole"
+                f"{what} is not finite at step {record['step']}, after {self.train.max_skipped} skipped steps: lower "
+                "train.lr, set train.clip, or check the corpora of these pairs; earlier checkpoints are whole"
             )
 
 
-def _number(value: Any) -> float:
-    return float(value) if value is not None else 0.0
+def _finite(value: float) -> float | None:
+    """`value`, or None (null in JSON) where it is no number."""
+    return value if math.isfinite(value) else None
+
+
+def _note(record: dict[str, Any]) -> str:
+    loss = "skipped" if record["skipped"] else f"loss {record['loss']:.3f}"
+    return f"{loss}, {record['tokens_per_second']:.0f} tokens/s"

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
+import torch
+
+from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
 from lander_ds.errors import ArtefactError
 from lander_ds.families.family import Family
-from lander_ds.families.loading import build, fill
+from lander_ds.families.loading import Place, build, fill, tied_parameters
+from lander_ds.families.span import units
 from lander_ds.families.weights import BaseWeights, base_fingerprint
-from lander_ds.parallel import comm, zero3
+from lander_ds.parallel.engine import Engine
+from lander_ds.parallel.topology import Layout, layout, open_engine, reads_weights, span_of
 from lander_ds.routing.routed_ffn import RoutingState
 from lander_ds.run import RunDirectory
 from lander_ds.selection.selection import Selection
 from lander_ds.training.batches import micro_batch_tokens, micro_batches_for
 from lander_ds.training.groups import mark_trained, prepare_model
-from lander_ds.training.model import TranslationModel
+from lander_ds.training.model import Objective, TranslationModel
 from lander_ds.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -31,23 +35,25 @@ class Session:
     """A model ready to be trained."""
 
     recipe: Recipe
-    engine: Any
-    """The DeepSpeed engine around a `TranslationModel`."""
+    engine: Engine
+    """Around this rank's `TranslationModel`."""
+    grid: Layout
+    """Which rank does what."""
     family: Family
     state: RoutingState | None
     group_sizes: dict[str, int]
-    """Trained parameters per group."""
+    """Trained parameters per group, over all ranks."""
     total_parameters: int
     """Parameters of the model, trained and frozen, tied ones once."""
     micro_batches: int
-    """Micro-batches per rank and step."""
+    """Micro-batches per data-parallel rank and step."""
     fingerprint: str
     """Of the base model."""
 
     @property
     def model(self) -> TranslationModel:
-        """What the engine wraps."""
-        return self.engine.module  # type: ignore[no-any-return]
+        """This rank's span of the model."""
+        return self.engine.model
 
     @property
     def trained_parameters(self) -> int:
@@ -56,7 +62,7 @@ class Session:
 
 
 def micro_batches(recipe: Recipe, ranks: int) -> int:
-    """Micro-batches per rank in one step: enough for the token budget of a global batch."""
+    """Micro-batches per data-parallel rank in one step: enough for the token budget of a global batch."""
     return micro_batches_for(recipe.train.batch_tokens, micro_batch_tokens(recipe.train), ranks)
 
 
@@ -83,33 +89,55 @@ def load_selection(recipe: Recipe, run: RunDirectory, fingerprint: str) -> Selec
     return selection
 
 
-def open_session(recipe: Recipe, run: RunDirectory) -> Session:
-    """Build, fill and shard the model and make the engine (collective)."""
+def open_session(recipe: Recipe, run: RunDirectory, found: Checkpoint | None = None) -> Session:
+    """Build, fill and spread the model and make the engine (collective).
+
+    Args:
+        recipe: what to train.
+        run: where the selection lies.
+        found: checkpoint to go on from; its selection is that of the run.
+    """
+    grid = layout(recipe)
     fingerprint = base_fingerprint(recipe.model.path)
     selection = load_selection(recipe, run, fingerprint)
-    per_rank = micro_batches(recipe, comm.world_size())
-    config = resolve_deepspeed_config(recipe, world_size=comm.world_size(), micro_batches=per_rank)
+    per_rank = micro_batches(recipe, grid.data_ranks)
+    config = resolve_deepspeed_config(recipe, world_size=grid.data_ranks, micro_batches=per_rank)
     config.setdefault(
         "tensorboard", {"enabled": True, "output_path": str(run.path), "job_name": "tensorboard"}
     )
     model, family = build(recipe.model)
     state = prepare_model(model, family, recipe, selection)
-    mark_trained(model, family, recipe.train, selection)
-    fill(model, family, BaseWeights(recipe.model.path), zero3.partitioner(config))
+    # Parameters are still whole here, on meta.
     groups = mark_trained(model, family, recipe.train, selection)
-    wrapped = TranslationModel(
-        model,
-        family,
-        len(recipe.data.pairs),
-        state,
-        budget_weight=recipe.routing.budget_weight,
-        budget=recipe.routing.budget,
-        seed=recipe.seed,
-    )
-    sizes = {name: sum(zero3.numel(p) for p in parameters) for name, parameters in groups.items()}
-    total = sum(zero3.numel(p) for p in model.parameters())
-    offload = "offload_optimizer" in config["zero_optimization"]
-    optimizer = build_optimizer(groups, recipe.train, offload)
-    engine = zero3.initialise(wrapped, config, optimizer)
-    zero3.allocate_optimizer_state(engine)
-    return Session(recipe, engine, family, state, sizes, total, per_rank, fingerprint)
+    sizes = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
+    tied = tied_parameters(model)
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+    span = span_of(recipe, model, family, grid)
+
+    def make_model(place: Place) -> TranslationModel:
+        trained = {} if found is None else found.trained()
+        fill(model, family, BaseWeights(recipe.model.path), place, trained, span, reads_weights(recipe, grid))
+        return TranslationModel(
+            model,
+            family,
+            len(recipe.data.pairs),
+            state,
+            Objective(recipe.routing.budget_weight, recipe.routing.budget, recipe.seed),
+            span,
+            recompute=recipe.train.activation_checkpointing,
+        )
+
+    def make_optimizer() -> torch.optim.Optimizer | None:
+        own = {id(parameter) for _, unit in units(model, family, span) for parameter in unit.parameters()}
+        here = {
+            name: [parameter for parameter in parameters if id(parameter) in own]
+            for name, parameters in mark_trained(model, family, recipe.train, selection).items()
+        }
+        here = {name: parameters for name, parameters in here.items() if parameters}
+        offload = "offload_optimizer" in config["zero_optimization"]
+        return build_optimizer(here, recipe.train, offload) if here else None
+
+    engine = open_engine(recipe, config, make_model, make_optimizer)
+    if found is not None:
+        engine.restore(found.trained(), found.optimizer(), found.state["group_steps"])
+    return Session(recipe, engine, grid, family, state, sizes, total, per_rank, fingerprint)

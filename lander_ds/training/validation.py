@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from lander_ds.data.prepared import PreparedSplit
 from lander_ds.parallel import comm
 from lander_ds.training.batches import micro_batch_tokens, micro_batches_for, packed, whole_split
@@ -21,15 +19,9 @@ def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> di
         splits: validation data by pair id; pairs without any are left out of the result.
     """
     recipe, train = session.recipe, session.recipe.train
-    batch = whole_split(splits, train.valid_examples)
-    count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), comm.world_size())
-    sums = torch.zeros(2, len(recipe.data.pairs), dtype=torch.float64)
-    session.engine.eval()
-    with torch.no_grad():
-        norm = Normaliser(batch.target_tokens, len(batch.indices))
-        for micro in packed(batch, splits, comm.rank(), comm.world_size(), count, comm.device()):
-            _, per_pair, _ = session.engine(micro, norm)
-            sums += per_pair.cpu()
-    session.engine.train()
-    comm.sum_over_ranks(sums)
+    batch, grid = whole_split(splits, train.valid_examples), session.grid
+    count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), grid.data_ranks)
+    micro = packed(batch, splits, grid.data_rank, grid.data_ranks, count, comm.device())
+    norm = Normaliser(batch.target_tokens, len(batch.indices))
+    sums = comm.sum_over_ranks(session.engine.evaluate(list(micro), norm).per_pair)
     return {recipe.data.pairs[i]: float(sums[0, i] / sums[1, i]) for i in splits}

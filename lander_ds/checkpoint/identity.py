@@ -1,0 +1,161 @@
+"""What a checkpoint belongs to, and whether a training may go on from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lander_ds.checkpoint import checkpoint, writer
+from lander_ds.checkpoint.checkpoint import SELECTION, Checkpoint
+from lander_ds.config.recipe import Recipe
+from lander_ds.errors import ArtefactError
+from lander_ds.parallel import comm
+
+logger = logging.getLogger(__name__)
+
+FIXED = (
+    "method",
+    "base_fingerprint",
+    "data_hash",
+    "pairs",
+    "dtype",
+    "selection_hash",
+    "routing.gate",
+    "routing.gate_init",
+    "routing.hidden",
+    "lora.r",
+    "lora.alpha",
+    "train.optimizer",
+    "train.banks",
+)
+"""What must not change between a checkpoint and the training that goes on from it."""
+
+FREE = (
+    "train.steps",
+    "train.micro_batch",
+    "train.activation_checkpointing",
+    "train.valid_every",
+    "train.valid_examples",
+    "train.patience",
+    "train.save_every",
+    "train.save_in_background",
+    "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
+    "train.max_skipped",
+    "train.stall_seconds",
+    "train.log_every",
+)
+"""What may change without a word: it changes neither batches nor updates (`steps` moves the end of the schedule)."""
+
+CURES = {
+    "base_fingerprint": "correct model.path",
+    "data_hash": "run prepare with the corpora and options of then",
+    "selection_hash": "bring back the selection of then",
+}
+
+
+def identity_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What the checkpoints of a training belong to, for state.json.
+
+    Args:
+        recipe: of the training.
+        inputs: hashes of data, base and selection.
+    """
+    train = asdict(recipe.train)
+    return {
+        "method": recipe.train.method,
+        "base_fingerprint": inputs["base"],
+        "data_hash": inputs["data"],
+        "selection_hash": inputs.get("selection"),
+        "pairs": list(recipe.data.pairs),
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+        "routing": asdict(recipe.routing),
+        "lora": train.pop("lora"),
+        "train": _plain(train),
+    }
+
+
+def starting_point(
+    directory: Path, identity: Mapping[str, Any], force: bool, auto_resume: bool
+) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to start anew (collective). `force` deletes checkpoints.
+
+    Raises:
+        ArtefactError: it is not said what to do with the checkpoints there are, or the newest belongs to something
+            else.
+    """
+    found: Checkpoint | None = None
+    refusal: str | None = None
+    if comm.rank() == 0:
+        try:
+            found = _decide(directory, identity, force, auto_resume)
+        except ArtefactError as error:
+            refusal = str(error)
+    refusal = comm.from_rank_zero(refusal)
+    if refusal is not None:
+        raise ArtefactError(refusal)
+    step = comm.from_rank_zero(None if found is None else found.step)
+    if step is None:
+        return None
+    # Rank 0 has compared the hashes; the others read the same files.
+    return found or replace(checkpoint.load(directory / f"step-{step}"), checked=True)
+
+
+def _decide(
+    directory: Path, identity: Mapping[str, Any], force: bool, auto_resume: bool
+) -> Checkpoint | None:
+    present = checkpoint.steps(directory)
+    if not present:
+        return None
+    if force:
+        writer.remove_all(directory)
+        return None
+    if not auto_resume:
+        raise ArtefactError(
+            f"{directory} holds checkpoints of an unfinished or different training (newest: step {present[-1]}): "
+            "--auto-resume goes on from there, --force deletes them and starts anew, another run_dir keeps them"
+        )
+    found = checkpoint.newest(directory)
+    _compare(found, identity)
+    logger.info("going on from %s", found.path)
+    return found
+
+
+def _compare(found: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another training; say what else has changed."""
+    before, now = _flat({key: found.state.get(key) for key in identity}), _flat(identity)
+    if SELECTION not in found.state["files"]:
+        before["selection_hash"] = now["selection_hash"]
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key) or key in FREE:
+            continue
+        told = f"{key} was {before.get(key)}, now it is {now.get(key)}"
+        if key in FIXED:
+            cure = CURES.get(key, "change it back")
+            raise ArtefactError(
+                f"{found.path} is of another training: {told}: {cure}, or start anew in another run_dir (or with "
+                "--force, which deletes the checkpoints)"
+            )
+        logger.warning("going on with another option than before: %s", told)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat.update(_flat(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = _plain(item)
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,50 @@
+"""Which checkpoints are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lander_ds.checkpoint.checkpoint import load, steps
+from lander_ds.errors import ArtefactError
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept besides the newest checkpoint; everything when `last` is 0."""
+
+    last: int = 0
+    """The newest so many; 0 keeps all."""
+    every: int = 0
+    """Those whose step is a multiple of this; 0: none for that reason."""
+    best: bool = True
+    """The one with the lowest mean validation loss."""
+
+
+def superfluous(directory: Path, retention: Retention, written: int) -> list[Path]:
+    """Directories that may be deleted once step `written` is there.
+
+    Those of later steps neither count nor go: a resume has passed over them as damaged.
+    """
+    found = [step for step in steps(directory) if step <= written]
+    if retention.last == 0:
+        return []
+    kept = set(found[-retention.last :])
+    if retention.every:
+        kept |= {step for step in found if step % retention.every == 0}
+    if retention.best:
+        kept |= best(directory, found)
+    return [directory / f"step-{step}" for step in found if step not in kept]
+
+
+def best(directory: Path, found: list[int]) -> set[int]:
+    """The step with the lowest mean validation loss, where any was measured; of equal ones the first."""
+    losses = {}
+    for step in found:
+        try:
+            loss = load(directory / f"step-{step}").state.get("valid_loss")
+        except ArtefactError:
+            continue
+        if loss is not None:
+            losses[step] = loss
+    return {min(losses, key=lambda step: (losses[step], step))} if losses else set()

@@ -1,0 +1,65 @@
+"""From a session to a checkpoint: every rank gathers its share of the trained tensors and their optimizer state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lander_ds.checkpoint.retention import Retention
+from lander_ds.checkpoint.writer import Parts, Writer
+from lander_ds.parallel import comm
+from lander_ds.run import RunDirectory
+from lander_ds.training.progress import Progress
+from lander_ds.training.session import METHODS_WITH_SELECTION, Session
+
+
+class Saver:
+    """Saves checkpoints of one session."""
+
+    def __init__(self, session: Session, run: RunDirectory, identity: dict[str, Any]) -> None:
+        """Prepare (collective).
+
+        Args:
+            session: what is trained.
+            run: where checkpoints and selection lie.
+            identity: what the checkpoints belong to.
+        """
+        train = session.recipe.train
+        self._session, self._run, self._identity = session, run, identity
+        retention = Retention(train.keep_last, train.keep_every, train.keep_best)
+        self._writer = Writer(run.checkpoints, retention, train.save_in_background)
+
+    def __call__(self, progress: Progress, valid_loss: float | None) -> None:
+        """Save `step-N`; returns once everything is in host memory (collective)."""
+        session = self._session
+        grid, ranks = session.grid, comm.gather_objects(session.engine.group_steps())
+        trained: dict[str, torch.Tensor] = {}
+        optimizer: dict[str, torch.Tensor] = {}
+        # The ranks of a stage take turns, so that all write.
+        for name, moment, tensor in session.engine.state_tensors(
+            lambda i: i % grid.data_ranks == grid.data_rank
+        ):
+            if moment is None:
+                trained[name] = tensor
+            else:
+                optimizer[f"{moment}/{name}"] = tensor
+        description = {
+            **self._identity,
+            "topology": session.recipe.topology,
+            "ranks": comm.world_size(),
+            "group_steps": {name: count for steps in ranks for name, count in steps.items()},
+            "progress": progress.as_json(),
+            "valid_loss": valid_loss,
+        }
+        with_selection = session.recipe.train.method in METHODS_WITH_SELECTION
+        selection = self._run.selection if with_selection else None
+        self._writer.save(progress.done, Parts(trained, optimizer), description, selection)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk (collective).
+
+        Raises:
+            SaveFailed: it could not be written.
+        """
+        self._writer.finish()
