@@ -24,7 +24,7 @@ IGNORED = -100
 
 def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     """This trainer: routed FFNs with gates in the chosen layers, one bank per pair."""
-    from lander_ds.parallel import comm, zero3
+    from lander_ds.parallel import comm
     from lander_ds.run import RunDirectory
     from lander_ds.training.journal import Journal
     from lander_ds.training.loop import Loop
@@ -50,11 +50,10 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     comm.barrier()
     session = open_session(recipe, run)
     journal = TurnJournal()
-    loop = Loop(session, workload.data(), journal, save=lambda step: None)
+    loop = Loop(session, workload.data(), journal, save=lambda progress, valid_loss: None)
     turns.next()
     loop.run()
-    total = sum(zero3.numel(parameter) for parameter in session.model.model.parameters())
-    turns.finish(session.trained_parameters, total, journal.first_loss)
+    turns.finish(session.trained_parameters, session.total_parameters, journal.first_loss)
     comm.stop()
 
 

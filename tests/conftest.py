@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
+from support.stage_runs import stages_2, stages_4
 from support.training_runs import tiny_run, world_1, world_2, world_4
 from support.workspace import Workspace
 
-__all__ = ["tiny_run", "world_1", "world_2", "world_4"]
+__all__ = ["stages_2", "stages_4", "tiny_run", "world_1", "world_2", "world_4"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

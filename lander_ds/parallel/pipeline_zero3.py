@@ -21,6 +21,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
@@ -153,6 +155,17 @@ def _barriers_within(group: Any) -> Iterator[None]:
         deepspeed.comm.barrier = of_world
 
 
+def _align_numbers() -> None:
+    """Let all ranks number parameters and modules alike from now on (collective).
+
+    DeepSpeed counts both per process and compares them between ranks; stages have had different ones, and the next
+    engine of this process group may shard over other ranks.
+    """
+    modules = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0]
+    counts = comm.gather_objects((Init.param_id, modules[0]))
+    Init.param_id, modules[0] = (max(numbers) for numbers in zip(*counts, strict=True))
+
+
 class PipelineZero3(Pipeline):
     """Pipeline stages with ZeRO-3."""
 
@@ -181,3 +194,4 @@ class PipelineZero3(Pipeline):
         """Let go of DeepSpeed's state and give its function back."""
         super().destroy()
         coordinator.assert_ints_same_as_other_ranks = _COMPARE_ALL
+        _align_numbers()

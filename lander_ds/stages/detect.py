@@ -79,7 +79,8 @@ def collect(recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch) -> 
     span = span_of(recipe, model, family, grid, everything=True)
 
     def make_model(place: Place) -> TranslationModel:
-        fill(model, family, BaseWeights(recipe.model.path, recipe.model.allow_pickle), place, span=span, reads=reads_weights(recipe, grid))
+        weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
+        fill(model, family, weights, place, span=span, reads=reads_weights(recipe, grid))
         return TranslationModel(model, family, len(splits), span=span, input_gradients=True)
 
     engine = open_engine(recipe, config, make_model, lambda: None)

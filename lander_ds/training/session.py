@@ -109,14 +109,20 @@ def open_session(recipe: Recipe, run: RunDirectory, found: Checkpoint | None = N
     state = prepare_model(model, family, recipe, selection)
     # Parameters are still whole here, on meta.
     groups = mark_trained(model, family, recipe.train, selection)
-    sizes = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
     tied = tied_parameters(model)
+    # What is tied to another parameter is another object here, but counts once.
+    doubles = {id(parameter) for name, parameter in model.named_parameters() if name in tied}
+    sizes = {
+        name: sum(p.numel() for p in parameters if id(p) not in doubles)
+        for name, parameters in groups.items()
+    }
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
     span = span_of(recipe, model, family, grid)
 
     def make_model(place: Place) -> TranslationModel:
         trained = {} if found is None else found.trained()
-        fill(model, family, BaseWeights(recipe.model.path), place, trained, span, reads_weights(recipe, grid))
+        weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
+        fill(model, family, weights, place, trained, span, reads_weights(recipe, grid))
         return TranslationModel(
             model,
             family,

@@ -38,7 +38,9 @@ def test_awareness_ranks_neurons_like_true_ablation() -> None:
         predictions = logits[:, PROMPT - 1 : -1].transpose(1, 2)
         return cross_entropy(predictions, ids[:, PROMPT:], reduction="none").sum(1)
 
-    with StatisticsCollector(downs, pairs=2, device=torch.device("cpu")) as collector:
+    with StatisticsCollector(
+        dict(enumerate(downs)), len(downs), pairs=2, device=torch.device("cpu")
+    ) as collector:
         collector.set_pairs(pair_of[:, None].expand(-1, LENGTH))
         embedded = model.get_input_embeddings()(ids).requires_grad_()
         losses(model(inputs_embeds=embedded).logits).sum().backward()

@@ -88,7 +88,7 @@ def collect_padded(model: nn.Module, downs: list[nn.Module], rows: list[list[int
     lengths = (9, 4, 7, 6)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 40, (4, 9), generator=generator)
-    with StatisticsCollector(downs, pairs=2, device=CPU) as collector:
+    with StatisticsCollector(dict(enumerate(downs)), len(downs), pairs=2, device=CPU) as collector:
         for batch in rows:
             width = max(lengths[row] for row in batch)
             mask = torch.tensor([[int(t < lengths[row]) for t in range(width)] for row in batch])
@@ -154,7 +154,7 @@ def test_padding_is_ignored_and_no_weight_gets_a_gradient(make: object) -> None:
 def test_padding_may_hold_nan() -> None:
     down = nn.Linear(4, 2, bias=False).requires_grad_(False)
     h = torch.tensor([[1.0, 2, 3, -4], [float("nan")] * 4]).requires_grad_()
-    with StatisticsCollector([down], pairs=1, device=CPU) as collector:
+    with StatisticsCollector({0: down}, 1, pairs=1, device=CPU) as collector:
         collector.set_pairs(torch.tensor([0, -1]))
         down(h)[0].sum().backward()
         collector.reduce()
@@ -166,7 +166,7 @@ def test_padding_may_hold_nan() -> None:
 def test_a_micro_batch_of_padding_alone_counts_nothing() -> None:
     expected = collect(samples(), 12)
     model = ToyModel()
-    with StatisticsCollector(list(model.down), pairs=len(PAIRS), device=CPU) as collector:
+    with StatisticsCollector(dict(enumerate(model.down)), LAYERS, pairs=len(PAIRS), device=CPU) as collector:
         backward(model, collector, samples())
         ids = torch.zeros(4, dtype=torch.int64)
         collector.set_pairs(torch.full((4,), -1))
@@ -178,7 +178,7 @@ def test_a_micro_batch_of_padding_alone_counts_nothing() -> None:
 def test_bfloat16_activations_are_summed_in_float32() -> None:
     down = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     h = torch.full((1000, 2), 1.0, dtype=torch.bfloat16).requires_grad_()
-    with StatisticsCollector([down], pairs=1, device=CPU) as collector:
+    with StatisticsCollector({0: down}, 1, pairs=1, device=CPU) as collector:
         collector.set_pairs(torch.zeros(1000, dtype=torch.int64))
         down(h).sum().backward()
         collector.reduce()
@@ -189,7 +189,7 @@ def test_bfloat16_activations_are_summed_in_float32() -> None:
 def test_activations_are_freed_during_backward() -> None:
     model = ToyModel()
     seen: list[StorageWeakRef] = []
-    with StatisticsCollector(list(model.down), pairs=len(PAIRS), device=CPU) as collector:
+    with StatisticsCollector(dict(enumerate(model.down)), LAYERS, pairs=len(PAIRS), device=CPU) as collector:
         watch = model.down[1].register_forward_pre_hook(
             lambda _, inputs: seen.append(StorageWeakRef(inputs[0].untyped_storage()))
         )
@@ -201,7 +201,7 @@ def test_activations_are_freed_during_backward() -> None:
 
 def test_hooks_go_with_the_context_even_after_an_error() -> None:
     model = ToyModel()
-    collector = StatisticsCollector(list(model.down), pairs=len(PAIRS), device=CPU)
+    collector = StatisticsCollector(dict(enumerate(model.down)), LAYERS, pairs=len(PAIRS), device=CPU)
     with pytest.raises(ValueError, match="pair ids"), collector:
         collector.set_pairs(torch.tensor([99]))
     model(torch.zeros(5, dtype=torch.int64)).sum().backward()
@@ -210,7 +210,7 @@ def test_hooks_go_with_the_context_even_after_an_error() -> None:
 
 class TestMisuse:
     def collector(self, model: ToyModel) -> StatisticsCollector:
-        return StatisticsCollector(list(model.down), pairs=len(PAIRS), device=CPU)
+        return StatisticsCollector(dict(enumerate(model.down)), LAYERS, pairs=len(PAIRS), device=CPU)
 
     def test_forward_before_set_pairs(self) -> None:
         model = ToyModel()
@@ -252,7 +252,7 @@ class TestMisuse:
 
     def test_layers_of_different_width(self) -> None:
         with pytest.raises(ModelError, match=r"\[4, 6\]"):
-            StatisticsCollector([nn.Linear(4, 2), nn.Linear(6, 2)], pairs=1, device=CPU)
+            StatisticsCollector({0: nn.Linear(4, 2), 1: nn.Linear(6, 2)}, 2, pairs=1, device=CPU)
 
 
 class TestUnusableStatistics:
@@ -271,7 +271,9 @@ class TestUnusableStatistics:
     def test_model_that_overflows(self) -> None:
         model = ToyModel()
         model.gate[1].weight.fill_(float("inf"))
-        with StatisticsCollector(list(model.down), pairs=len(PAIRS), device=CPU) as collector:
+        with StatisticsCollector(
+            dict(enumerate(model.down)), LAYERS, pairs=len(PAIRS), device=CPU
+        ) as collector:
             backward(model, collector, samples())
             collector.reduce()
         with pytest.raises(ModelError, match=r"layer 0 for pair en-de.*model\.dtype"):

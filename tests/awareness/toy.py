@@ -71,7 +71,7 @@ def collect(data: Sequence[Sample], size: int) -> Awareness:
     """The awareness of this rank's share of `data` in micro-batches of `size` samples, summed over ranks."""
     model = ToyModel()
     own = comm.share(data)
-    with StatisticsCollector(list(model.down), pairs=len(PAIRS), device=CPU) as collector:
+    with StatisticsCollector(dict(enumerate(model.down)), LAYERS, pairs=len(PAIRS), device=CPU) as collector:
         for start in range(0, len(own), size):
             backward(model, collector, own[start : start + size])
         collector.reduce()

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lander_ds.config.recipe import ModelConfig, RoutingConfig
 from lander_ds.errors import ArtefactError, ModelError
 from lander_ds.families.family import Family
-from lander_ds.families.loading import build, fill, units
-from lander_ds.families.weights import INDEX, SINGLE, BaseWeights, base_fingerprint
+from lander_ds.families.files import INDEX, SINGLE
+from lander_ds.families.loading import build, fill
+from lander_ds.families.span import units, whole
+from lander_ds.families.weights import BaseWeights, base_fingerprint
 from lander_ds.routing.surgery import install, slices
 
 
@@ -135,7 +137,7 @@ def test_every_parameter_is_placed_exactly_once(case: str, tmp_path: Path) -> No
     fill(model, family, BaseWeights(tmp_path), place)
     assert len({id(parameter) for parameter in placed}) == len(placed)
     assert {id(parameter) for parameter in placed} == {id(parameter) for parameter in model.parameters()}
-    names = [name for name, _ in units(model, family)]
+    names = [name for name, _ in units(model, family, whole(model, family))]
     assert len(set(names)) == len(names)
     assert sum(name.startswith(f"{family.decoder}.{family.layers}.") for name in names) == 3
 

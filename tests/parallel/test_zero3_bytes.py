@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.jobs import GATHERED, NOTES
+from support.jobs import NOTES, gathered
 from support.tiny_run import NEURONS, SELECTED, TinyRun
 
 pytestmark = pytest.mark.distributed
@@ -67,7 +67,7 @@ def test_sgd_keeps_no_moments(world_2: TinyRun) -> None:
 @pytest.mark.parametrize("name", ["none-2", "input-2", "output-2"])
 def test_frozen_weights_stay_bitwise_what_they_were(world_2: TinyRun, name: str) -> None:
     base = load_file(world_2.model / "model.safetensors")
-    after = load_file(world_2.run(name).path / GATHERED)
+    after = gathered(world_2.run(name))
     selection = world_2.selection()
     roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     moved, same = set(), set()
@@ -95,7 +95,7 @@ def test_a_frozen_weight_that_changes_by_one_bit_is_noticed(world_2: TinyRun) ->
 
 def test_layers_trains_the_whole_ffns_and_nothing_else(world_2: TinyRun) -> None:
     base = load_file(world_2.model / "model.safetensors")
-    after = load_file(world_2.run("layers-2").path / GATHERED)
+    after = gathered(world_2.run("layers-2"))
     changed = {name for name in base if not torch.equal(after[name], base[name])}
     assert changed == {
         f"model.layers.{layer}.mlp.{projection}.weight"
@@ -107,7 +107,7 @@ def test_layers_trains_the_whole_ffns_and_nothing_else(world_2: TinyRun) -> None
 
 def test_lora_trains_adapters_and_nothing_else(world_2: TinyRun) -> None:
     base = load_file(world_2.model / "model.safetensors")
-    after = load_file(world_2.run("lora-2").path / GATHERED)
+    after = gathered(world_2.run("lora-2"))
     adapters = {name for name in after if ".lora_" in name}
     assert len(adapters) == 2 * 4 * 7, "A and B of seven projections in four layers"
     assert {name.replace(".base_layer", "") for name in after} - adapters == set(base)

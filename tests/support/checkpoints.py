@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lander_ds.checkpoint import checkpoint
+from lander_ds.checkpoint.retention import Retention
+from lander_ds.checkpoint.writer import Parts, Writer
 from lander_ds.config.recipe import (
     DataConfig,
     LoraConfig,
@@ -71,11 +72,10 @@ def write_checkpoint(recipe: Recipe, step: int = 7) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    checkpoint.write(
-        run.checkpoints,
+    writer = Writer(run.checkpoints, Retention(), background=False)
+    writer.save(
         step,
-        tensors,
-        run.selection if recipe.train.method in ("lander", "layers") else None,
+        Parts(tensors, {}),
         {
             "method": recipe.train.method,
             "base_fingerprint": base_fingerprint(recipe.model.path),
@@ -83,5 +83,7 @@ def write_checkpoint(recipe: Recipe, step: int = 7) -> dict[str, torch.Tensor]:
             "routing": asdict(recipe.routing),
             "lora": asdict(recipe.train.lora),
         },
+        run.selection if recipe.train.method in ("lander", "layers") else None,
     )
+    writer.finish()
     return tensors

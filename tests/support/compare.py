@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 
+from lander_ds.awareness.awareness import STATISTICS, Awareness
 from lander_ds.checkpoint import checkpoint
 from lander_ds.run import RunDirectory
 
@@ -47,3 +49,36 @@ def distance(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Ten
 def norm(tensors: Mapping[str, torch.Tensor]) -> float:
     """Euclidean norm of all elements together."""
     return math.sqrt(sum(float(value.double().square().sum()) for value in tensors.values()))
+
+
+def assert_same_training(run: RunDirectory, expected: RunDirectory, tolerance: float) -> None:
+    """Losses, norms, gates, validation losses and trained weights of every step and pair agree."""
+    found, wanted = metrics(run), metrics(expected)
+    pairs = sorted({pair for record in wanted for pair in record["loss_per_pair"]})
+    assert relative([r["loss"] for r in found], [r["loss"] for r in wanted]) < tolerance
+    for pair in pairs:
+        losses = [[r["loss_per_pair"].get(pair, 1.0) for r in records] for records in (found, wanted)]
+        assert relative(*losses) < tolerance
+    assert relative([r["grad_norm"] for r in found], [r["grad_norm"] for r in wanted]) < 1e-4
+    assert relative([r["budget_loss"] for r in found], [r["budget_loss"] for r in wanted]) < 1e-4
+    for one, other in zip(found, wanted, strict=True):
+        assert one["lr"] == other["lr"]
+        assert one["gates"].keys() == other["gates"].keys()
+        for layer, gates in one["gates"].items():
+            assert gates == pytest.approx(other["gates"][layer], rel=1e-4)
+    assert distance(trained(run), trained(expected)) < tolerance
+    last, wanted_last = validations(run)[-1], validations(expected)[-1]
+    assert last["valid_loss"] == pytest.approx(wanted_last["valid_loss"], rel=tolerance)
+
+
+def assert_same_awareness(run: RunDirectory, expected: RunDirectory) -> None:
+    """Equal counts, and sums within 1e-5 of the sums of absolute values."""
+    found, wanted = Awareness.load(run.awareness), Awareness.load(expected.awareness)
+    assert found.metadata == wanted.metadata
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert torch.equal(found.active, wanted.active)
+    assert wanted.phi().min() > 0
+    for statistic in STATISTICS:
+        one, other = getattr(found, statistic), getattr(wanted, statistic)
+        scale = other.abs() if statistic != "sum_h" else wanted.sum_abs_h
+        assert ((one - other).abs() / scale.clamp_min(1e-12)).max() < 1e-5, statistic

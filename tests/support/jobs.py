@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from lander_ds.cli import STAGES
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.errors import LanderError
 from lander_ds.parallel import comm, zero3
+from lander_ds.parallel.engine import held
 from lander_ds.run import RunDirectory
-from lander_ds.stages import train
+from lander_ds.stages import prepare, train
 from lander_ds.training.groups import active_groups
 from lander_ds.training.journal import Journal
 from lander_ds.training.loop import Loop, Outcome
 from lander_ds.training.session import Session, open_session
 from lander_ds.training.validation import validation_loss
+from support.tiny_run import TinyRun
 
 GATHERED = "gathered.safetensors"
 WATCHED = "watched.json"
@@ -27,16 +32,16 @@ NOTES = "notes.json"
 
 
 def train_and_gather(recipe: Recipe, run: RunDirectory) -> None:
-    """Stage train; whole parameters as they stand on the ranks afterwards go to `gathered.safetensors`."""
+    """Stage train; whole parameters as they stand on the ranks afterwards go to a file per pipeline stage."""
     summary = train._summary
 
     def gathering(session: Session, *rest: Any) -> dict[str, Any]:
         whole = {}
-        for name, parameter in session.model.model.named_parameters():
-            with zero3.gather([parameter]):
+        for name, parameter in session.engine.named_parameters():
+            with zero3.gather([parameter]) if hasattr(parameter, "ds_tensor") else nullcontext():
                 whole[name] = parameter.detach().clone()
-        if comm.rank() == 0:
-            save_file(whole, run.path / GATHERED)
+        if session.grid.data_rank == 0:
+            save_file(whole, run.path / f"{session.grid.stage}-{GATHERED}")
         return summary(session, *rest)
 
     train._summary = gathering
@@ -46,6 +51,38 @@ def train_and_gather(recipe: Recipe, run: RunDirectory) -> None:
         train._summary = summary
 
 
+def gathered(run: RunDirectory) -> dict[str, torch.Tensor]:
+    """What `train_and_gather` has written."""
+    whole: dict[str, torch.Tensor] = {}
+    for path in run.path.glob(f"*-{GATHERED}"):
+        whole.update(load_file(path))
+    return whole
+
+
+def train_lower(recipe: Recipe, run: RunDirectory) -> None:
+    """Stage train with banks in layer 1 alone."""
+    if comm.rank() == 0:
+        TinyRun(run.path.parent).selection((1,)).save(run.selection)
+    comm.barrier()
+    train.run(recipe, run)
+
+
+def prepare_and_train(recipe: Recipe, run: RunDirectory) -> None:
+    """Stages prepare and train, for a base model of its own."""
+    prepare.run(recipe, run)
+    train.run(recipe, run)
+
+
+def every_stage(recipe: Recipe, run: RunDirectory) -> None:
+    """What `lander all` does, in this process group."""
+    if comm.rank() == 0:
+        run.selection.unlink()
+    comm.barrier()
+    for name in STAGES:
+        import_module(f"lander_ds.stages.{name}").run(recipe, run)
+        comm.free_memory()
+
+
 class _Nudging(Loop):
     """Changes one frozen weight on the last rank by the smallest step there is."""
 
@@ -53,7 +90,7 @@ class _Nudging(Loop):
         outcome = super().run()
         if comm.rank() == comm.world_size() - 1:
             parameter = next(p for p in self.session.model.parameters() if not p.requires_grad)
-            shard = parameter.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
+            shard = held(parameter).data.view(-1)
             shard[-1] = torch.nextafter(shard[-1], torch.tensor(torch.inf))
         return outcome
 
@@ -70,7 +107,7 @@ def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
 def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     """Train; note after every step which groups changed on this rank, in weights or in optimizer state."""
     session, data = open_session(recipe, run), PreparedData.load(run, recipe)
-    loop = Loop(session, data, Journal(run.metrics, None, 1), lambda step: None)
+    loop = Loop(session, data, Journal(run.metrics, None, 1), lambda progress, valid_loss: None)
     notes = []
     before = _states(session)
     for step in range(recipe.train.steps):
@@ -82,9 +119,9 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
         notes.append(
             {
                 "present": present,
-                "active": sorted(active_groups(after, present)),
+                "active": sorted(active_groups(session.group_sizes, present)),
                 "changed": sorted({group for part in comm.gather_objects(changed) for group in part}),
-                "groups": sorted(after),
+                "groups": sorted(session.group_sizes),
             }
         )
         before = after
@@ -105,7 +142,6 @@ def look_into_session(recipe: Recipe, run: RunDirectory) -> None:
         "one": validation_loss(session, {2: valid[2]}),
         # One sentence: most micro-batches and perhaps ranks have none.
         "few": validation_loss(few, {2: valid[2]}),
-        "training": session.model.training,
     }
     if comm.rank() == 0:
         (run.path / NOTES).write_text(json.dumps(notes))
@@ -138,14 +174,22 @@ def diverge(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def _states(session: Session) -> dict[str, list[torch.Tensor]]:
-    """This rank's float32 masters and optimizer state by group."""
-    zero = session.engine.optimizer
-    names = [group["name"] for group in zero.optimizer.param_groups]
+    """This rank's float32 masters and optimizer state by group; none where its stage trains nothing."""
+    names = [group["name"] for group in session.engine.param_groups]
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    for number, part in enumerate(zero.fp32_partitioned_groups_flat):
-        held = found[names[zero.sub_group_to_group_id[number]]]
-        held.append(part.detach().clone())
-        held += [torch.as_tensor(value).clone() for value in zero.optimizer.state[part].values()]
+    if not names:
+        return found
+    zero = session.engine._engine.optimizer  # type: ignore[attr-defined]
+    if session.recipe.topology == "pipeline":
+        masters = dict(zip(names, ([part] for part in zero.single_partition_of_fp32_groups), strict=True))
+    else:
+        masters = {name: [] for name in names}
+        for number, part in enumerate(zero.fp32_partitioned_groups_flat):
+            masters[names[zero.sub_group_to_group_id[number]]].append(part)
+    for name, parts in masters.items():
+        for part in parts:
+            found[name].append(part.detach().clone())
+            found[name] += [torch.as_tensor(value).clone() for value in zero.optimizer.state[part].values()]
     return found
 
 

@@ -61,6 +61,13 @@ DEEPSPEED: dict[str, Any] = {
 }
 """The threshold keeps small parameters whole on every rank and shards large ones: both kinds are there."""
 
+JSONS: dict[str, dict[str, Any]] = {
+    "zero3": DEEPSPEED,
+    "pipeline": {"zero_optimization": {"stage": 1}, "steps_per_print": 1000000},
+    "pipeline_zero3": DEEPSPEED,
+}
+"""By topology."""
+
 
 @dataclass(frozen=True)
 class TinyRun:
@@ -74,13 +81,19 @@ class TinyRun:
         return self.root / "recipe.yaml"
 
     @property
+    def untied(self) -> Path:
+        """A base model whose head is not its embedding."""
+        return self.root / "untied"
+
+    @property
     def model(self) -> Path:
         """The base model."""
         return self.root / "model"
 
     def recipe(self, name: str, *overrides: str) -> Recipe:
-        """The recipe of the run `name`."""
-        return load_recipe(self.recipe_path, [f"run_dir={self.root / name}", *overrides])
+        """The recipe of the run `name`; `$root` in an override is the root of all runs."""
+        own = [override.replace("$root", str(self.root)) for override in overrides]
+        return load_recipe(self.recipe_path, [f"run_dir={self.root / name}", *own])
 
     def run(self, name: str) -> RunDirectory:
         """The directory of the run `name`, with prepared data and a selection in it."""
@@ -90,9 +103,9 @@ class TinyRun:
             self.selection().save(run.selection)
         return run
 
-    def selection(self) -> Selection:
-        """General, specific, shared and frozen banks in `SELECTED`."""
-        made = random_selection(NEURONS, SELECTED, PAIRS, seed=2)
+    def selection(self, layers: tuple[int, ...] = SELECTED) -> Selection:
+        """General, specific, shared and frozen banks in `layers`."""
+        made = random_selection(NEURONS, layers, PAIRS, seed=2)
         return replace(made, metadata={"base_fingerprint": base_fingerprint(self.model)})
 
 
@@ -103,15 +116,18 @@ def make_tiny_run(root: Path) -> TinyRun:
             lines = list(_short_lines(SAMPLE / f"{split}.{pair}.jsonl", count))
             (root / f"{split}.{pair}.jsonl").write_text("".join(lines), encoding="utf-8")
     (root / "recipe.yaml").write_text(RECIPE.format(root=root), encoding="utf-8")
-    (root / "zero3.json").write_text(json.dumps(DEEPSPEED), encoding="utf-8")
+    for topology, config in JSONS.items():
+        (root / f"{topology}.json").write_text(json.dumps(config), encoding="utf-8")
     corpora = (CorpusConfig(str(root / "train.{pair}.jsonl")),)
     train_tokenizer(
         Recipe("unused", ModelConfig("unused"), DataConfig(PAIRS, corpora), "unused"),
         root / "model",
         VOCABULARY,
     )
-    _random_gemma().save_pretrained(root / "model")
     made = TinyRun(root)
+    shutil.copytree(made.model, made.untied)
+    _random_gemma(tied=True).save_pretrained(made.model)
+    _random_gemma(tied=False).save_pretrained(made.untied)
     prepare.run(made.recipe("prepared"), RunDirectory(root / "prepared"))
     return made
 
@@ -122,7 +138,7 @@ def _short_lines(path: Path, count: int) -> Iterator[str]:
     yield from sorted(lines, key=len)[:count]
 
 
-def _random_gemma() -> Gemma3ForCausalLM:
+def _random_gemma(tied: bool) -> Gemma3ForCausalLM:
     """Weights large enough that every neuron matters."""
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY,
@@ -139,6 +155,7 @@ def _random_gemma() -> Gemma3ForCausalLM:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
+        tie_word_embeddings=tied,
     )
     model = Gemma3ForCausalLM(config)
     generator = torch.Generator().manual_seed(1)

@@ -25,12 +25,37 @@ ADAMW = (*NOISY, *sets(train__clip=0.2, train__weight_decay=0.05))
 
 DETECT = "lander_ds.stages.detect:run"
 GATHER = "support.jobs:train_and_gather"
+DIVERGE = "support.jobs:diverge"
+EVERY_STAGE = "support.jobs:every_stage"
+LOOK = "support.jobs:look_into_session"
+NUDGE = "support.jobs:train_and_nudge"
+PREPARE_AND_TRAIN = "support.jobs:prepare_and_train"
+TRAIN_LOWER = "support.jobs:train_lower"
+COLLECTIVES = "support.jobs:use_collectives"
+WATCH = "support.jobs:watch_groups"
 FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 """One to three examples a step: fewer than four ranks have micro-batches."""
 ABSENT = sets(
     routing__gate="none", train__batch_tokens=96, train__steps=12, train__clip=0.2, train__weight_decay=0.1
 )
 LORA = sets(train__method="lora", train__steps=6, train__lora__r=4)
+LAYERS = sets(train__method="layers", train__steps=6, train__clip=0.2)
+OUTPUT = (
+    *sets(routing__gate="output", routing__gate_init="paper", routing__other_pairs="mask"),
+    *sets(train__optimizer="sgd", train__steps=6, train__schedule="constant"),
+    "train.banks=[specific]",
+    "train.lr={specific: 1.0, gates: 1.0}",
+)
+FULL = (*sets(train__method="full", train__steps=6, train__clip=0.5), "model.path=$root/untied")
+LOWER = (*NOISY, *sets(train__steps=6, train__clip=0.2))
+BFLOAT16 = sets(model__dtype="bfloat16", train__steps=4)
+WHOLE = (
+    *sets(train__steps=8, translate__max_new_tokens=12, score__bootstrap_samples=20),
+    "translate.systems=[base, trained]",
+    "export.formats=[dense]",
+    "select.layers.k=2",
+)
+DIVERGED = (*sets(train__optimizer="sgd", train__save_every=1), "train.lr={general: 1.0e+30}")
 
 PATIENCE = (
     *sets(train__valid_every=2, train__patience=1, train__save_every=3, train__log_every=2),
@@ -47,7 +72,15 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("adamw-micro4", (*ADAMW, "train.micro_batch=4")),
         Job("adamw-pack128", (*ADAMW, "train.pack_tokens=128")),
         Job("few", FEW),
+        Job("recompute", (*ADAMW, "train.activation_checkpointing=true")),
+        Job("none", ABSENT),
+        Job("output", OUTPUT),
+        Job("layers", LAYERS),
         Job("lora", LORA),
+        Job("full", FULL, PREPARE_AND_TRAIN),
+        Job("lower", LOWER, TRAIN_LOWER),
+        Job("bfloat16", BFLOAT16),
+        Job("whole", WHOLE, EVERY_STAGE),
         Job("detect", (), DETECT),
         Job("detect-large", ("detect.batch_tokens=4096",), DETECT),
     ),
@@ -60,39 +93,26 @@ JOBS: dict[int, tuple[Job, ...]] = {
             sets(routing__budget_weight=0.5, routing__budget=0.2, train__steps=8, train__clip=0.3),
             GATHER,
         ),
-        Job(
-            "output",
-            (
-                *sets(routing__gate="output", routing__gate_init="paper", routing__other_pairs="mask"),
-                *sets(train__optimizer="sgd", train__steps=6, train__schedule="constant"),
-                "train.banks=[specific]",
-                "train.lr={specific: 1.0, gates: 1.0}",
-            ),
-            GATHER,
-        ),
+        Job("output", OUTPUT, GATHER),
         Job("full", sets(train__method="full", train__steps=6, train__weight_decay=0.1)),
-        Job("layers", sets(train__method="layers", train__steps=6, train__clip=0.2), GATHER),
+        Job("layers", LAYERS, GATHER),
         Job("lora", LORA, GATHER),
-        Job("watched", ABSENT, "support.jobs:watch_groups"),
-        Job("nudged", sets(train__steps=2), "support.jobs:train_and_nudge"),
+        Job("watched", ABSENT, WATCH),
+        Job("nudged", sets(train__steps=2), NUDGE),
         Job("patience", PATIENCE),
-        Job("bfloat16", sets(model__dtype="bfloat16", train__steps=4)),
-        Job("looked-into", sets(model__dtype="bfloat16"), "support.jobs:look_into_session"),
-        Job("collectives", (), "support.jobs:use_collectives"),
+        Job("bfloat16", BFLOAT16),
+        Job("looked-into", sets(model__dtype="bfloat16"), LOOK),
+        Job("collectives", (), COLLECTIVES),
         Job("detect", (), DETECT),
         # Last, because it ends in an error.
-        Job(
-            "diverged",
-            (*sets(train__optimizer="sgd", train__save_every=1), "train.lr={general: 1.0e+30}"),
-            "support.jobs:diverge",
-        ),
+        Job("diverged", DIVERGED, DIVERGE),
     ),
     4: (
         Job("sgd", SGD),
         Job("adamw", ADAMW),
         Job("few", FEW),
         Job("detect", (), DETECT),
-        Job("collectives", (), "support.jobs:use_collectives"),
+        Job("collectives", (), COLLECTIVES),
     ),
 }
 """By number of ranks."""

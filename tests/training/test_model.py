@@ -14,35 +14,46 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.packing import Example, pack
+from lander_ds.data.packing import Example, PackedBatch, pack
 from lander_ds.families.family import Family
 from lander_ds.families.loading import build, fill
+from lander_ds.families.span import Span, spans
 from lander_ds.families.weights import BaseWeights
 from lander_ds.routing.routed_ffn import RoutingState
 from lander_ds.training.batches import FILLER
 from lander_ds.training.groups import mark_trained, prepare_model
-from lander_ds.training.model import Normaliser, TranslationModel, first_trained_layer
+from lander_ds.training.model import Normaliser, Objective, Tensors, TranslationModel, first_trained_layer
 
 ONE = Normaliser(target_tokens=1, examples=1)
 
 
-def made(recipe: Recipe) -> tuple[PreTrainedModel, Family, RoutingState | None]:
-    """The model as training makes it, but in one process."""
+def made(recipe: Recipe, span: Span | None = None) -> tuple[PreTrainedModel, Family, RoutingState | None]:
+    """The model as training makes it, but in one process; outside the span it stays on meta."""
     model, family = build(recipe.model)
     selection = selection_for(recipe)
     state = prepare_model(model, family, recipe, selection)
-    fill(model, family, BaseWeights(recipe.model.path), lambda unit: None)
+    fill(model, family, BaseWeights(recipe.model.path), lambda unit: None, span=span)
     mark_trained(model, family, recipe.train, selection)
     return model, family, state
 
 
-def wrapped(recipe: Recipe, **options: float) -> TranslationModel:
-    model, family, state = made(recipe)
+def wrapped(
+    recipe: Recipe, span: Span | None = None, recompute: bool = False, **objective: float
+) -> TranslationModel:
+    model, family, state = made(recipe, span)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if ".router.w2" in name or ".router.b2" in name:
             parameter.data.normal_(generator=generator)
-    return TranslationModel(model, family, len(PAIRS), state, seed=recipe.seed, **options)  # type: ignore[arg-type]
+    return TranslationModel(
+        model,
+        family,
+        len(PAIRS),
+        state,
+        Objective(seed=recipe.seed, **objective),  # type: ignore[arg-type]
+        span,
+        recompute=recompute,
+    )
 
 
 def examples() -> list[Example]:
@@ -183,9 +194,99 @@ def test_noise_depends_on_the_sample_and_not_on_its_company(recipe: Recipe) -> N
     torch.testing.assert_close(losses([first]), losses([first]), atol=0, rtol=0)
     drawn_again = replace(first, sample_id=99)
     assert (losses([first]) - losses([drawn_again])).abs().max() > 1e-4
-    module.seed += 1
+    own = module.objective
+    module.objective = replace(own, seed=own.seed + 1)
     other_seed = losses([first])
-    module.seed -= 1
+    module.objective = own
     assert (losses([first]) - other_seed).abs().max() > 1e-4
     module.eval()
     assert torch.equal(losses([first]), losses([drawn_again])), "no noise in evaluation"
+
+
+def run_spans(
+    parts: list[TranslationModel], batch: PackedBatch, norm: Normaliser
+) -> tuple[Tensors, list[list[torch.Tensor]]]:
+    """Forward and backward through spans as a pipeline runs them; (what the last returns, what came into each)."""
+    arrived: list[list[torch.Tensor]] = []
+    outputs: list[Tensors] = []
+    for part in parts:
+        crossing = part.crosses(part.span.start)
+        arrived.append([t.detach().requires_grad_(crossing) for t in outputs[-1]] if outputs else [])
+        outputs.append(part(batch, norm, *arrived[-1]))
+        part.zero_grad(set_to_none=True)
+    gradients: list[torch.Tensor] = [torch.ones(())]
+    for part, given, made in zip(reversed(parts), reversed(arrived), reversed(outputs), strict=True):
+        if not part.has_backward:
+            break
+        torch.autograd.backward(made[: len(gradients)], gradients)
+        gradients = [tensor.grad for tensor in given]  # type: ignore[misc]
+    return outputs[-1], arrived
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_spans_compute_what_the_whole_model_does(case: str, recompute: bool, tmp_path: Path) -> None:
+    """Every family cut after each of its layers: losses, budget, and gradients of everything that is trained."""
+    recipe = recipe_for(save(tiny_model(case), tmp_path / "base"), tmp_path / "run")
+    options = {"budget_weight": 0.4, "budget": 0.3}
+    complete = wrapped(recipe, recompute=recompute, **options)
+    norm, batch = Normaliser(20, 5), pack(examples())
+    expected = complete(batch, norm)
+    wanted = gradients(complete, examples(), norm)
+    parts = [wrapped(recipe, span, recompute, **options) for span in spans((1, 2), 3)]
+    assert [part.has_backward for part in parts] == [True] * 3
+    found, arrived = run_spans(parts, batch, norm)
+    for part, tensors in zip(parts[1:], arrived[1:], strict=True):
+        empty = part.carried(batch)
+        assert [(t.shape, t.dtype) for t in tensors] == [(t.shape, t.dtype) for t in empty]
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2])
+    names: set[str] = set()
+    for part in parts:
+        own = {id(p) for p in part.parameters()}
+        inside = {id(p): p for p in part.parameters() if p.requires_grad}
+        assert not any(p.is_meta for p in part.parameters())
+        for name, parameter in part.model.named_parameters():
+            assert parameter.is_meta == (id(parameter) not in own) or ".router." in name, name
+            if id(parameter) in inside:
+                names.add(name)
+                torch.testing.assert_close(parameter.grad, complete.model.get_parameter(name).grad, msg=name)
+    assert len(names) == len(wanted)
+
+
+@pytest.mark.parametrize("trained", [0, 2])
+def test_gradients_go_no_further_down_than_the_first_trained_layer(trained: int, tmp_path: Path) -> None:
+    recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
+    parts = []
+    for span in spans((1, 2), 3):
+        model, family, state = made(recipe, span)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and f".layers.{trained}." in name)
+        parts.append(TranslationModel(model, family, len(PAIRS), state, span=span))
+    assert [part.crosses(part.span.start) for part in parts] == [False, trained < 1, trained < 2]
+    assert [part.has_backward for part in parts] == [trained <= 0, trained <= 1, True]
+    if trained < 2:
+        _, arrived = run_spans(parts, pack(examples()), ONE)
+        assert [bool(t and t[0].grad is not None) for t in arrived] == [False, trained < 1, trained < 2]
+
+
+def test_detection_sends_gradients_down_to_the_embedding(tmp_path: Path) -> None:
+    recipe = recipe_for(save(tiny_model("gemma3"), tmp_path / "base"), tmp_path / "run", "full")
+    parts = []
+    for span in spans((1, 2), 3):
+        model, family, _ = made(recipe, span)
+        model.requires_grad_(False)
+        parts.append(TranslationModel(model, family, len(PAIRS), span=span, input_gradients=True))
+    _, arrived = run_spans(parts, pack(examples()), ONE)
+    assert all(t[0].grad is not None and t[0].grad.abs().max() > 0 for t in arrived[1:])
+
+
+def test_what_travels_is_small(recipe: Recipe) -> None:
+    """Without a budget, or before the first gate, hidden states alone."""
+    batch = pack(examples())
+    first, second, third = (wrapped(recipe, span, budget_weight=0.4) for span in spans((1, 2), 3))
+    assert [len(part.carried(batch)) for part in (second, third)] == [2, 2]
+    assert len(wrapped(recipe, second.span).carried(batch)) == 1
+    assert len(first(batch, ONE)) == 2
+    assert first.carried(batch)[0].shape == (1, len(batch.input_ids), 32)

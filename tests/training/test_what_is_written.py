@@ -105,7 +105,9 @@ def test_divergence_ends_with_an_error_and_whole_checkpoints(world_2: TinyRun) -
     run = world_2.run("diverged-2")
     for rank in range(2):
         message = (run.path / f"{rank}-{NOTES}").read_text()
-        assert re.search(r"the loss of .*en-.* is not finite at step \d+: lower train\.lr", message)
+        assert re.search(
+            r"the loss of .*en-.* is not finite at step \d+, after 10 skipped steps: lower train\.lr", message
+        )
     assert checkpoint.newest(run.checkpoints).trained()
     assert not run.training_summary.exists()
     assert not run.record_path("train").exists()
@@ -118,7 +120,6 @@ def test_pairs_without_validation_data_are_left_out(world_2: TinyRun) -> None:
     assert set(notes["one"]) == set(notes["few"]) == {"en-es"}
     assert notes["one"]["en-es"] == pytest.approx(notes["all"]["en-es"], rel=1e-2)  # bfloat16
     assert 0 < notes["few"]["en-es"] < 20
-    assert notes["training"], "back in training mode"
 
 
 def test_a_finished_training_is_not_repeated(world_1: TinyRun) -> None:
@@ -190,7 +191,14 @@ def test_the_journal_starts_anew_and_is_whole_after_every_step(tmp_path: Path) -
     path = tmp_path / "metrics.jsonl"
     path.write_text("of an earlier training\n")
     journal = Journal(path, _NoMonitor(), 1)
-    record = {"step": 1, "loss": 1.5, "grad_norm": 0.1, "tokens_per_second": 1.0, "loss_per_pair": {}}
+    record = {
+        "skipped": False,
+        "step": 1,
+        "loss": 1.5,
+        "grad_norm": 0.1,
+        "tokens_per_second": 1.0,
+        "loss_per_pair": {},
+    }
     journal.step({**record, "lr": {}, "gates": {}})
     assert json.loads(path.read_text())["loss"] == 1.5, "written before the next step begins"
     assert journal.validation(1, {"en-de": 1.0, "en-fr": 2.0}) == 1.5

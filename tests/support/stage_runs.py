@@ -1,0 +1,122 @@
+"""Trainings in pipelines that several tests look at, and the worlds they run in.
+
+A job is called `<topology>-<pipeline stages>x<data-parallel ranks>-<what>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.training_runs import (
+    ABSENT,
+    ADAMW,
+    BFLOAT16,
+    DETECT,
+    DIVERGE,
+    DIVERGED,
+    EVERY_STAGE,
+    FEW,
+    FULL,
+    GATHER,
+    LAYERS,
+    LOOK,
+    LORA,
+    LOWER,
+    NUDGE,
+    OUTPUT,
+    PREPARE_AND_TRAIN,
+    SGD,
+    TRAIN_LOWER,
+    WATCH,
+    WHOLE,
+)
+from support.worlds import Job, run_world
+
+if TYPE_CHECKING:
+    from support.tiny_run import TinyRun
+
+PIPELINE, ZERO3 = "pipeline", "pipeline_zero3"
+
+
+def staged(
+    topology: str, stages: int, ranks: int, what: str, overrides: tuple[str, ...], call: str = ""
+) -> Job:
+    """A job in a topology with pipeline stages."""
+    own = (f"topology={topology}", f"pipeline_stages={stages}", f"deepspeed=$root/{topology}.json")
+    name = f"{topology}-{stages}x{ranks // stages}-{what}"
+    return Job(name, (*overrides, *own), call) if call else Job(name, (*overrides, *own))
+
+
+def _two(topology: str) -> tuple[Job, ...]:
+    """Two stages of one rank each."""
+
+    def job(what: str, overrides: tuple[str, ...], call: str = "") -> Job:
+        return staged(topology, 2, 2, what, overrides, call)
+
+    other = (
+        ("train.micro_batch=2",) if topology == PIPELINE else ("train.micro_batch=2", "train.pack_tokens=128")
+    )
+    return (
+        job("sgd", (*SGD, *other, "train.valid_every=7")),
+        job("adamw", ADAMW),
+        job("recompute", (*ADAMW, "train.activation_checkpointing=true")),
+        job("detect", (), DETECT),
+        job("none", ABSENT),
+        job("output", OUTPUT, GATHER),
+        job("layers", LAYERS, GATHER),
+        job("lora", LORA, GATHER),
+        job("full", FULL, PREPARE_AND_TRAIN),
+        job("lower", (*LOWER, "pipeline_cut=[2]"), TRAIN_LOWER),
+        job("watched", ABSENT, WATCH),
+        job("nudged", ("train.steps=2",), NUDGE),
+        job("bfloat16", BFLOAT16),
+        job("looked-into", ("model.dtype=bfloat16",), LOOK),
+        job("whole", (*WHOLE, "translate.weights=sharded"), EVERY_STAGE),
+    )
+
+
+def _four(topology: str) -> tuple[Job, ...]:
+    """Two stages of two ranks each, and four stages."""
+    return (
+        staged(topology, 2, 4, "sgd", SGD),
+        staged(topology, 2, 4, "adamw", ADAMW),
+        staged(topology, 2, 4, "few", FEW),
+        staged(topology, 2, 4, "detect", (), DETECT),
+        staged(topology, 2, 4, "recompute", (*ADAMW, "train.activation_checkpointing=true")),
+        staged(topology, 4, 4, "sgd", SGD),
+        staged(topology, 4, 4, "adamw", ADAMW),
+        staged(topology, 4, 4, "detect", (), DETECT),
+    )
+
+
+STAGE_JOBS: dict[int, tuple[Job, ...]] = {
+    2: (
+        *_two(PIPELINE),
+        *_two(ZERO3),
+        # Last, because they end in an error.
+        staged(ZERO3, 2, 2, "diverged", DIVERGED, DIVERGE),
+        staged(PIPELINE, 2, 2, "diverged", DIVERGED, DIVERGE),
+    ),
+    4: (
+        *_four(PIPELINE),
+        *_four(ZERO3),
+        staged(ZERO3, 2, 4, "whole", WHOLE, EVERY_STAGE),
+    ),
+}
+"""By number of ranks."""
+
+
+def _world(ranks: int) -> Callable[..., TinyRun]:
+    @pytest.fixture(scope="session", name=f"stages_{ranks}")
+    def world(tiny_run: TinyRun) -> TinyRun:
+        run_world(tiny_run.root, ranks, STAGE_JOBS[ranks])
+        return tiny_run
+
+    return world
+
+
+stages_2, stages_4 = map(_world, (2, 4))
+"""All jobs of that many ranks have run; their run directories are `<job>-<ranks>`."""
