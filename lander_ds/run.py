@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.config.recipe import Recipe
+from lander_ds.directories import inside
 from lander_ds.errors import ArtefactError
 from lander_ds.version import __version__
 
@@ -151,17 +152,25 @@ class RunDirectory:
         )
 
     def up_to_date(self, stage: str, options: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-        """Whether `stage` already ran with these options and inputs and its outputs are unchanged."""
+        """Whether `stage` already ran with these options and inputs and its outputs are unchanged.
+
+        Raises:
+            ArtefactError: its record is damaged, or names files outside the run directory.
+        """
         path = self.record_path(stage)
         if not path.exists():
             return False
-        record = read_json(path, f"delete it to run stage {stage} again")
-        if record["options_hash"] != json_hash(options) or record["inputs"] != dict(inputs):
+        cure = f"delete it to run stage {stage} again"
+        record = read_json(path, cure)
+        try:
+            found = (record["options_hash"], dict(record["inputs"]), record["versions"]["lander_ds"])
+            digests = dict(record["outputs"])
+        except (KeyError, TypeError, ValueError):
+            raise ArtefactError(f"{path} is no stage record: {cure}") from None
+        outputs = {inside(self.path, name, path): digest for name, digest in digests.items()}
+        if found != (json_hash(options), dict(inputs), __version__):
             return False
-        if record["versions"]["lander_ds"] != __version__:
-            return False
-        outputs = {self.path / name: digest for name, digest in record["outputs"].items()}
-        return all(path.exists() and file_hash(path) == digest for path, digest in outputs.items())
+        return all(output.exists() and file_hash(output) == digest for output, digest in outputs.items())
 
     def read_record(self, stage: str) -> dict[str, Any]:
         """The record of a finished stage.

@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 
 from lander_ds.config.recipe import Recipe, Split
+from lander_ds.directories import inside
 from lander_ds.errors import ArtefactError
 from lander_ds.run import RunDirectory, json_hash, read_json
 
@@ -91,7 +92,7 @@ class PreparedData:
     def split(self, split: Split) -> dict[str, PreparedSplit]:
         """The named split of every pair that has it, in the order of the recipe's pairs."""
         return {
-            pair: PreparedSplit(pair, split, self._entry / split_file(pair, split))
+            pair: PreparedSplit(pair, split, inside(self._entry, split_file(pair, split), self._entry))
             for pair in self.pairs
             if split in self._splits[pair]
         }
@@ -109,7 +110,19 @@ class PreparedData:
             raise ArtefactError(
                 f"{pointer_path}: was made for other data options, another model or another seed: {CURE}"
             )
-        return PreparedData(run.path / pointer["entry"])
+        return PreparedData(_entry(run, recipe, pointer_path, pointer.get("entry")))
+
+
+def _entry(run: RunDirectory, recipe: Recipe, pointer: Path, entry: object) -> Path:
+    """The cache entry that a pointer names: inside the run directory, or in the recipe's cache."""
+    if isinstance(entry, str) and Path(entry).is_absolute():
+        cache = recipe.data.cache_dir
+        if cache is None or Path(entry).parent.resolve() != Path(cache).expanduser().resolve():
+            raise ArtefactError(
+                f"{pointer}: {entry} lies neither in the run directory nor in data.cache_dir: {CURE}"
+            )
+        return Path(entry)
+    return inside(run.path, entry, pointer)
 
 
 def prepared_options(recipe: Recipe) -> dict[str, Any]:
@@ -139,7 +152,7 @@ def read_manifest(entry: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ArtefactError(f"{entry}: is not a {FORMAT} cache entry: {CURE}")
     for name, size in manifest["files"].items():
-        file = entry / name
+        file = inside(entry, name, entry / "manifest.json")
         if not file.is_file() or file.stat().st_size != size:
             raise ArtefactError(f"{file}: is missing or damaged: {CURE} with --force")
     return manifest

@@ -1,58 +1,73 @@
-"""Export `dense`: the base's own architecture and files, with the trained rows and columns written in.
+"""Export `dense`: the base's own architecture and files, with what has changed written in.
 
-Tensors that training did not touch are byte-equal to the base's. Gates have no place in a standard architecture and
-are dropped, so the result is exact for `gate: none` and for the baselines, and an approximation otherwise.
+Tensors that training did not touch are byte-equal to the base's. Gates have no place in a standard architecture:
+they are dropped, or folded into the weights as constants (`lander_ds.export.fold`).
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from lander_ds import console
 from lander_ds.directories import replacing
-from lander_ds.export.trained import TrainedModel
-from lander_ds.export.writer import copy_companions
-from lander_ds.families.weights import INDEX, read_config
+from lander_ds.export.sources import TensorSource, kind_of
+from lander_ds.export.stream import Header, Spec
+from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, copy_companions, write_files, write_weights
+from lander_ds.families.weights import read_config
 from lander_ds.run import write_json
 
-logger = logging.getLogger(__name__)
 
-
-def export_dense(trained: TrainedModel, directory: Path, dtype: torch.dtype | None) -> None:
-    """Write the directory, shard by shard as the base has them.
-
-    Args:
-        trained: base and trained tensors.
-        directory: where to; replaced when it exists.
-        dtype: of the exported weights; None keeps the base's types.
-    """
-    if any(".router." in name for name in trained.tensors):
-        logger.warning("dense export drops the gates: it only approximates a model trained with routing.gate")
-    base = trained.weights.directory
-    changes = trained.changes()
-    with (
-        replacing(directory) as new,
-        console.progress("export dense (tensors)", len(list(trained.weights.names()))) as bar,
-    ):
-        for path in trained.weights.files():
-            tensors = {}
-            with safe_open(path, framework="pt") as file:
-                names, metadata = list(file.keys()), file.metadata()
-            for stored in names:
-                tensors[stored] = trained.merged(stored, changes.get(stored, []), dtype)
-                bar.advance()
-            save_file(tensors, new / path.name, metadata=metadata or {"format": "pt"})
-        if (base / INDEX).exists():
-            shutil.copyfile(base / INDEX, new / INDEX)
+def export_dense(source: TensorSource, directory: Path, form: Form) -> None:
+    """Write a model directory; an older one is replaced by the whole new one."""
+    base = source.weights.directory
+    with replacing(directory) as new:
+        write_base_layout(source, new, form, f"export {directory.name}")
         config = read_config(base)
-        if dtype is not None:
-            config.pop("torch_dtype", None)
-            config["dtype"] = str(dtype).removeprefix("torch.")
-        write_json(new / "config.json", config)
-        copy_companions(base, new)
+        write_json(new / "config.json", _typed(config, form))
+        copy_companions(base, new, code="auto_map" in config)
+
+
+def write_base_layout(source: TensorSource, directory: Path, form: Form, title: str) -> None:
+    """Write every tensor of the base into `directory`: in the base's own files, or in shards of the asked size."""
+    weights = source.weights
+
+    def spec(name: str) -> Spec:
+        base = weights.read(name)
+        return Spec.like(base, kind_of(base, form.dtype))
+
+    if weights.layout.pickled or form.shard_bytes is not None:
+        specs = {name: spec(name) for name in weights.names()}
+        limit = form.shard_bytes or DEFAULT_SHARD_BYTES
+        write_weights(directory, specs, lambda name: source.tensor(name, form.dtype), limit, title)
+        return
+    same = form.dtype is None
+    headers = {
+        # The base's own header, so that a file without a change stays the same byte for byte.
+        path.name: Header.read(path)
+        if same
+        else Header.make({name: spec(name) for name in weights.names_in(path)}, weights.metadata(path))
+        for path in weights.files()
+    }
+    write_files(directory, headers, lambda name: source.tensor(name, form.dtype), title)
+    if weights.layout.index is not None:
+        index = weights.layout.index
+        if same:
+            shutil.copyfile(index, directory / index.name)
+        else:
+            total = sum(spec.bytes for header in headers.values() for spec in header.specs.values())
+            content = json.loads(index.read_text(encoding="utf-8"))
+            write_json(directory / index.name, {**content, "metadata": {"total_size": total}})
+
+
+def _typed(config: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    """config.json for weights of another type."""
+    typed = dict(config)
+    if form.dtype is not None:
+        typed.pop("torch_dtype", None)
+        typed["dtype"] = str(form.dtype).removeprefix("torch.")
+        if isinstance(typed.get("text_config"), dict):
+            typed["text_config"] = _typed(typed["text_config"], form)
+    return typed

@@ -9,63 +9,54 @@ from typing import Any
 
 import torch
 
-from lander_ds import console
 from lander_ds.directories import replacing
 from lander_ds.errors import ConfigError
-from lander_ds.export.trained import TrainedModel
-from lander_ds.export.writer import ShardWriter, copy_companions
-from lander_ds.families.loading import tied_parameters
+from lander_ds.export.sources import kind_of
+from lander_ds.export.stream import Spec
+from lander_ds.export.trained import TrainedModel, is_gate
+from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, copy_companions, write_weights
 from lander_ds.routing import modeling_lander, routed_ffn
 from lander_ds.routing.surgery import OPTIONS, banks_of, routed_ffns
 from lander_ds.run import write_json
 
+PREFIX = "model."
+"""Of the plain model's parameters in the routed model."""
 
-def export_routed(trained: TrainedModel, directory: Path, dtype: torch.dtype | None) -> None:
-    """Write the directory.
 
-    Args:
-        trained: base and trained tensors.
-        directory: where to; replaced when it exists.
-        dtype: of the exported weights; None keeps the base's types.
+def export_routed(trained: TrainedModel, directory: Path, form: Form) -> None:
+    """Write a model directory; an older one is replaced by the whole new one.
 
     Raises:
         ConfigError: the method has no routed form.
     """
-    if trained.checkpoint.state["method"] != "lander":
+    if trained.method != "lander":
         raise ConfigError(
             f"export.formats: routed exists for train.method lander only, this checkpoint is of method "
-            f"{trained.checkpoint.state['method']}: use export.formats: [dense]"
+            f"{trained.method}: use export.formats: [dense]"
         )
-    tied = tied_parameters(trained.model)
-    parameters = [(name, p) for name, p in trained.model.named_parameters() if name not in tied]
-    with (
-        replacing(directory) as new,
-        console.progress("export routed (tensors)", len(parameters)) as bar,
-    ):
-        writer = ShardWriter(new)
-        for name, parameter in parameters:
-            writer.add(f"model.{name}", _values(trained, name, parameter, dtype))
-            bar.advance()
-        writer.close()
-        write_json(new / "config.json", _config(trained, dtype))
+    parameters = {f"{PREFIX}{name}": parameter for name, parameter in trained.parameters()}
+    specs = {name: _spec(trained, name, parameter, form.dtype) for name, parameter in parameters.items()}
+
+    def values(name: str) -> torch.Tensor:
+        return trained.value(name.removeprefix(PREFIX), parameters[name], form.dtype)
+
+    with replacing(directory) as new:
+        limit = form.shard_bytes or DEFAULT_SHARD_BYTES
+        write_weights(new, specs, values, limit, f"export {directory.name}")
+        write_json(new / "config.json", _config(trained, form.dtype))
         for module in (modeling_lander, routed_ffn):
-            source = Path(str(module.__file__))
-            shutil.copyfile(source, new / source.name)
+            file = Path(str(module.__file__))
+            shutil.copyfile(file, new / file.name)
         copy_companions(trained.weights.directory, new)
 
 
-def _values(
-    trained: TrainedModel, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype | None
-) -> torch.Tensor:
-    """A parameter in `dtype`; None: in the type of the base tensor it comes from (gates: that of the training)."""
-    if ".router." in name:
-        return trained.tensors[name].to(dtype or parameter.dtype)
-    cut = trained.cuts.get(name)
-    base = trained.weights.read(trained.stored_name(name if cut is None else cut.tensor))
-    if name in trained.tensors:
-        return trained.tensors[name].to(dtype or base.dtype)
-    values = base if cut is None else base.index_select(cut.dim, cut.neurons)
-    return values.to(dtype or base.dtype)
+def _spec(trained: TrainedModel, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype | None) -> Spec:
+    if is_gate(name):
+        return Spec.like(parameter, dtype)
+    cut = getattr(parameter, "lander_slice", None)
+    plain = name.removeprefix(PREFIX) if cut is None else cut.tensor
+    base = trained.weights.read(trained.stored_name(plain))
+    return Spec.like(parameter, kind_of(base, dtype))
 
 
 def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:

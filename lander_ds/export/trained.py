@@ -2,89 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from lander_ds.checkpoint.checkpoint import Checkpoint
-from lander_ds.config.recipe import Recipe
+from lander_ds.config.recipe import Recipe, RoutingConfig
+from lander_ds.errors import ModelError
+from lander_ds.export.sources import Change, Merged, TensorSource
 from lander_ds.families.family import Family
 from lander_ds.families.loading import build, tied_parameters
 from lander_ds.families.weights import BaseWeights
 from lander_ds.routing.surgery import Slice, slices
+from lander_ds.selection.selection import Selection
 from lander_ds.training.inference import restore_shape
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The base on disk, the shape it was trained in (on meta), and the trained tensors."""
+    """The shape a model was trained in (on meta), and its tensors."""
 
-    weights: BaseWeights
     model: PreTrainedModel
     family: Family
-    checkpoint: Checkpoint
-    tensors: Mapping[str, torch.Tensor]
-    """Parameter name -> float32 values."""
-    cuts: Mapping[str, Slice]
-    """Parameter name -> where its values stand in the base, for everything surgery has cut."""
+    source: TensorSource
+    """Everything but the gates, in the base's layout."""
+    gates: Mapping[str, torch.Tensor]
+    """Parameter name -> values, in the type of the training."""
+    method: str
+    """train.method."""
+    routing: RoutingConfig
+    """Options of the gates."""
+    selection: Selection | None
+    """Layers and banks, of methods that have them."""
 
     @staticmethod
     def open(recipe: Recipe, checkpoint: Checkpoint) -> TrainedModel:
         """Read a checkpoint and rebuild the shape it was trained in."""
         model, family = build(recipe.model, attention=None)
         restore_shape(model, family, recipe, checkpoint)
+        weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
+        tensors = checkpoint.trained()
+        state = checkpoint.state
+        changes = _Changes(model, family, weights, tensors, state["lora"]).by_tensor()
+        gates = {name: tensors[name].to(model.dtype) for name in tensors if is_gate(name)}
         return TrainedModel(
-            BaseWeights(recipe.model.path), model, family, checkpoint, checkpoint.trained(), slices(model)
+            model,
+            family,
+            Merged(weights, changes),
+            gates,
+            state["method"],
+            RoutingConfig(**state["routing"]),
+            checkpoint.selection(),
         )
 
+    @property
+    def weights(self) -> BaseWeights:
+        """The base."""
+        return self.source.weights
+
+    @property
+    def pairs_differ(self) -> bool:
+        """Whether it computes something else for every pair, which no standard architecture does."""
+        return self.method == "lander" and (self.routing.gate != "none" or self.routing.other_pairs == "mask")
+
     def stored_name(self, name: str) -> str:
-        """Name on disk of the base tensor `name`."""
-        stored = self._find(name)
-        assert stored is not None, f"the base lacks {name}, with which training began"
+        """Name on disk of the base tensor `name`.
+
+        Raises:
+            ModelError: the base lacks it.
+        """
+        stored = self.weights.stored_name(name, self.model.base_model_prefix, self.family.renamed)
+        if stored is None:
+            raise ModelError(
+                f"{self.weights.directory} lacks the tensor {name}: copy the model directory again"
+            )
         return stored
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters of the trained shape, tied ones once."""
+        tied = tied_parameters(self.model)
+        return ((name, p) for name, p in self.model.named_parameters() if name not in tied)
+
+    def value(self, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype | None) -> torch.Tensor:
+        """A parameter of the trained shape in `dtype` (None: that of the base tensor it comes from, for gates that of
+        the training)."""
+        if is_gate(name):
+            return self.gates[name].to(dtype or parameter.dtype)
+        cut: Slice | None = getattr(parameter, "lander_slice", None)
+        if cut is None:
+            return self.source.tensor(self.stored_name(name), dtype)
+        return self.source.tensor(self.stored_name(cut.tensor), dtype).index_select(cut.dim, cut.neurons)
+
+
+def is_gate(name: str) -> bool:
+    """Whether a parameter belongs to a gate."""
+    return ".router." in name
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """From the trained tensors of a checkpoint to changes of base tensors."""
+
+    model: PreTrainedModel
+    family: Family
+    weights: BaseWeights
+    tensors: Mapping[str, torch.Tensor]
+    """Parameter name -> float32 values."""
+    lora: Mapping[str, Any]
+
+    def by_tensor(self) -> dict[str, list[Change]]:
+        """Name on disk -> what happens to it."""
+        cuts = slices(self.model)
+        copies: dict[str, list[str]] = {}
+        for tied, original in tied_parameters(self.model).items():
+            copies.setdefault(original, []).append(tied)
+        found: dict[str, list[Change]] = {}
+        for name in self.tensors:
+            if name in cuts:
+                found.setdefault(self._stored(cuts[name].tensor), []).append(
+                    partial(self._put, name, cuts[name])
+                )
+            elif ".lora_A." in name:
+                adapted = name.split(".lora_A.", maxsplit=1)[0] + ".weight"
+                found.setdefault(self._stored(adapted), []).append(partial(self._adapt, name))
+            elif ".lora_B." not in name and not is_gate(name):
+                # Some files hold tied tensors twice; unequal ones would no longer be tied on loading.
+                for place in {self._stored(name), *filter(None, map(self._find, copies.get(name, [])))}:
+                    found.setdefault(place, []).append(partial(self._replace, name))
+        return found
 
     def _find(self, name: str) -> str | None:
         return self.weights.stored_name(name, self.model.base_model_prefix, self.family.renamed)
 
-    def changes(self) -> dict[str, list[str]]:
-        """Base tensors that training changed: name on disk -> names of the trained tensors that go into it."""
-        copies: dict[str, list[str]] = {}
-        for tied, original in tied_parameters(self.model).items():
-            copies.setdefault(original, []).append(tied)
-        found: dict[str, list[str]] = {}
-        for name in self.tensors:
-            if name in self.cuts:
-                found.setdefault(self.stored_name(self.cuts[name].tensor), []).append(name)
-            elif ".lora_A." in name:
-                found.setdefault(self.stored_name(_adapted(name)), []).append(name)
-            elif ".lora_B." not in name and ".router." not in name:
-                # Some files hold tied tensors twice; unequal ones would no longer be tied on loading.
-                stored = {self.stored_name(name), *filter(None, map(self._find, copies.get(name, [])))}
-                for place in stored:
-                    found.setdefault(place, []).append(name)
-        return found
+    def _stored(self, name: str) -> str:
+        stored = self._find(name)
+        assert stored is not None, f"the base lacks {name}, with which training began"
+        return stored
 
-    def merged(self, stored: str, names: list[str], dtype: torch.dtype | None) -> torch.Tensor:
-        """The base tensor `stored` with the trained tensors `names` written into it, in `dtype` (None: its own)."""
-        base = self.weights.read(stored)
-        kind = base.dtype if dtype is None or not base.is_floating_point() else dtype
-        merged = base.to(kind)
-        for name in names:
-            values = self.tensors[name]
-            if name in self.cuts:
-                cut = self.cuts[name]
-                merged.index_copy_(cut.dim, cut.neurons, values.to(kind))
-            elif ".lora_A." in name:
-                lora = self.checkpoint.state["lora"]
-                update = self.tensors[name.replace(".lora_A.", ".lora_B.")] @ values
-                merged = (base.float() + update * (lora["alpha"] / lora["r"])).to(kind)
-            else:
-                merged = values.to(kind, copy=True)
-        return merged
+    def _put(self, name: str, cut: Slice, values: torch.Tensor) -> torch.Tensor:
+        return values.index_copy_(cut.dim, cut.neurons, self.tensors[name].to(values.dtype))
 
+    def _adapt(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        update = self.tensors[name.replace(".lora_A.", ".lora_B.")] @ self.tensors[name]
+        return values.add_(update, alpha=self.lora["alpha"] / self.lora["r"])
 
-def _adapted(name: str) -> str:
-    """Name of the weight that an adapter matrix changes."""
-    return name.split(".lora_A.", maxsplit=1)[0] + ".weight"
+    def _replace(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        return self.tensors[name].to(values.dtype)

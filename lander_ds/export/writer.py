@@ -1,17 +1,22 @@
-"""Writing HF model directories: safetensors shards, tensor by tensor, and the small files beside them."""
+"""Writing HF model directories tensor by tensor: shards with their index, and the small files beside them."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from lander_ds.families.weights import INDEX, SINGLE
+from lander_ds import console
+from lander_ds.errors import ArtefactError
+from lander_ds.export.stream import Header, Spec, TensorOf
+from lander_ds.families.files import INDEX, SINGLE
 from lander_ds.run import write_json
 
-SHARD_BYTES = 4 * 1024**3
+GIGABYTE = 10**9
+DEFAULT_SHARD_BYTES = 5 * GIGABYTE
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -20,60 +25,103 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "tekken.json",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
 )
-"""Files of a model directory that an export takes over as they are."""
+"""Files of a model directory that an export takes over as they are: tokenizer, generation, licence."""
 
 
-class ShardWriter:
-    """Collects tensors and writes a shard whenever enough have come together: memory stays at one shard."""
+@dataclass(frozen=True)
+class Form:
+    """How weights are written."""
 
-    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write into `directory` (existing); shards hold at most `shard_bytes` where a single tensor does not exceed it."""
-        self._directory, self._limit = directory, shard_bytes
-        self._held: dict[str, torch.Tensor] = {}
-        self._held_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add one tensor."""
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + size > self._limit:
-            self._flush()
-        self._held[name] = tensor.contiguous()
-        self._held_bytes += size
-        self._total += size
-
-    def _flush(self) -> None:
-        save_file(self._held, self._directory / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._held))
-        self._held, self._held_bytes = {}, 0
-
-    def close(self) -> None:
-        """Write what is left, give the shards their final names and write the index where there are several."""
-        if self._held:
-            self._flush()
-        count = len(self._shards)
-        if count == 1:
-            (self._directory / "shard-0").rename(self._directory / SINGLE)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self._directory / f"shard-{number}").rename(self._directory / final)
-            weight_map.update(dict.fromkeys(names, final))
-        write_json(
-            self._directory / INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        )
+    dtype: torch.dtype | None = None
+    """None keeps the base's types."""
+    shard_bytes: int | None = None
+    """Largest weight file. None: the base's own files where the tensors are the same, else `DEFAULT_SHARD_BYTES`."""
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation files of a model directory."""
-    for name in COMPANIONS:
-        if (source / name).exists():
+def shards(specs: Mapping[str, Spec], limit: int) -> dict[str, list[str]]:
+    """File -> tensors, in their order; a tensor larger than the limit has a file of its own.
+
+    Args:
+        specs: tensors.
+        limit: bytes per file.
+    """
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if parts[-1] and size + spec.bytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += spec.bytes
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    count = len(parts)
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": part for number, part in enumerate(parts, 1)}
+
+
+def write_weights(
+    directory: Path, specs: Mapping[str, Spec], tensor_of: TensorOf, limit: int, title: str
+) -> None:
+    """Write tensors as `model.safetensors`, or as shards with an index.
+
+    Args:
+        directory: an existing directory.
+        specs: all tensors.
+        tensor_of: called once for each.
+        limit: bytes per file.
+        title: of the progress bar.
+    """
+    files = shards(specs, limit)
+    headers = {file: Header.make({name: specs[name] for name in names}) for file, names in files.items()}
+    write_files(directory, headers, tensor_of, title)
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        total = sum(spec.bytes for spec in specs.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_files(directory: Path, headers: Mapping[str, Header], tensor_of: TensorOf, title: str) -> None:
+    """Write weight files: name -> header."""
+    with console.progress(f"{title} (tensors)", sum(len(header.specs) for header in headers.values())) as bar:
+
+        def counted(name: str) -> torch.Tensor:
+            bar.advance()
+            return tensor_of(name)
+
+        for file, header in headers.items():
+            try:
+                header.write(directory / file, counted)
+            except OSError as error:
+                size = sum(spec.bytes for spec in header.specs.values())
+                raise ArtefactError(
+                    f"{directory / file} ({size / 1e9:.1f} GB) cannot be written ({error}): free space, or write elsewhere; "
+                    "what was there before is unchanged"
+                ) from None
+
+
+def copy_companions(source: Path, target: Path, code: bool = False) -> None:
+    """Copy tokenizer, generation and licence files of a model directory.
+
+    Args:
+        source: the model directory.
+        target: an existing directory.
+        code: copy its Python files too, which config.json refers to.
+    """
+    names: Iterable[str] = (*COMPANIONS, *(path.name for path in source.glob("*.py"))) if code else COMPANIONS
+    for name in names:
+        if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -26,6 +26,9 @@ from lander_ds.families.weights import BaseWeights, read_config
 
 Place = Callable[[nn.Module], None]
 
+_AT_ONCE = 1 << 20
+"""Values that are looked at together."""
+
 _DROPOUT = re.compile(r"(^|_)(dropout|layerdrop)$")
 
 
@@ -230,14 +233,19 @@ class _Source:
                 f"{list(shape)}: weights and config.json do not belong together"
             )
         values = values.to(self._dtype)
-        # One pass without a mask of the tensor's size: a sum is finite only if every term is.
-        if not torch.isfinite(values.sum(dtype=torch.float32)):
+        if not _finite(values):
             raise ModelError(
                 f"{weights.file_of(stored)}: {stored} holds NaN or infinity in {self._dtype}: the base is "
                 "unusable; copy it again or choose a wider model.dtype"
             )
         self._last = (name, values)
         return values
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Whether every value is. A sum is finite only if every term is; in parts, because torch makes a float32 copy."""
+    parts = torch.split(values.reshape(-1), _AT_ONCE)
+    return all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in parts)
 
 
 def _set(unit: nn.Module, local: str, old: nn.Parameter, values: torch.Tensor) -> None:

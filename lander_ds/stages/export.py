@@ -1,22 +1,32 @@
-"""Stage export: newest checkpoint + base -> HF directories under `export/`. Needs no DeepSpeed and one process."""
+"""Stage export: newest checkpoint + base -> HF directories and deltas under `export/`. Needs no DeepSpeed and one
+process.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lander_ds.checkpoint import checkpoint
+from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.errors import ArtefactError
+from lander_ds.export.card import Exactness, facts_of, write_card
+from lander_ds.export.delta import Delta
+from lander_ds.export.delta_write import export_delta
 from lander_ds.export.dense import export_dense
+from lander_ds.export.fold import MEAN, folded, folds_of, mean_gates
+from lander_ds.export.quality import folding_loss
 from lander_ds.export.routed import export_routed
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.verify import compare
+from lander_ds.export.writer import GIGABYTE, Form
 from lander_ds.families.weights import base_fingerprint
 from lander_ds.parallel import comm
 from lander_ds.run import RunDirectory, file_hash, section, write_json
@@ -24,11 +34,10 @@ from lander_ds.run import RunDirectory, file_hash, section, write_json
 logger = logging.getLogger(__name__)
 
 RELATIVE_TOLERANCE = 1e-5
-WRITERS = {"dense": export_dense, "routed": export_routed}
 
 
 def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Write and verify every format of the recipe (rank 0 works, the others wait)."""
+    """Write, verify and describe every format and fold of the recipe (rank 0 works, the others wait)."""
     if comm.rank() == 0:
         _export(recipe, run, force)
     comm.barrier()
@@ -40,33 +49,71 @@ def _export(recipe: Recipe, run: RunDirectory, force: bool) -> None:
         "base": base_fingerprint(recipe.model.path),
         "checkpoint": file_hash(found.path / checkpoint.STATE),
     }
+    if run.scores.exists():
+        inputs["scores"] = file_hash(run.scores)  # they stand in the model cards
     options = section(recipe, "export")
     if not force and run.up_to_date("export", options, inputs):
         logger.info("export: up to date")
         return
     started = time.monotonic()
     trained = TrainedModel.open(recipe, found)
-    dtype = None if recipe.export.dtype == "model" else getattr(torch, recipe.export.dtype)
-    for name in recipe.export.formats:
-        WRITERS[name](trained, run.export / name, dtype)
+    outputs = _write(recipe, run, trained, found)
+    results = _verify(recipe, run, trained) if recipe.export.verify else {}
+    losses = _folding_loss(recipe, run)
+    for fold, loss in losses.items():
+        results.setdefault(f"dense-{fold}", {})["loss"] = loss
+    facts = facts_of(recipe, run, found.state)
+    for name in outputs:
+        write_card(run.export / name, facts, name, _exactness(name, trained, recipe, losses))
+    paths = [run.export / name for name in outputs]
+    if results:
+        paths.append(run.export / "verification.json")
+        write_json(paths[-1], results)
+    run.record("export", options, inputs, paths, time.monotonic() - started)
+
+
+def _write(recipe: Recipe, run: RunDirectory, trained: TrainedModel, found: Checkpoint) -> list[str]:
+    """Write everything; returns the names of the directories."""
+    export = recipe.export
+    form = Form(
+        None if export.dtype == "model" else getattr(torch, export.dtype),
+        None if export.shard_size is None else round(export.shard_size * GIGABYTE),
+    )
+    folds = folds_of(trained, export.fold)
+    means = mean_gates(run.metrics, found.step)
+    for name in export.formats:
+        match name:
+            case "dense":
+                if trained.pairs_differ:
+                    logger.warning("dense export drops the gates: it only approximates the trained model")
+                export_dense(trained.source, run.export / name, form)
+            case "routed":
+                export_routed(trained, run.export / name, form)
+            case "delta":
+                export_delta(trained, run.export / name, means, facts_of(recipe, run, found.state))
         logger.info("wrote %s", run.export / name)
-    outputs = [run.export / name for name in recipe.export.formats]
-    if recipe.export.verify:
-        outputs.append(_verify(recipe, run, trained))
-    run.record("export", options, inputs, outputs, time.monotonic() - started)
+    for pair in folds:
+        export_dense(folded(trained, means, pair), run.export / f"dense-{pair}", form)
+        logger.info("wrote %s", run.export / f"dense-{pair}")
+    return [*export.formats, *(f"dense-{pair}" for pair in folds)]
 
 
-def _verify(recipe: Recipe, run: RunDirectory, trained: TrainedModel) -> Path:
-    """Compare every export that must be exact with the trained model; one that differs is an error."""
+def _verify(recipe: Recipe, run: RunDirectory, trained: TrainedModel) -> dict[str, Any]:
+    """Compare every export with the trained model; one that must be exact and differs is an error."""
     data = PreparedData.load(run, recipe)
     prompts = {}
     for pair, split in (data.split("test") or data.split("train")).items():
         count = min(recipe.export.verify, len(split))
         prompts[pair] = [tokens[:prompt].tolist() for tokens, prompt in map(split.tokens, range(count))]
     results: dict[str, Any] = {}
-    for name in recipe.export.formats:
+    for name in [*recipe.export.formats, *(f"dense-{pair}" for pair in recipe.export.fold)]:
+        if name == "delta":
+            results[name] = _verify_delta(run.export / name, trained)
+            continue
+        pair = name.removeprefix("dense-")
         exact = _is_exact(name, trained, recipe)
-        result = compare(recipe, run, run.export / name, prompts, generate=exact)
+        asked = {pair: prompts[pair]} if pair in prompts else prompts
+        result = compare(recipe, run, run.export / name, asked, generate=exact)
         results[name] = {**result, "expected_exact": exact}
         close = result["max_logit_difference"] <= RELATIVE_TOLERANCE * max(1.0, result["max_logit"])
         if exact and not (close and result["same_greedy"]):
@@ -81,20 +128,47 @@ def _verify(recipe: Recipe, run: RunDirectory, trained: TrainedModel) -> Path:
             "exact" if exact else "an approximation",
             result["max_logit_difference"],
         )
-    path = run.export / "verification.json"
-    write_json(path, results)
-    return path
+    return results
+
+
+def _verify_delta(directory: Path, trained: TrainedModel) -> dict[str, Any]:
+    """Put the delta on the base and take it off again, by the hashes of every tensor."""
+    delta = Delta.open(directory)
+    delta.check(trained.weights, trained.weights.directory, back=False)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    return {"expected_exact": True, "tensors": len(delta.changes), "bytes": size, "reversible": True}
+
+
+def _folding_loss(recipe: Recipe, run: RunDirectory) -> dict[str, dict[str, Any]]:
+    if not recipe.export.fold or not recipe.export.fold_sentences:
+        return {}
+    folds = {pair: run.export / f"dense-{pair}" for pair in recipe.export.fold}
+    return folding_loss(recipe, run, PreparedData.load(run, recipe), folds)
+
+
+def _exactness(
+    name: str, trained: TrainedModel, recipe: Recipe, losses: Mapping[str, Mapping[str, Any]]
+) -> Exactness:
+    """What the model card says of an export."""
+    form = Form(None if recipe.export.dtype == "model" else getattr(torch, recipe.export.dtype))
+    if name.startswith("dense-"):
+        pair = name.removeprefix("dense-")
+        return Exactness.folded(pair, losses.get(pair))
+    if name == "dense" and trained.pairs_differ:
+        return Exactness.without_gates()
+    return Exactness.exact() if name == "delta" else Exactness.typed(form)
 
 
 def _is_exact(name: str, trained: TrainedModel, recipe: Recipe) -> bool:
     """Whether an export can hold what was trained without rounding or leaving anything out."""
-    state = trained.checkpoint.state
     base = trained.weights.read(next(iter(trained.weights.names()))).dtype
     exported: torch.dtype = base if recipe.export.dtype == "model" else getattr(torch, recipe.export.dtype)
     computed: torch.dtype = getattr(torch, recipe.model.dtype)
-    if name == "dense" and state["method"] == "lander" and state["routing"]["gate"] != "none":
+    if name == "dense" and trained.pairs_differ:
         return False
-    if state["method"] == "lora":
+    if name.startswith("dense-") and (trained.routing.gate != "none" or name == f"dense-{MEAN}"):
+        return False
+    if trained.method == "lora":
         # Base plus adapters is a float32 sum.
         return exported == computed == torch.float32
     return torch.promote_types(exported, computed) == exported

@@ -57,7 +57,8 @@ def open_for_inference(
     found = checkpoint.newest(run.checkpoints) if system == "trained" else None
     model, family = build(recipe.model, attention=None)
     state = None if found is None else restore_shape(model, family, recipe, found)
-    weights, trained = BaseWeights(recipe.model.path, recipe.model.allow_pickle), {} if found is None else found.trained()
+    weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
+    trained = {} if found is None else found.trained()
     if recipe.translate.weights == "sharded":
         config = resolve_inference_config(recipe, comm.world_size())
         fill(model, family, weights, zero3.partitioner(config), trained, reads=comm.rank() == 0)

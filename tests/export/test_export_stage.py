@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.exports import contents, rewrite, tensors
 from support.tiny_run import PAIRS, TinyRun
 from support.training_runs import JOBS
 
+from lander_ds.cli import main
 from lander_ds.config.recipe import Recipe
 from lander_ds.errors import ArtefactError, ConfigError
-from lander_ds.export.trained import TrainedModel
-from lander_ds.run import RunDirectory
+from lander_ds.export.sources import Merged
+from lander_ds.families.files import SINGLE
+from lander_ds.run import RunDirectory, write_json
 from lander_ds.stages import export
 
 pytestmark = pytest.mark.distributed
@@ -60,6 +63,89 @@ def test_exports_compute_what_was_trained(
         assert (run.export / kind / "tokenizer.json").exists()
 
 
+def test_all_forms_of_a_gated_model(world_2: TinyRun, tmp_path: Path) -> None:
+    recipe, run = copy_of(
+        world_2,
+        "input",
+        tmp_path / "run",
+        "export.formats=[dense, routed, delta]",
+        "export.fold=[en-de, mean]",
+        "export.fold_sentences=4",
+        "translate.max_new_tokens=8",
+        "score.bootstrap_samples=10",
+    )
+    export.run(recipe, run)
+    proof = json.loads((run.export / "verification.json").read_text())
+    assert set(proof) == {"dense", "routed", "delta", "dense-en-de", "dense-mean"}
+    assert proof["delta"]["reversible"]
+    assert not proof["dense-en-de"]["expected_exact"]
+    assert proof["dense-en-de"]["sentences"] == 2, "of its own pair"
+    # What folding costs: measured on the same sentences, and said in the card.
+    [(pair, loss)] = proof["dense-en-de"]["loss"].items()
+    assert (pair, loss["split"], loss["sentences"]) == ("en-de", "test", 4)
+    for metric in ("bleu", "chrf"):
+        found = loss[metric]
+        assert found["difference"] == pytest.approx(found["folded"] - found["routed"])
+        assert loss["signatures"][metric]
+    assert set(proof["dense-mean"]["loss"]) == set(PAIRS)
+    cards = {path.parent.name: path.read_text() for path in run.export.glob("*/README.md")}
+    assert set(cards) == set(proof)
+    assert f"| en-de | test | 4 | chrF2 | {loss['chrf']['routed']:.2f} |" in cards["dense-en-de"]
+    assert "Measured against" not in cards["routed"]
+    # The delta is the same model, there and back.
+    base, delta = recipe.model.path, str(run.export / "delta")
+    assert main(["delta", "apply", base, delta, str(tmp_path / "routed")]) == 0
+    assert model_files(tmp_path / "routed") == model_files(run.export / "routed")
+    assert main(["delta", "revert", str(tmp_path / "routed"), delta, str(tmp_path / "base")]) == 0
+    assert tensors(tmp_path / "base").keys() == tensors(Path(base)).keys()
+    assert (tmp_path / "base" / SINGLE).read_bytes() == (Path(base) / SINGLE).read_bytes()
+    assert main(["delta", "apply", base, delta, str(tmp_path / "folded"), "--fold", "mean"]) == 0
+    assert model_files(tmp_path / "folded") == model_files(run.export / "dense-mean")
+
+
+def model_files(directory: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(directory).items() if name != "README.md"}
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "none"])
+def test_deltas_of_the_other_methods(world_2: TinyRun, tmp_path: Path, name: str) -> None:
+    recipe, run = copy_of(world_2, name, tmp_path / "run", "export.formats=[dense, delta]", "export.verify=1")
+    export.run(recipe, run)
+    base, delta = recipe.model.path, str(run.export / "delta")
+    assert main(["delta", "apply", base, delta, str(tmp_path / "dense")]) == 0
+    assert model_files(tmp_path / "dense") == model_files(run.export / "dense")
+
+
+def test_masked_banks_without_gates_are_not_called_exact(world_2: TinyRun, tmp_path: Path) -> None:
+    """They compute something else for every pair, which only the fold of a pair can hold."""
+    recipe, run = copy_of(
+        world_2,
+        "none",
+        tmp_path / "run",
+        "export.formats=[dense]",
+        "export.fold=[en-fr]",
+        "export.fold_sentences=0",
+    )
+    rewrite(run, lambda tensors: None, routing={"other_pairs": "mask"})
+    export.run(recipe, run)
+    proof = json.loads((run.export / "verification.json").read_text())
+    assert not proof["dense"]["expected_exact"]
+    assert proof["dense"]["max_logit_difference"] > 1e-3
+    assert proof["dense-en-fr"]["expected_exact"]
+    assert "loss" not in proof["dense-en-fr"]
+
+
+def test_new_scores_make_new_cards(world_2: TinyRun, tmp_path: Path) -> None:
+    recipe, run = copy_of(world_2, "none", tmp_path / "run", "export.verify=0")
+    export.run(recipe, run)
+    card = run.export / "routed" / "README.md"
+    assert "Not measured" in card.read_text()
+    pairs = {pair: {"systems": {"trained": {"bleu": 12.0}}} for pair in PAIRS}
+    write_json(run.scores, {"baseline": None, "pairs": pairs, "signatures": {}})
+    export.run(recipe, run)
+    assert "| en-de | trained | 12.00 |" in card.read_text()
+
+
 def test_a_second_run_writes_nothing(world_2: TinyRun, tmp_path: Path) -> None:
     recipe, run = copy_of(world_2, "none", tmp_path / "run", "export.verify=0")
     weights = run.export / "routed" / "model.safetensors"
@@ -79,13 +165,13 @@ def test_an_export_that_computes_something_else_is_an_error(
     world_2: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = copy_of(world_2, "none", tmp_path / "run", "export.formats=[dense]")
-    merged = TrainedModel.merged
+    merged = Merged.tensor
 
-    def wrong(self: TrainedModel, stored: str, *rest: object) -> torch.Tensor:
-        value = merged(self, stored, *rest)  # type: ignore[arg-type]
+    def wrong(self: Merged, stored: str, dtype: torch.dtype | None) -> torch.Tensor:
+        value = merged(self, stored, dtype)
         return value + 1e-3 if "down_proj" in stored else value
 
-    monkeypatch.setattr(TrainedModel, "merged", wrong)
+    monkeypatch.setattr(Merged, "tensor", wrong)
     with pytest.raises(ArtefactError, match=r"dense does not compute what was trained.*do not use it"):
         export.run(recipe, run)
     assert not run.record_path("export").exists()

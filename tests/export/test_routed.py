@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.checkpoints import PAIRS, recipe_for, shape, write_checkpoint
+from support.exports import open_trained
 from support.tiny_models import VOCABULARY, save, tiny_model
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.config.recipe import Recipe
 from lander_ds.errors import ConfigError
-from lander_ds.export import routed, writer
+from lander_ds.export import routed
 from lander_ds.export.routed import export_routed
-from lander_ds.export.trained import TrainedModel
-from lander_ds.families.weights import INDEX
+from lander_ds.export.writer import Form
+from lander_ds.families.files import INDEX
 from lander_ds.run import RunDirectory
 from lander_ds.training.inference import InferenceModel, open_for_inference
 
@@ -78,11 +79,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     for name in CASES:
         recipe = recipes[name] = make(name, root)
         run = RunDirectory(recipe.run_dir)
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "shards":
-                small = lambda directory: writer.ShardWriter(directory, shard_bytes=8000)  # noqa: E731
-                patch.setattr(routed, "ShardWriter", small)
-            export_routed(TrainedModel.open(recipe, checkpoint.newest(run.checkpoints)), run.export, None)
+        form = Form(shard_bytes=8000) if name == "shards" else Form()
+        export_routed(open_trained(recipe), run.export, form)
         wanted[name] = {
             "directory": str(run.export),
             "prompts": prompts(),
@@ -231,7 +229,7 @@ def test_types(tmp_path: Path, stored_as: str, option: torch.dtype | None, expec
     recipe = recipe_for(base, tmp_path / "run")
     tensors = write_checkpoint(recipe)
     run = RunDirectory(recipe.run_dir)
-    export_routed(TrainedModel.open(recipe, checkpoint.newest(run.checkpoints)), run.export, option)
+    export_routed(open_trained(recipe), run.export, Form(option))
     found = stored(run.export)
     gates = {name for name in found if ".router." in name}
     assert {found[name].dtype for name in set(found) - gates} == {expected}
@@ -246,18 +244,18 @@ def test_other_methods_have_no_routed_form(tmp_path: Path) -> None:
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run", "layers")
     write_checkpoint(recipe)
     run = RunDirectory(recipe.run_dir)
-    trained_model = TrainedModel.open(recipe, checkpoint.newest(run.checkpoints))
+    trained_model = open_trained(recipe)
     with pytest.raises(ConfigError, match=r"method layers: use export\.formats: \[dense\]"):
-        export_routed(trained_model, run.export, None)
+        export_routed(trained_model, run.export, Form())
     assert not run.export.exists()
 
 
 def test_a_failed_export_leaves_the_older_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_llama(tmp_path)
     run = RunDirectory(recipe.run_dir)
-    trained_model = TrainedModel.open(recipe, checkpoint.newest(run.checkpoints))
+    trained_model = open_trained(recipe)
     target = run.export / "routed"
-    export_routed(trained_model, target, None)
+    export_routed(trained_model, target, Form())
     before = {path.name: path.read_bytes() for path in target.iterdir()}
 
     def full(*_: object) -> None:
@@ -265,7 +263,7 @@ def test_a_failed_export_leaves_the_older_one_alone(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(routed, "copy_companions", full)
     with pytest.raises(OSError, match="No space left"):
-        export_routed(trained_model, target, torch.bfloat16)
+        export_routed(trained_model, target, Form(torch.bfloat16))
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in run.export.iterdir()] == ["routed"]
 

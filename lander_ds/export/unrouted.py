@@ -1,0 +1,84 @@
+"""A routed export read as the base it came from: banks put together again in the base's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from lander_ds.config.recipe import ModelConfig, RoutingConfig
+from lander_ds.errors import ArtefactError
+from lander_ds.export.routed import PREFIX
+from lander_ds.export.trained import is_gate
+from lander_ds.families.loading import build, tied_parameters
+from lander_ds.families.weights import BaseWeights, stored_among
+from lander_ds.routing.surgery import Slice, install
+from lander_ds.selection.selection import Selection
+
+
+class Unrouted:
+    """The tensors of a routed model directory under the base's names."""
+
+    def __init__(
+        self,
+        weights: BaseWeights,
+        config: Path,
+        names: Iterable[str],
+        selection: Selection,
+        routing: RoutingConfig,
+    ) -> None:
+        """Find out which bank parameters make up which base tensor.
+
+        Args:
+            weights: of the routed directory.
+            config: directory with the base's config.json.
+            names: the base's tensors on disk.
+            selection: layers and banks.
+            routing: gate options.
+        """
+        self._weights = weights
+        model, family = build(ModelConfig(str(config), dtype="float32"), attention=None)
+        install(model, family, selection, routing, seed=0)
+        self._parts: dict[str, list[tuple[str, Slice]]] = {}
+        self._whole: dict[str, str] = {}
+        known, tied = set(names), tied_parameters(model)
+
+        def stored(name: str) -> str | None:
+            return stored_among(known, name, model.base_model_prefix, family.renamed)
+
+        for name, parameter in model.named_parameters():
+            cut: Slice | None = getattr(parameter, "lander_slice", None)
+            place = stored(name if cut is None else cut.tensor)
+            if place is None or is_gate(name):
+                continue
+            if cut is not None:
+                self._parts.setdefault(place, []).append((PREFIX + name, cut))
+            else:
+                self._whole[place] = PREFIX + name
+        # Some bases hold tied tensors twice.
+        for name, original in tied.items():
+            if (place := stored(name)) is not None:
+                self._whole[place] = PREFIX + original
+
+    def __contains__(self, name: str) -> bool:
+        parts = [part for part, _ in self._parts.get(name, [])] or [self._whole.get(name, "")]
+        return all(part in self._weights for part in parts)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of the base called `name`.
+
+        Raises:
+            ArtefactError: its parts do not fit together.
+        """
+        if name in self._whole:
+            return self._weights.read(self._whole[name])
+        whole: torch.Tensor | None = None
+        for part, cut in self._parts[name]:
+            values = self._weights.read(part)
+            whole = torch.empty(cut.shape, dtype=values.dtype) if whole is None else whole
+            if values.dtype != whole.dtype:
+                raise ArtefactError(f"{self._weights.directory}: {part} is of another type than other banks")
+            whole.index_copy_(cut.dim, cut.neurons, values)
+        assert whole is not None
+        return whole
