@@ -138,7 +138,10 @@ def load(path: Path) -> Checkpoint:
         ArtefactError: it is missing, incomplete or of another format.
     """
     cure = "choose a complete checkpoint, or train again"
-    state = read_json(path / STATE, cure)
+    try:
+        state = read_json(path / STATE, cure)
+    except OSError as error:
+        raise ArtefactError(f"{path / STATE} cannot be read ({error.strerror}): {cure}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ArtefactError(f"{path} is not a {FORMAT} directory: {cure}")
     try:
@@ -152,6 +155,8 @@ def load(path: Path) -> Checkpoint:
         sound = False
     if not sound:
         raise ArtefactError(f"{path / STATE} is damaged: {cure}")
+    if _NAME.fullmatch(path.name) and path.name != f"step-{step}":
+        raise ArtefactError(f"{path} is step {step}, somebody has renamed it: rename it back")
     return Checkpoint(path, step, state)
 
 

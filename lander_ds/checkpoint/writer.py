@@ -83,7 +83,8 @@ class Writer:
             description: JSON values for state.json.
             selection: the selection file to keep with it, or None.
         """
-        if failure := self._wait():
+        failure = self._wait()
+        if failure and comm.rank() == 0:
             logger.error("%s; training goes on, the next checkpoint tries again", failure)
         self._saving = self._directory / f"step-{step}"
         work = (self._saving, step, parts, dict(description), selection, comm.rank(), comm.world_size())

@@ -1,30 +1,40 @@
-"""Checkpoint directories: whole, verified, tied to their base."""
+"""Reading checkpoints: whole or refused, tied to their base, independent of who wrote them."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small import flip, write
 from support.checkpoints import PAIRS, recipe_for, write_checkpoint
 from support.tiny_models import save, tiny_model
 
 from lander_ds.checkpoint import checkpoint
-from lander_ds.checkpoint.checkpoint import SELECTION, STATE, TRAINED
+from lander_ds.checkpoint.checkpoint import DIGEST, SELECTION, STATE
 from lander_ds.config.recipe import Recipe
 from lander_ds.errors import ArtefactError
-from lander_ds.run import RunDirectory
+from lander_ds.run import RunDirectory, json_hash
 from lander_ds.selection.selection import Selection
 from lander_ds.training.inference import open_for_inference
 
+TRAINED = "trained-0.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model("llama"), tmp_path_factory.mktemp("base"))
+
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def recipe(base: Path, tmp_path: Path) -> Recipe:
     """A run with a base model and no checkpoint yet."""
-    return recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
+    return recipe_for(base, tmp_path / "run")
 
 
 def test_round_trip(recipe: Recipe) -> None:
@@ -34,6 +44,7 @@ def test_round_trip(recipe: Recipe) -> None:
     assert (found.step, found.path) == (40, run.checkpoints / "step-40")
     loaded = found.trained()
     assert set(loaded) == set(tensors)
+    assert len(loaded) == len(tensors)
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
     assert all(value.dtype == torch.float32 for value in loaded.values())
     selection = found.selection()
@@ -51,99 +62,156 @@ def test_a_method_without_selection(recipe: Recipe) -> None:
     assert not (found.path / SELECTION).exists()
 
 
-def test_the_newest_has_most_steps_not_the_last_date_or_name(recipe: Recipe) -> None:
+def test_the_newest_has_most_steps_not_the_last_date_or_name(tmp_path: Path) -> None:
     for step in (100, 9, 20):
-        write_checkpoint(recipe, step)
-    directory = RunDirectory(recipe.run_dir).checkpoints
-    assert checkpoint.newest(directory).step == 100
-    assert checkpoint.load(directory / "step-9").step == 9
+        write(tmp_path, step)
+    assert checkpoint.steps(tmp_path) == [9, 20, 100]
+    assert checkpoint.newest(tmp_path).step == 100
+    assert checkpoint.load(tmp_path / "step-9").step == 9
 
 
-def test_unfinished_and_foreign_directories_are_no_checkpoints(recipe: Recipe) -> None:
-    write_checkpoint(recipe, 3)
-    directory = RunDirectory(recipe.run_dir).checkpoints
-    for name in (".step-8.new.tmp", "step-9-copy", "step-x"):
-        (directory / name).mkdir()
-    assert checkpoint.newest(directory).step == 3
+def test_unfinished_and_foreign_directories_are_no_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    for name in (".step-8.1234.tmp", "step-9-copy", "step-9.replaced-1", "step-x"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps(tmp_path) == [3]
+    assert checkpoint.newest(tmp_path).step == 3
 
 
-def test_writing_the_same_step_again_replaces_it(recipe: Recipe) -> None:
-    write_checkpoint(recipe, 3)
-    directory = RunDirectory(recipe.run_dir).checkpoints
-    checkpoint.write(directory, 3, {"only": torch.ones(2)}, None, {"method": "full"})
-    assert set(checkpoint.newest(directory).trained()) == {"only"}
-    assert [path.name for path in directory.iterdir()] == ["step-3"]
+def _edit(path: Path, **changes: Any) -> None:
+    state = json.loads((path / STATE).read_text())
+    (path / STATE).write_text(json.dumps({**state, **changes}))
 
 
-def test_a_write_that_fails_leaves_the_older_one_alone(recipe: Recipe) -> None:
-    tensors = write_checkpoint(recipe, 3)
-    directory = RunDirectory(recipe.run_dir).checkpoints
-    with pytest.raises(FileNotFoundError):
-        checkpoint.write(directory, 3, {"only": torch.ones(2)}, directory / "no such selection", {})
-    assert set(checkpoint.newest(directory).trained()) == set(tensors)
-    assert [path.name for path in directory.iterdir()] == ["step-3"]
-
-
-def test_a_write_clears_what_a_killed_one_left(recipe: Recipe) -> None:
-    directory = RunDirectory(recipe.run_dir).checkpoints
-    (directory / ".step-3.new.tmp").mkdir(parents=True)
-    (directory / ".step-3.new.tmp" / TRAINED).write_bytes(b"half")
-    write_checkpoint(recipe, 3)
-    assert [path.name for path in directory.iterdir()] == ["step-3"]
-
-
-def test_remove_all(recipe: Recipe) -> None:
-    directory = RunDirectory(recipe.run_dir).checkpoints
-    for step in (1, 2):
-        write_checkpoint(recipe, step)
-    (directory / ".step-3.new.tmp").mkdir()
-    (directory / "notes").mkdir()
-    checkpoint.remove_all(directory)
-    assert [path.name for path in directory.iterdir()] == ["notes"]
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "a flipped bit in the weights": (TRAINED, lambda path: _flip(path / TRAINED)),
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a flipped bit in the weights": (TRAINED, lambda path: flip(path / TRAINED)),
     "cut weights": (
         TRAINED,
-        lambda path: (path / TRAINED).write_bytes((path / TRAINED).read_bytes()[:-100]) and None,  # type: ignore[func-returns-value]
+        lambda path: (path / TRAINED).write_bytes((path / TRAINED).read_bytes()[:-100]),
     ),
     "no weights": (TRAINED, lambda path: (path / TRAINED).unlink()),
-    "a selection of another run": (SELECTION, lambda path: _flip(path / SELECTION)),
+    "a directory instead of weights": (
+        TRAINED,
+        lambda path: ((path / TRAINED).unlink(), (path / TRAINED).mkdir()),
+    ),
+    "a selection of another run": (SELECTION, lambda path: flip(path / SELECTION)),
     "no selection": (SELECTION, lambda path: (path / SELECTION).unlink()),
     "no state": (STATE, lambda path: (path / STATE).unlink()),
-    "half a state": (STATE, lambda path: (path / STATE).write_text('{"format": ') and None),  # type: ignore[func-returns-value]
+    "a directory instead of a state": (
+        STATE,
+        lambda path: ((path / STATE).unlink(), (path / STATE).mkdir()),
+    ),
+    "half a state": (STATE, lambda path: (path / STATE).write_text('{"format": ')),
+    "a flipped bit in the step": (STATE, lambda path: _edit(path, step=6)),
+    "a flipped bit in the options": (STATE, lambda path: _edit(path, method="landep")),
+    "a state without its hash": (STATE, lambda path: _edit(path, **{DIGEST: None})),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused(recipe: Recipe, damage: str) -> None:
-    write_checkpoint(recipe)
-    run = RunDirectory(recipe.run_dir)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    path = write(tmp_path, 7)
     file, break_it = DAMAGES[damage]
-    break_it(run.checkpoints / "step-7")
+    break_it(path)
     with pytest.raises(ArtefactError, match=f"step-7/{file}.* train again"):
-        open_for_inference(recipe, run, "trained")
+        checkpoint.load(path).verified()
 
 
-def test_another_format_is_refused(recipe: Recipe) -> None:
-    write_checkpoint(recipe)
-    path = RunDirectory(recipe.run_dir).checkpoints / "step-7"
-    state = json.loads((path / STATE).read_text())
-    (path / STATE).write_text(json.dumps({**state, "format": "lander-checkpoint-0"}))
-    with pytest.raises(ArtefactError, match=r"step-7 is not a lander-checkpoint-1 directory"):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_one_before_a_damaged_checkpoint_is_used(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 5)
+    file, break_it = DAMAGES[damage]
+    break_it(write(tmp_path, 7))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest(tmp_path).step == 5
+    [told] = caplog.messages
+    assert f"step-7/{file}" in told
+    assert told.endswith("looking for an earlier one")
+
+
+def test_none_is_whole(tmp_path: Path) -> None:
+    for step in (5, 7):
+        flip(write(tmp_path, step) / TRAINED)
+    with pytest.raises(ArtefactError, match=r"none of the 2 checkpoints .* is whole: .*--force"):
+        checkpoint.newest(tmp_path)
+
+
+def test_what_is_read_is_compared_first(tmp_path: Path) -> None:
+    path = write(tmp_path, 7)
+    flip(path / "optimizer-0.safetensors")
+    found = checkpoint.load(path)
+    assert set(found.trained()) == {"weight.0"}
+    with pytest.raises(ArtefactError, match="optimizer-0"):
+        found.optimizer()
+
+
+def test_each_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checkpoint.load(write(tmp_path, 7)).verified()
+    monkeypatch.setattr(checkpoint, "file_hash", lambda path: pytest.fail(f"{path} is hashed again"))
+    assert torch.equal(found.trained()["weight.0"] + 2.0, found.optimizer()["exp_avg_sq/weight.0"])
+
+
+def _sign(path: Path, **changes: Any) -> Path:
+    """Change state.json as somebody does who knows how it is hashed."""
+    state = {**json.loads((path / STATE).read_text()), **changes}
+    del state[DIGEST]
+    (path / STATE).write_text(json.dumps({**state, DIGEST: json_hash(state)}))
+    return path
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = _sign(write(tmp_path, 7), format="lander-checkpoint-0")
+    with pytest.raises(ArtefactError, match=r"step-7 is not a lander-checkpoint-2 directory"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "trained-0.safetensors/../../x", "trained-0.pt"]
+)
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    path = _sign(write(tmp_path, 7), files={name: {"bytes": 1, "sha256": ""}})
+    with pytest.raises(ArtefactError, match=r"state\.json is damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": None},
+        {"files": [1]},
+        {"files": {"trained-0.safetensors": {}}},
+        {"files": {"trained-0.safetensors": 7}},
+        {"step": None},
+        {"step": "seven"},
+    ],
+)
+def test_a_state_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = _sign(write(tmp_path, 7), **changes)
+    with pytest.raises(ArtefactError, match=r"state\.json is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
+    renamed = write(tmp_path, 7).rename(tmp_path / "step-70")
+    with pytest.raises(ArtefactError, match="step-70 is step 7"):
+        checkpoint.load(renamed)
+    assert checkpoint.load(renamed.rename(tmp_path / "the-good-one")).step == 7
 
 
 def test_no_checkpoint_says_what_to_run(recipe: Recipe) -> None:
     with pytest.raises(ArtefactError, match="run stage train first"):
         open_for_inference(recipe, RunDirectory(recipe.run_dir), "trained")
+
+
+def test_inference_uses_the_one_before_a_damaged_checkpoint(recipe: Recipe) -> None:
+    tensors = write_checkpoint(recipe, 5)
+    write_checkpoint(recipe, 7)
+    run = RunDirectory(recipe.run_dir)
+    flip(run.checkpoints / "step-7" / TRAINED)
+    parameters = dict(open_for_inference(recipe, run, "trained").model.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in tensors.items())
 
 
 def test_another_base_is_refused(recipe: Recipe, tmp_path: Path) -> None:

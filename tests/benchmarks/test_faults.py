@@ -1,0 +1,144 @@
+"""benchmarks/faults.py: what it is asked, what it finds out, and a small run of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import is_good, parse, table
+from injected import FAULTS, FILES
+from miniature import RANKS, arguments, being_saved, differences, last_step, whole
+from support.tiny_run import TinyRun
+
+from lander_ds.checkpoint.retention import Retention
+from lander_ds.checkpoint.writer import Parts, Writer
+from lander_ds.run import RunDirectory
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
+KEYS = [
+    "kills",
+    "kills_inside_save",
+    "checkpoints_lost",
+    "half_read",
+    "final_weights_bitwise_equal",
+    "injected_faults",
+]
+GOOD: dict[str, Any] = {
+    "kills": 3,
+    "kills_inside_save": 2,
+    "checkpoints_lost": 0,
+    "half_read": 0,
+    "final_weights_bitwise_equal": True,
+    "injected_faults": [{"fault": "full disk", "outcome": "exit code 74"}],
+}
+
+
+def test_every_fault_is_known_by_its_name() -> None:
+    assert parse([]).faults == list(FAULTS)
+    assert parse(["--faults", "none"]).faults == []
+    assert parse(["--faults", "full disk,another base"]).faults == ["full disk", "another base"]
+    assert {f"a flipped byte in {name}" for name in FILES} <= set(FAULTS)
+    assert len(FILES) == 2 * RANKS + 2
+
+
+@pytest.mark.parametrize("arguments", [["--kills", "0"], ["--faults", "flood"]])
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoints_lost": 1},
+        {"half_read": 1},
+        {"final_weights_bitwise_equal": False},
+        {"injected_faults": [{"fault": "full disk", "outcome": "UNEXPECTED: exit code 1, not 74"}]},
+    ],
+)
+def test_any_loss_is_bad(change: dict[str, Any]) -> None:
+    assert is_good(GOOD)
+    assert not is_good({**GOOD, **change})
+
+
+def test_the_table_tells_everything() -> None:
+    text = table(GOOD)
+    assert all(key in text for key in KEYS if key != "injected_faults")
+    assert "full disk\n    exit code 74" in text
+
+
+def _save(run: RunDirectory, step: int, value: float) -> None:
+    import torch
+
+    writer = Writer(run.checkpoints, Retention(), background=False)
+    state = {"progress": {"done": step}, "group_steps": {}}
+    writer.save(step, Parts({"w": torch.full((2,), value)}, {"exp_avg/w": torch.ones(2)}), state, None)
+    writer.finish()
+    run.metrics.write_text(json.dumps({"step": step, "loss": value, "seconds": 1.0}) + "\n")
+
+
+def test_differences_are_found(tmp_path: Path) -> None:
+    one, other = RunDirectory(tmp_path / "one"), RunDirectory(tmp_path / "other")
+    for run in (one, other):
+        run.path.mkdir()
+        _save(run, 3, 1.0)
+    assert differences(one, other) == []
+    _save(one, 4, 1.0)
+    assert differences(one, other) == ["step", "progress", "metrics"]
+    _save(other, 4, 1.0 + 2.0**-23)
+    assert differences(one, other) == ["weights", "metrics"]
+
+
+def test_what_lies_there_is_seen(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    assert (last_step(run), being_saved(run), whole(run)) == (0, [], {})
+    run.path.mkdir()
+    _save(run, 3, 1.0)
+    _save(run, 4, 1.0)
+    with run.metrics.open("a") as stream:
+        stream.write('{"step": 5, "lo')
+    (run.checkpoints / ".step-5.00ff.tmp").mkdir()
+    (run.checkpoints / ".step-2.old.tmp").mkdir()
+    (run.checkpoints / "step-3" / "trained-0.safetensors").write_bytes(b"")
+    assert (last_step(run), being_saved(run), list(whole(run))) == (4, [".step-5.00ff.tmp"], [4])
+
+
+def test_the_command_line_of_a_stage(tiny_run: TinyRun) -> None:
+    run = RunDirectory(tiny_run.root / "some")
+    found = arguments(tiny_run, run, "deepspeed=$root/pipeline.json", stage="prepare")
+    assert found[:3] == ["prepare", "--recipe", str(tiny_run.recipe_path)]
+    assert found[3:] == [f"--set=run_dir={run.path}", f"--set=deepspeed={tiny_run.root}/pipeline.json"]
+
+
+@pytest.mark.distributed
+def test_a_small_run(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--kills",
+        "2",
+        "--launched",
+        "0",
+        "--json",
+        "--keep",
+        tmp_path / "kept",
+    ]
+    chosen = ["--faults", "SIGTERM to one rank,a flipped byte in state.json,another base"]
+    done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == KEYS
+    assert (found["kills"], found["checkpoints_lost"], found["half_read"]) == (2, 0, 0)
+    assert found["kills_inside_save"] >= 1
+    assert found["final_weights_bitwise_equal"] is True
+    outcomes = {entry["fault"]: entry["outcome"] for entry in found["injected_faults"]}
+    assert "exit code 75; resumed, bitwise equal" in outcomes["SIGTERM to one rank"]
+    assert "resumed from step 4, bitwise equal" in outcomes["a flipped byte in state.json"]
+    assert "base_fingerprint was sha256:" in outcomes["another base"]
+    shutil.rmtree(tmp_path / "kept")

@@ -1,0 +1,89 @@
+"""benchmarks/resume.py: what it is asked, its limits, and a small run of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from resume import LIMITS, PLACES, breaches, parse, table
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "resume.py"
+
+
+def case(saved: str, resumed: str, optimizer: str, loss: float, bitwise: bool) -> dict[str, Any]:
+    return {
+        "saved": saved,
+        "resumed": resumed,
+        "optimizer": optimizer,
+        "max_rel_loss_diff": loss,
+        "max_rel_weight_diff": loss,
+        "bitwise": bitwise,
+    }
+
+
+def test_the_places() -> None:
+    names = ["zero3 x1", "zero3 x2", "zero3 x4", "pipeline 2x1", "pipeline 2x2", "pipeline_zero3 2x2"]
+    assert list(PLACES) == parse([]).places == names
+    assert [place.ranks for place in PLACES.values()] == [1, 2, 4, 2, 4, 4]
+    assert parse(["--places", "pipeline 2x2,zero3 x1"]).places == ["pipeline 2x2", "zero3 x1"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--places", "zero3 x3"], ["--optimizers", "adam"], ["--rounds", "-1"]]
+)
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_limits() -> None:
+    assert LIMITS == {"adamw": 1e-4, "sgd": 1e-5}
+    good = [
+        case("zero3 x1", "zero3 x1", "sgd", 0.0, True),
+        case("zero3 x1", "zero3 x2", "sgd", 9e-6, False),
+        case("zero3 x1", "zero3 x2", "adamw", 9e-5, False),
+    ]
+    assert breaches({"cases": good, "save_overhead": 1.09}) == []
+    bad = [
+        case("zero3 x1", "zero3 x1", "sgd", 1e-8, False),
+        case("zero3 x1", "zero3 x2", "sgd", 2e-5, False),
+        case("zero3 x1", "zero3 x2", "adamw", 2e-4, False),
+    ]
+    assert breaches({"cases": bad, "save_overhead": 1.2}) == [
+        "sgd, saved in zero3 x1, resumed in zero3 x1: not bitwise equal",
+        "sgd, saved in zero3 x1, resumed in zero3 x2: losses differ by 2.0e-05",
+        "adamw, saved in zero3 x1, resumed in zero3 x2: losses differ by 2.0e-04",
+        "saving every 10 steps takes 1.20 times as long as not saving",
+    ]
+
+
+def test_the_table() -> None:
+    names = ("zero3 x1", "zero3 x2")
+    cases = [case(a, b, "sgd", 0.0 if a == b else 4e-8, a == b) for a in names for b in names]
+    rows = [line.split() for line in table({"cases": cases, "save_overhead": 1.0417}).splitlines()]
+    assert ["zero3", "x1", "=", "4.0e-08"] in rows
+    assert ["zero3", "x2", "4.0e-08", "="] in rows
+    assert ["save_overhead", "1.042"] in rows
+
+
+@pytest.mark.distributed
+def test_a_small_run() -> None:
+    places = ["--places", "zero3 x1,pipeline 2x1", "--optimizers", "adamw", "--rounds", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *places], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout)
+    cases = {(c["saved"], c["resumed"]): c for c in found["cases"]}
+    assert len(cases) == 4
+    # One round on a busy machine says nothing about the time of a save.
+    assert breaches({"cases": found["cases"]}) == []
+    assert found["save_overhead"] > 0.0
+    assert found["save_overhead_foreground"] > 0.0
+    assert found["checkpoint_bytes"] > 1_000_000
+    assert done.returncode == (1 if breaches(found) else 0)

@@ -1,0 +1,40 @@
+"""How far a training has come, as a checkpoint keeps it."""
+
+from __future__ import annotations
+
+import json
+
+from lander_ds.training.progress import Progress
+
+
+def test_a_new_training_has_done_nothing() -> None:
+    assert Progress().as_json() == {
+        "done": 0,
+        "best": None,
+        "without_gain": 0,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+    }
+
+
+def test_validations_without_gain_are_counted() -> None:
+    progress, seen = Progress(), []
+    for mean in (2.0, 1.5, 1.5, 1.7, 1.4, 1.6):
+        progress.validated(mean)
+        seen.append((progress.best, progress.without_gain))
+    # As good as the best is no gain.
+    assert seen == [(2.0, 0), (1.5, 0), (1.5, 1), (1.5, 2), (1.4, 0), (1.4, 1)]
+
+
+def test_a_mean_that_is_no_number_is_no_gain() -> None:
+    progress = Progress()
+    progress.validated(2.0)
+    progress.validated(float("nan"))
+    assert (progress.best, progress.without_gain) == (2.0, 1)
+
+
+def test_it_comes_back_from_json() -> None:
+    progress = Progress(done=7, skipped=2, skipped_in_a_row=1)
+    progress.validated(1.0 / 3.0)
+    progress.validated(0.1 + 0.2 + 0.3)
+    assert Progress(**json.loads(json.dumps(progress.as_json()))) == progress
