@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from lander_ds import console, delta_cli
+from lander_ds import console, delta_cli, doctor_cli, plan_cli
 from lander_ds.config.checks import check_recipe
 from lander_ds.config.loader import dump_recipe, read_recipe
 from lander_ds.config.recipe import Recipe
@@ -47,6 +47,8 @@ OTHER_COMMANDS: dict[str, str] = {
     "summary": "print the figures of a run",
     "tokenizer": "train a SentencePiece tokenizer on a recipe's corpora",
     "delta": delta_cli.SUMMARY,
+    "doctor": doctor_cli.SUMMARY,
+    "plan": plan_cli.SUMMARY,
 }
 
 COLLECTIVE_STAGES = ("detect", "train", "translate")
@@ -226,6 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     delta_cli.add_arguments(
         _command(commands, "delta", "lander delta apply models/base runs/demo/export/delta models/mine")
     )
+    command = _command(commands, "doctor", "lander doctor --recipe recipes/demo.yaml --hostfile hosts")
+    _add_recipe(command)
+    doctor_cli.add_arguments(command)
+    example = "lander plan --recipe recipes/7b.yaml --cluster examples/clusters/8xa100-80g.yaml"
+    command = _command(commands, "plan", example)
+    _add_recipe(command, required=False)
+    plan_cli.add_arguments(command, lambda arguments: _load(arguments, "plan"))
     return parser
 
 

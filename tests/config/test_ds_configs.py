@@ -1,0 +1,176 @@
+"""Every JSON under ds_configs: explained, accepted, its batches add up, and models train under it.
+
+The models have the family and depth of the real ones and little width (`support.narrow_models`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.narrow_models import ARITHMETIC, CONFIGS, DATA_RANKS, make_narrow
+from support.tiny_run import TinyRun
+from support.worlds import Job, run_world, search_path
+
+from lander_ds.config.checks import check_recipe
+from lander_ds.config.deepspeed_json import check_deepspeed_json
+from lander_ds.config.loader import load_recipe, read_recipe
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "ds_configs"
+SIZES = ("270m", "560m", "1b", "7b", "13b", "70b", "176b")
+JSONS = sorted(FOLDER.rglob("*.json"))
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+TRAIN = "support.narrow_models:train_narrow"
+COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
+COMPILE_SECONDS = 900
+
+
+def topology(path: Path) -> str:
+    return path.stem.removesuffix("_offload")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values that are no sections."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from leaves(item, f"{path}.{key}" if path else key)
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+every_json = pytest.mark.parametrize("path", JSONS, ids=name_of)
+
+
+def test_every_size_has_its_files() -> None:
+    assert {path.parent.name for path in JSONS} == set(SIZES) == set(CONFIGS)
+    for size in SIZES:
+        names = {path.stem for path in JSONS if path.parent.name == size}
+        assert {"zero3", "pipeline"} <= names <= {"zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
+        (row,) = re.findall(rf"^\| {size} \(.*", README, re.MULTILINE)
+        told = [cell.strip().startswith("yes") for cell in row.split("|")[2:6]]
+        columns = ("zero3", "zero3_offload", "pipeline", "pipeline_zero3")
+        assert {name for name, there in zip(columns, told, strict=True) if there} == names, size
+
+
+@every_json
+def test_the_readme_gives_a_reason_for_every_value(path: Path) -> None:
+    (sizes,) = re.findall(rf"^\| {path.parent.name} \| .*", README, re.MULTILINE)
+    for key, value in leaves(json.loads(path.read_text())):
+        (row,) = re.findall(rf"^\| `{re.escape(key)}` .*", README, re.MULTILINE)
+        told = row + sizes if "per size" in row or "stage3_max_live_parameters" in row else row
+        shown = {json.dumps(value), f"{value:,}"} if isinstance(value, int) else {json.dumps(value)}
+        assert any(text in told for text in shown), (key, value)
+
+
+@every_json
+def test_recipe_and_json_of_a_size_agree(path: Path) -> None:
+    size, kind = path.parent.name, topology(path)
+    stages = [] if kind == "zero3" else [f"topology={kind}", "pipeline_stages=2"]
+    # Paths of the corpora count from the repository.
+    samples = [f"data.corpora.{i}.path={ROOT}/examples/sample/{split}.{{pair}}.jsonl" for i, split in SPLITS]
+    recipe, document = read_recipe(
+        ROOT / "recipes" / f"{size}.yaml", [f"deepspeed={path}", *stages, *samples]
+    )
+    check_recipe(recipe, None, document)
+    check_deepspeed_json(recipe)
+
+
+SPLITS = tuple(enumerate(("train", "valid", "test")))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_recipe_names_a_json_of_its_size(size: str) -> None:
+    recipe = load_recipe(ROOT / "recipes" / f"{size}.yaml")
+    assert recipe.deepspeed == f"ds_configs/{size}/{recipe.topology}.json"
+    assert (ROOT / recipe.deepspeed).exists()
+    assert recipe.run_dir == f"runs/{size}"
+    sharded = size in ("70b", "176b")
+    assert recipe.translate.weights == ("sharded" if sharded else "replicated")
+    assert recipe.train.activation_checkpointing is sharded
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def trained(request: pytest.FixtureRequest, tiny_run: TinyRun) -> tuple[str, TinyRun]:
+    """All JSONs of a size have trained a narrow model for two steps on two ranks."""
+    size = request.param
+    make_narrow(tiny_run, size)
+    jobs = []
+    # zero3 first: DeepSpeed numbers modules by process, and after a pipeline the ranks' numbers differ.
+    for path in sorted(JSONS, key=lambda path: (topology(path) != "zero3", path)):
+        if path.parent.name != size or ("offload" in path.stem and not _offload_works()):
+            continue
+        kind = topology(path)
+        stages = () if kind == "zero3" else (f"topology={kind}", "pipeline_stages=2")
+        common = (f"model.path=$root/{size}", f"deepspeed={path}", "model.dtype=bfloat16")
+        short = ("train.steps=2", "train.batch_tokens=192", "train.valid_examples=1")
+        jobs.append(Job(f"{size}-{path.stem}", (*common, *short, *stages), TRAIN))
+    run_world(tiny_run.root, 2, jobs)
+    return size, tiny_run
+
+
+def _offload_works() -> bool:
+    """Compile DeepSpeed's CPU Adam before ranks do, since that takes minutes the first time."""
+    if shutil.which("c++") is None:
+        return False
+    environment = {**os.environ, "PATH": search_path()}
+    compiled = [sys.executable, "-c", COMPILE]
+    subprocess.run(compiled, check=True, timeout=COMPILE_SECONDS, env=environment)
+    return True
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(COMPILE_SECONDS + 300)
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "pipeline", "pipeline_zero3"])
+def test_a_narrow_model_of_the_same_depth_trains(trained: tuple[str, TinyRun], name: str) -> None:
+    size, runs = trained
+    if not (FOLDER / size / f"{name}.json").exists():
+        pytest.skip("there is no such JSON for this size; ds_configs/README.md says why")
+    run = runs.run(f"{size}-{name}-2")
+    if not run.training_summary.exists():
+        pytest.skip("DeepSpeed compiles its CPU Adam with a C++ compiler, and there is none")
+    found = json.loads(run.training_summary.read_text())
+    assert found["steps"] == 2
+    assert found["frozen_unchanged"] is True
+    assert found["topology"] == name.removesuffix("_offload")
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 2
+    assert all(0.0 < loss < 20.0 for loss in losses)
+    depth = CONFIGS[size]().num_hidden_layers
+    spans = found["layers_per_rank"]
+    assert [spans[0][0], spans[-1][1]] == [0, depth]
+    whole = 2 * found["total_parameters"]
+    assert max(found["weight_bytes_per_rank"]) < 0.95 * whole
+    assert sum(found["weight_bytes_per_rank"]) < 1.05 * whole, "nothing is held twice but a tied head"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(COMPILE_SECONDS + 300)
+def test_batches_add_up_in_every_world(trained: tuple[str, TinyRun]) -> None:
+    size, runs = trained
+    capacity, budget = 96, 192
+    for path in JSONS:
+        file = runs.root / f"{size}-{path.stem}-2" / ARITHMETIC
+        if path.parent.name != size or not file.exists():
+            continue
+        worlds = json.loads(file.read_text())
+        assert [world["ranks"] for world in worlds] == list(DATA_RANKS)
+        for world in worlds:
+            assert world["world_size"] == world["ranks"]
+            assert world["accumulated"] == max(1, math.ceil(budget / (capacity * world["ranks"])))
+            assert world["global"] == world["micro"] * world["accumulated"] * world["ranks"]
+            assert world["stage"] == json.loads(path.read_text())["zero_optimization"]["stage"]
