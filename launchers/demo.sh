@@ -57,26 +57,13 @@ Nothing is written outside this directory, except pip's and torch's caches.
 EOF
 
 export_environment "$ranks"
+export_loopback
 # Tables in a log file need not fit the 80 columns of a terminal that is not there.
 [[ -t 1 ]] || export COLUMNS="${COLUMNS:-120}"
 run_part "install" "$ROOT/launchers/setup.sh"
 
 # Only read, not checked: the base model may not be there yet.
-paths="$("$VENV_PYTHON" - "$recipe" "${overrides[@]}" <<'PYTHON'
-import sys
-from pathlib import Path
-
-from lander_ds.config.loader import load_recipe
-from lander_ds.errors import LanderError
-
-try:
-    recipe = load_recipe(Path(sys.argv[1]), sys.argv[2:])
-except LanderError as error:
-    sys.stderr.write(f"error: {error}\n")
-    sys.exit(error.exit_code)
-print(recipe.model.path, recipe.run_dir, sep="\n")
-PYTHON
-)"
+paths="$("$VENV_PYTHON" launchers/recipe_paths.py --recipe "$recipe" "${overrides[@]/#/--set=}")"
 { read -r model && read -r run_dir; } <<<"$paths"
 
 case "$(basename "$model")" in

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Shared by the launchers: where things lie, the environment of a run on this machine, running a part and timing it.
+# Shared by the launchers: where things lie, the environment of a run, running a part and timing it.
 # Source it; it changes nothing on disk.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="$ROOT/.venv"
+VENV="${LANDER_VENV:-$ROOT/.venv}"
 VENV_PYTHON="$VENV/bin/python"
 SELF="$(basename "$0")"
 
@@ -19,20 +19,24 @@ cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
 
 gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 
-# export_environment RANKS: what every process of a run on this machine sees. A value the user has set stays.
+# export_environment RANKS: what every process of a run sees, with RANKS ranks on this machine. A value the user has
+# set stays.
 export_environment() {
     local threads=$(($(cores) / $1))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
     export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
     export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
     export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"
-    # All ranks are on this machine. Gloo otherwise takes the address that the host name resolves to, and in
-    # containers that is often none or the wrong one.
+    # The launcher starts python and ninja by name.
+    export PATH="$VENV/bin:$PATH"
+}
+
+# export_loopback: all ranks are on this machine. Gloo otherwise takes the address that the host name resolves to, and
+# in containers that is often none or the wrong one.
+export_loopback() {
     if [[ -e /sys/class/net/lo ]]; then
         export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
     fi
-    # The launcher starts python and ninja by name.
-    export PATH="$VENV/bin:$PATH"
 }
 
 free_port() {

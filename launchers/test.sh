@@ -29,6 +29,7 @@ say "2. run pytest with $workers worker processes"
 # Tests start up to four ranks each: one thread per process.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export_environment 1
+export_loopback
 cd "$ROOT"
 run_part "install" "$ROOT/launchers/setup.sh" --dev
 # Tests of one file stay on one worker: they share fixtures.

@@ -1,0 +1,75 @@
+"""Two hosts in network namespaces: pdsh trains what one host trains, and a killed rank leaves nothing behind.
+
+benchmarks/cluster.py does the same with every launcher and more faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import TOLERANCE, Job, Launch, idle, laboratory, left, tiny_job
+from lab import HEAD, Lab, missing
+
+WHY = missing()
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.distributed,
+    pytest.mark.skipif(bool(WHY), reason=f"no hosts can be made here: {WHY}"),
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with laboratory(tmp_path_factory.mktemp("hosts") / "lab", ranks=2, slurm=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def job(lab: Lab) -> Job:
+    made = tiny_job(lab.directory / "job", ranks=2)
+    made.copy("single")
+    launch = Launch(lab, made, "single", "single")
+    assert launch.wait() == 0, launch.tail()
+    return made
+
+
+def test_hosts_are_apart(lab: Lab) -> None:
+    nodes = [host for host in lab.hosts if host != HEAD]
+    for host in nodes:
+        assert lab.run(HEAD, ["ssh", host, "hostname"]).strip() == host
+        seen = lab.run(host, ["ps", "-e", "-o", "args="])
+        assert "pytest" not in seen
+    lab.run(HEAD, ["touch", "/tmp/of-the-head"])
+    assert "of-the-head" not in lab.run(nodes[0], ["ls", "/tmp"])
+    assert not Path("/tmp/of-the-head").exists()
+
+
+def test_pdsh_after_a_killed_rank_ends_as_one_host(lab: Lab, job: Job) -> None:
+    """The launcher starts again by itself; the losses of both attempts together are those of one host."""
+    job.copy("pdsh")
+    before = idle(lab)
+    launch = Launch(lab, job, "pdsh", "pdsh", ["--max-restarts", "1"])
+    launch.wait_for_step(6)
+    launch.rank_on(lab.hosts[-1]).kill()
+    assert launch.wait() == 0, launch.tail()
+    said = launch.log.read_text(encoding="utf-8")
+    assert "exit code 137: restart 1 of 1" in said
+    assert "going on from" in said
+    assert left(lab, before) == []
+    difference = job.difference("pdsh", "single")
+    assert difference is not None
+    assert difference <= TOLERANCE
+
+
+def test_a_host_that_is_off_is_named(lab: Lab, job: Job) -> None:
+    job.copy("cut")
+    lab.cut(lab.hosts[-1])
+    try:
+        launch = Launch(lab, job, "pdsh", "cut")
+        assert launch.wait() == 255
+        assert f"{lab.hosts[-1]} is lost" in launch.tail()
+        assert not (job.run_dir("cut") / "metrics.jsonl").exists()
+    finally:
+        lab.mend(lab.hosts[-1])
