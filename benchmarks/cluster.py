@@ -290,7 +290,8 @@ class Fault:
 
 def _kill_pdsh(launch: Launch, host: str) -> None:
     for process in launch.process().children(recursive=True):
-        if process.name() == "pdsh":
+        # Debian calls it pdsh.bin.
+        if process.name().startswith("pdsh"):
             process.kill()
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from lander_ds import console
 from lander_ds.config.recipe import Recipe
 from lander_ds.errors import ConfigError
@@ -112,12 +114,17 @@ def _run(arguments: argparse.Namespace, load: Load) -> None:
     else:
         for line in model_lines(planner, shown):
             console.write_line(line)
-        for table in (memory_table(shown, cluster), speed_table(shown)):
-            # Into a file or a pipe rich would write 80 columns, which cuts the headings.
-            console.stdout.print(table, width=max(console.stdout.width, TABLE_WIDTH))
+        wide = _console()
+        wide.print(memory_table(shown, cluster))
+        wide.print(speed_table(shown))
     if arguments.plot is not None:
         largest = arguments.nodes or max(8, cluster.nodes)
         save_plot(over_nodes(planner, cluster, largest), cluster, arguments.plot)
+
+
+def _console() -> Console:
+    """Standard output; into a file or a pipe rich would write 80 columns, which cuts the headings."""
+    return Console(highlight=False, width=max(console.stdout.width, TABLE_WIDTH))
 
 
 def _check_plot(path: Path | None) -> None:
@@ -132,7 +139,7 @@ def _validate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         console.write_line(as_json(cases))
     else:
-        console.stdout.print(_case_table(cases))
+        _console().print(_case_table(cases))
     if not all(case.within for case in cases):
         sys.exit(OFF)
 

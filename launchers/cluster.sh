@@ -124,6 +124,10 @@ open_launch() {
     paths="$("$VENV_PYTHON" "$ROOT/launchers/recipe_paths.py" "${COMMAND[@]}")" || exit
     { read -r _ && read -r RUN_DIR; } <<<"$paths"
     LAUNCH="$(realpath -m "$RUN_DIR")/launch/$(hostname)-$$"
+    # The shells of other hosts would take other characters for their own.
+    if ((${#HOSTS[@]})) && [[ ! "$ROOT$LAUNCH" =~ ^[A-Za-z0-9_./+@%=:,-]+$ ]]; then
+        die "$LAUNCH, $ROOT: for several hosts, paths may have letters, digits and _./+@%=:,- only" 2
+    fi
     mkdir -p "$LAUNCH"
     printf '%s\0' "${COMMAND[@]}" >"$LAUNCH/arguments"
     (umask 077; write_environment >"$LAUNCH/environment")

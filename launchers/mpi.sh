@@ -17,6 +17,8 @@ mpi_options() {
         # Left alone, DeepSpeed says eth0; mpirun tries bridges and tunnels that lead nowhere.
         --mca btl_tcp_if_include "$network" --mca oob_tcp_if_include "$network"
         --mca plm_rsh_args "$(ssh_options)"
+        # Its daemons are known as the launch's: on a host that is cut off they would stay for ever.
+        --mca orte_launch_agent "env LANDER_LAUNCH=$LAUNCH orted"
         # Open MPI would tie each rank to one core.
         --bind-to none
     )

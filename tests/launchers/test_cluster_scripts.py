@@ -194,6 +194,16 @@ def test_a_bad_line_of_deepspeed_env_is_named(workspace_recipe: Path) -> None:
     assert '.deepspeed_env:2: "export BAD=2" is not KEY=VALUE' in opened.stderr
 
 
+def test_a_path_that_other_shells_would_change_is_refused(workspace_recipe: Path) -> None:
+    directory = workspace_recipe / "my runs"
+    directory.mkdir()
+    (workspace_recipe / "recipe.yaml").rename(directory / "recipe.yaml")
+    opened = open_launch(directory, "HOSTS=(node1)")
+    assert opened.returncode == 2
+    assert "paths may have letters, digits" in opened.stderr
+    assert open_launch(directory).returncode == 0, "on one machine it does no harm"
+
+
 def test_arguments_reach_the_ranks_as_they_are(workspace_recipe: Path) -> None:
     launch = Path(open_launch(workspace_recipe).stdout)
     (launch / "arguments").write_text("".join(f"{argument}\0" for argument in NASTY))
