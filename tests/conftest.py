@@ -5,7 +5,9 @@ Tests import helpers from `support`, never from a `conftest`: there are several 
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,16 @@ __all__ = ["stages_2", "stages_4", "tiny_run", "world_1", "world_2", "world_4"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """What a test, or the command line that it runs, sets as log level ends with the test."""
+    loggers = [logging.getLogger(), logging.getLogger("lander_ds")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -339,7 +339,7 @@ def test_the_shipped_json_of_every_topology_fits_it(name: str, dtype: str, works
     config = resolve_deepspeed_config(recipe, world_size=1, micro_batches=3)
     read = deepspeed_config.DeepSpeedConfig(config)
     assert read.zero_optimization_stage == (1 if name == "pipeline" else 3)
-    assert not read.zero_config.overlap_comm
+    assert name == "zero3" or not read.zero_config.overlap_comm
     assert read.bfloat16_config.enabled == (dtype == "bfloat16")
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
 
