@@ -7,6 +7,7 @@ the same `main` on every rank. The recipe and its DeepSpeed JSON are checked bef
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from lander_ds import console, delta_cli, doctor_cli, plan_cli
 from lander_ds.config.checks import check_recipe
 from lander_ds.config.loader import dump_recipe, read_recipe
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import LanderError
+from lander_ds.errors import DiskFull, LanderError
 from lander_ds.run import RunDirectory, write_text
 from lander_ds.training import preemption
 from lander_ds.version import __version__
@@ -109,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _leave(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _report(
+                DiskFull(f"{error}: make room, then start the same command again (train with --auto-resume)")
+            )
+            return _leave(DiskFull.exit_code)
         if ranks() == 1:
             raise
         if "by peer" in str(error):

@@ -29,3 +29,9 @@ class ModelError(LanderError):
 
 class ArtefactError(LanderError):
     """A file that an earlier stage wrote is missing, damaged or belongs to something else."""
+
+
+class DiskFull(LanderError):
+    """Something could not be written for want of room."""
+
+    exit_code = 74

@@ -19,7 +19,7 @@ from lander_ds.parallel.watchdog import Watchdog
 from lander_ds.run import RunDirectory, file_hash, section, write_json
 from lander_ds.training.journal import Journal
 from lander_ds.training.loop import Loop, Outcome
-from lander_ds.training.preemption import Preempted
+from lander_ds.training.preemption import Preempted, StopRequest
 from lander_ds.training.progress import Progress
 from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
@@ -70,13 +70,15 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: boo
         journal = Journal(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
         saver = Saver(session, run, identity)
         loop = Loop(session, data, journal, saver, progress, watchdog)
-        outcome = loop.run()
-        watchdog.beat("validation at the end")
-        if loop.valid and not recipe.train.valid_every and not outcome.preempted:
-            journal.validation(outcome.steps, validation_loss(session, loop.valid))
-        journal.close()
-        watchdog.beat("writing the last checkpoint")
-        saver.finish()
+        # Another signal must not end the process before the last checkpoint is there.
+        with StopRequest():
+            outcome = loop.run()
+            watchdog.beat("validation at the end")
+            if loop.valid and not recipe.train.valid_every and not outcome.preempted:
+                journal.validation(outcome.steps, validation_loss(session, loop.valid))
+            journal.close()
+            watchdog.beat("writing the last checkpoint")
+            saver.finish()
     if outcome.preempted:
         raise Preempted(
             f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"

@@ -85,4 +85,4 @@ def _until(path: Path, done: int) -> Iterator[str]:
         except json.JSONDecodeError:
             return
         if record["step"] <= done:
-            yield line
+            yield line.rstrip("\n") + "\n"

@@ -230,7 +230,8 @@ class Loop:
             if bad
             else f"the gradient of a batch of {', '.join(record['loss_per_pair'])}"
         )
-        logger.warning("step %d skipped: %s is not finite", record["step"], what)
+        if comm.rank() == 0:
+            logger.warning("step %d skipped: %s is not finite", record["step"], what)
         if progress.skipped_in_a_row > self.train.max_skipped:
             raise TrainingDiverged(
                 f"{what} is not finite at step {record['step']}, after {self.train.max_skipped} skipped steps: lower "
