@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from faults import set_environment
 from miniature import Miniature, Unexpected, make_miniature
-from resume_ranks import BLOCK, KINDS, TIMES
+from resume_ranks import BLOCK, COPY, TIMES
 from support import worlds
 from support.compare import distance, metrics, relative
 from support.tiny_run import TinyRun, make_tiny_run
@@ -171,12 +171,14 @@ def overhead(made: Miniature, rounds: int) -> dict[str, Any]:
     run = made.run("timed-2")
     run_world(made.root, 2, [Job("timed", options, "resume_ranks:time_saves")])
     times: dict[str, list[float]] = json.loads((run.path / TIMES).read_text())
-    medians = {kind: statistics.median(times[kind]) for kind in KINDS}
+    medians = {kind: statistics.median(taken) for kind, taken in times.items()}
     saved = checkpoint.newest(run.path / "background" / "checkpoints")
     return {
         "save_overhead": medians["background"] / medians["none"],
         "save_overhead_foreground": medians["foreground"] / medians["none"],
         "step_seconds": medians["none"] / BLOCK,
+        "copy_seconds": medians[COPY],
+        "block_seconds": times,
         "checkpoint_bytes": sum(file["bytes"] for file in saved.state["files"].values()),
         "rounds": rounds,
     }
@@ -216,7 +218,7 @@ def table(result: Mapping[str, Any]) -> str:
             cells = ["=" if case["bitwise"] else f"{case['max_rel_loss_diff']:.1e}" for case in row]
             lines.append("".join(f"{text:>20}" for text in (saved, *cells)))
         lines.append("")
-    lines += [f"{key:<28}{value:.4g}" for key, value in result.items() if key != "cases"]
+    lines += [f"{key:<28}{value:.4g}" for key, value in result.items() if not isinstance(value, list | dict)]
     return "\n".join(lines)
 
 

@@ -21,6 +21,8 @@ from lander_ds.training.session import open_session
 BLOCK = 10
 """Steps between saves."""
 KINDS = ("none", "background", "foreground")
+COPY = "copy"
+"""The part of a block with a save in the background that passes before its first step."""
 TIMES = "save-seconds.json"
 
 
@@ -45,7 +47,7 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
             shutil.copy(run.selection, own.selection)
         options = replace(recipe.train, save_in_background=kind == "background", keep_last=1)
         savers[kind] = Saver(replace(session, recipe=replace(recipe, train=options)), own, {})
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in (*KINDS, COPY)}
     step = 0
     for number in range(-1, recipe.train.valid_every):
         shift = number % len(KINDS)
@@ -54,6 +56,7 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
             began = time.perf_counter()
             if kind in savers:
                 savers[kind](Progress(done=step), None)
+            copied = time.perf_counter()
             for _ in range(BLOCK):
                 loop._step(step, False)
                 step += 1
@@ -63,6 +66,8 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
             # The first round warms up.
             if number >= 0:
                 times[kind].append(time.perf_counter() - began)
+                if kind == "background":
+                    times[COPY].append(copied - began)
     if comm.rank() == 0:
         (run.path / TIMES).write_text(json.dumps(times))
     session.engine.destroy()
