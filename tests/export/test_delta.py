@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lander_ds.cli import main
 from lander_ds.config.recipe import Recipe
+from lander_ds.errors import DiskFull
 from lander_ds.export.bits import Place, difference, exclusive_or, flipped
 from lander_ds.export.delta import META, SELECTION, WEIGHTS, Delta
 from lander_ds.export.delta_write import export_delta
@@ -333,8 +334,8 @@ def test_a_failing_command_leaves_what_was_there(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lander_ds.export.routed.copy_companions", fail)
-    with pytest.raises(OSError, match="No space left"):
-        main(["delta", "apply", str(made.base), str(made.delta), str(tmp_path / "out"), "--force"])
+    command = ["delta", "apply", str(made.base), str(made.delta), str(tmp_path / "out"), "--force"]
+    assert main(command) == DiskFull.exit_code
     assert contents(tmp_path / "out") == before
     assert not list(tmp_path.glob(".*"))
 
