@@ -49,8 +49,12 @@ _HARMLESS_LINES = {
 
 
 def rank() -> int:
-    """This process's global rank, readable before torch.distributed is initialised (launchers set RANK)."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's global rank, readable before torch.distributed is initialised.
+
+    Launchers set RANK; mpirun, before the ranks know of one another, only its own variable.
+    """
+    known = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    return int(next((value for value in known if value), "0"))
 
 
 def setup_logging(verbose: bool = False) -> None:

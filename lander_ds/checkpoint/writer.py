@@ -7,6 +7,7 @@ is agreed on by collectives, because those belong to the training that goes on m
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,9 +201,16 @@ def _collect(new: Path, ranks: int) -> dict[str, dict[str, Any]]:
 def _publish(new: Path, final: Path) -> None:
     """Give the complete directory its name; whatever had it before (a damaged one) is kept under another."""
     flush(new)
-    if final.exists():
-        final.rename(_free_name(final))
-    new.rename(final)
+    while True:
+        try:
+            new.rename(final)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        # Only a rank of a killed run that still lives could be quicker here; then the loop goes round once more.
+        with suppress(FileNotFoundError, FileExistsError):
+            final.rename(_free_name(final))
     flush(final.parent)
 
 

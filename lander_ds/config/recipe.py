@@ -284,7 +284,8 @@ class TrainConfig:
     max_skipped: int = 10
     """Steps whose loss or gradients are not finite are skipped and counted; stop after so many in a row."""
     stall_seconds: float = 1800.0
-    """End the training when no step has finished for so long, and name the rank that hangs; 0 waits for ever."""
+    """End the job when no step has finished for so long (in detect: no micro-batch), and name the rank that hangs; 0
+    waits for ever."""
     log_every: int = 1
     """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
     lora: LoraConfig = field(default_factory=LoraConfig)

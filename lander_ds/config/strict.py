@@ -99,7 +99,7 @@ class _Builder:
         elsewhere = [dotted(other) for other in key_paths(self.root) if other[-1] == key]
         if elsewhere:
             return f"unknown key here; did you mean {' or '.join(elsewhere)}?"
-        where = dotted(path) or "a recipe"
+        where = dotted(path) or "this file"
         return f"unknown key; {where} may have {', '.join(siblings)}"
 
     def _choice(self, options: tuple[Any, ...], value: Any, path: KeyPath) -> Any:

@@ -60,8 +60,10 @@ def _alibi(
     ones = torch.ones(1, max(segment_lengths), device=hidden.device)
     slopes = decoder.build_alibi_tensor(ones, decoder.num_heads, hidden.dtype)  # type: ignore[operator]
     lengths = torch.tensor(segment_lengths, device=hidden.device)
-    segments = torch.repeat_interleave(torch.arange(len(segment_lengths), device=hidden.device), lengths)
     total = hidden.shape[1]
+    numbers = torch.arange(len(segment_lengths), device=hidden.device)
+    # The size is known: without it a GPU would have to tell it.
+    segments = torch.repeat_interleave(numbers, lengths, output_size=total)
     seen = (segments[:, None] == segments[None, :]) & torch.ones(
         total, total, dtype=torch.bool, device=hidden.device
     ).tril()

@@ -28,6 +28,7 @@ import lander_ds
 from lander_ds.config.deepspeed_json import load_deepspeed_json
 from lander_ds.config.recipe import Recipe
 from lander_ds.errors import ConfigError, LanderError
+from lander_ds.parallel import discovery
 from lander_ds.run import RunDirectory, file_hash, read_json, versions
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def alike(recipe: Recipe, command: Mapping[str, object], ranks: int) -> Iterator
     if ranks == 1:
         yield
         return
-    _discover()
+    discovery.discover()
     facts = {"command": _flat({**command, "ranks": ranks}), **collect(recipe)}
     rank = int(os.environ["RANK"])
     store = _open_store(rank, ranks, ARRIVAL_SECONDS)
@@ -140,7 +141,8 @@ def compare(reports: Sequence[Report]) -> str:
     deviating: set[int] = set()
     for kind, name in _names(reports):
         values = [report.facts.get(kind, {}).get(name, ABSENT) for report in reports]
-        common, holder = _reference(values)
+        common, by_majority = reference(values)
+        holder = "on most ranks" if by_majority else "on rank 0"
         for value in dict.fromkeys(values):
             if value == common:
                 continue
@@ -166,12 +168,12 @@ def _names(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:
         yield from ((kind, name) for name in names)
 
 
-def _reference(values: Sequence[str]) -> tuple[str, str]:
-    """The value that is held to be right, and who has it."""
+def reference(values: Sequence[str]) -> tuple[str, bool]:
+    """The value that is held to be right: the most frequent one (True), in a tie the first (False)."""
     (first, most), *others = Counter(values).most_common()
     if others and others[0][1] == most:
-        return values[0], "on rank 0"
-    return first, "on most ranks"
+        return values[0], False
+    return first, True
 
 
 def _who(ranks: Sequence[int], reports: Sequence[Report]) -> str:
@@ -188,14 +190,6 @@ def _listed(ranks: Sequence[int]) -> str:
     ]
     texts = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in stretches]
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(texts)}"
-
-
-def _discover() -> None:
-    """Under mpirun, which sets none of PyTorch's variables, let DeepSpeed set them as it would later."""
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        import deepspeed
-
-        deepspeed.comm.mpi_discovery(verbose=False)
 
 
 def _open_store(rank: int, ranks: int, seconds: float) -> Store:

@@ -13,6 +13,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+from torch import nn
+
+
+def costs_of(
+    layers: nn.ModuleList, head: nn.Parameter, recompute: bool, everything: bool = False
+) -> tuple[list[int], int]:
+    """Multiplications per token of every decoder layer, and of the head.
+
+    Args:
+        layers: after surgery, trained parameters marked; may be on meta.
+        head: [V, d].
+        recompute: activations are recomputed in the backward pass.
+        everything: gradients go down to the embedding although nothing is trained, and nothing is recomputed
+            (detection).
+    """
+    weights = [[p for p in layer.parameters() if p.dim() > 1] for layer in layers]
+    costs = layer_costs(
+        [sum(p.numel() for p in matrices) for matrices in weights],
+        [sum(p.numel() for p in matrices if p.requires_grad) for matrices in weights],
+        recompute=recompute and not everything,
+        first_backward=0 if everything else None,
+    )
+    return costs, head_cost(head.numel(), head.requires_grad)
+
 
 def layer_costs(
     parameters: Sequence[int],

@@ -13,7 +13,7 @@ from lander_ds.errors import ConfigError
 from lander_ds.families.family import Family
 from lander_ds.families.span import Span, spans
 from lander_ds.parallel import comm
-from lander_ds.parallel.balance import cut, head_cost, layer_costs, stage_costs
+from lander_ds.parallel.balance import costs_of, cut, stage_costs
 from lander_ds.parallel.engine import Engine, MakeModel, MakeOptimizer
 
 logger = logging.getLogger(__name__)
@@ -71,15 +71,9 @@ def span_of(
     layers = family.layers_of(model)
     if grid.stages == 1:
         return Span(0, len(layers), len(layers))
-    head = model.get_output_embeddings().weight
-    weights = [[p for p in layer.parameters() if p.dim() > 1] for layer in layers]
-    costs = layer_costs(
-        [sum(p.numel() for p in matrices) for matrices in weights],
-        [sum(p.numel() for p in matrices if p.requires_grad) for matrices in weights],
-        recompute=recipe.train.activation_checkpointing and not everything,
-        first_backward=0 if everything else None,
+    costs, of_head = costs_of(
+        layers, model.get_output_embeddings().weight, recipe.train.activation_checkpointing, everything
     )
-    of_head = head_cost(head.numel(), head.requires_grad)
     begins = recipe.pipeline_cut or cut(costs, of_head, grid.stages)
     found = spans(begins, len(layers))
     shares = stage_costs(costs, of_head, begins)

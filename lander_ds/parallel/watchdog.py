@@ -44,7 +44,7 @@ class Watchdog:
         self._directory, self._seconds, self._stage = directory, seconds, stage
         self._main = threading.main_thread().ident
         self._last, self._doing = time.monotonic(), "starting"
-        self._ended = threading.Event()
+        self._ended, self._telling = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if comm.rank() == 0:
             shutil.rmtree(directory, ignore_errors=True)
@@ -59,6 +59,9 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._telling.is_set():
+            # Another rank has told already and left, so that this one lost it: not what ended the job.
+            self._thread.join()
         self._ended.set()
 
     def beat(self, doing: str) -> None:
@@ -69,6 +72,7 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
             quiet = time.monotonic() - self._last
             if quiet > self._seconds:
+                self._telling.set()
                 try:
                     self._tell(quiet)
                 except Exception:
@@ -87,7 +91,7 @@ class Watchdog:
             self._path(rank),
             {"rank": rank, "host": os.uname().nodename, "doing": self._doing, **self._place()},
         )
-        deadline = time.monotonic() + min(GRACE_SECONDS, self._seconds)
+        deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and len(self._reports(ranks)) < ranks:
             time.sleep(0.1)
         reports = self._reports(ranks)
@@ -153,5 +157,7 @@ def verdict(stage: str, quiet: float, reports: dict[int, dict[str, Any]], ranks:
         f"{report['place']}"
         for report in waiting
     ]
-    lines.append("start the same command with --auto-resume; train.stall_seconds sets the time")
+    lines.append(
+        "start the same command again (train, all: with --auto-resume); train.stall_seconds sets the time"
+    )
     return "\n".join(lines)

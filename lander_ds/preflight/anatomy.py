@@ -17,7 +17,7 @@ from lander_ds.errors import ArtefactError
 from lander_ds.families.family import Family
 from lander_ds.families.loading import build, tied_parameters
 from lander_ds.families.span import Span, spans, units, whole
-from lander_ds.parallel.balance import cut, head_cost, layer_costs
+from lander_ds.parallel.balance import costs_of, cut
 from lander_ds.routing.routed_ffn import RoutingState
 from lander_ds.run import RunDirectory
 from lander_ds.selection.build import divide
@@ -119,13 +119,8 @@ class Anatomy:
         """The spans of pipeline stages, cut as training cuts them (`parallel.topology.span_of`)."""
         if stages == 1:
             return (self.whole,)
-        layers = [self.layer(index) for index in range(self.layers)]
-        costs = layer_costs(
-            [sum(t.elements for t in tensors if t.matrix) for tensors in layers],
-            [sum(t.elements for t in tensors if t.matrix and t.trained) for tensors in layers],
-            recompute=self.recipe.train.activation_checkpointing,
-        )
-        of_head = head_cost(self.head.numel(), self.head.requires_grad)
+        layers = self.family.layers_of(self.model)
+        costs, of_head = costs_of(layers, self.head, self.recipe.train.activation_checkpointing)
         own = self.recipe.pipeline_cut
         return spans(own if len(own) == stages - 1 else cut(costs, of_head, stages), self.layers)
 

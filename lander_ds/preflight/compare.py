@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lander_ds.parallel.agreement import CURES, MISSING
+from lander_ds.parallel.agreement import ABSENT, CURES, MISSING, reference
 from lander_ds.preflight.finding import Finding, Status
 from lander_ds.run import RECORDED_PACKAGES
 
@@ -16,8 +15,6 @@ Looks = Mapping[str, Mapping[str, Any]]
 
 SHOWN = 5
 """Differences that a detail names."""
-
-ABSENT = "absent"
 
 CHECKS = {
     "recipe": "recipe",
@@ -57,9 +54,7 @@ def differences(values: Mapping[str, Mapping[str, str]]) -> Iterator[Difference]
     """
     for name in dict.fromkeys(name for found in values.values() for name in found):
         of_host = {host: found.get(name, ABSENT) for host, found in values.items()}
-        (common, most), *others = Counter(of_host.values()).most_common()
-        if others and others[0][1] == most:
-            common = next(iter(of_host.values()))
+        common, _ = reference(list(of_host.values()))
         holder = next(host for host, value in of_host.items() if value == common)
         for host, value in of_host.items():
             if value != common:

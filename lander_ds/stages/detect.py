@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 
@@ -17,6 +18,7 @@ from lander_ds.families.loading import Place, build, fill
 from lander_ds.families.weights import BaseWeights, base_fingerprint
 from lander_ds.parallel import comm
 from lander_ds.parallel.topology import layout, open_engine, reads_weights, span_of
+from lander_ds.parallel.watchdog import Watchdog
 from lander_ds.run import RunDirectory, section
 from lander_ds.training.batches import micro_batches_for, packed, whole_split
 from lander_ds.training.model import Normaliser, TranslationModel
@@ -37,7 +39,8 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     held = data.split("detect")
     splits = [held[pair] for pair in recipe.data.pairs]
     batch = whole_split(dict(enumerate(splits)), recipe.detect.examples)
-    collector = collect(recipe, splits, batch)
+    with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "detect") as watchdog:
+        collector = collect(recipe, splits, batch, watchdog)
     pairs = recipe.data.pairs
     sentences = {pair: int((batch.pair_ids == m).sum()) for m, pair in enumerate(pairs)}
     awareness = collector.finish(
@@ -61,13 +64,16 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     comm.barrier()
 
 
-def collect(recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch) -> StatisticsCollector:
+def collect(
+    recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch, watchdog: Watchdog | None = None
+) -> StatisticsCollector:
     """Run the frozen base over `batch` and sum the statistics over all ranks (collective).
 
     Args:
         recipe: model, topology, DeepSpeed JSON and tokens per micro-batch.
         splits: detection data by pair id.
         batch: which examples.
+        watchdog: told of every micro-batch.
     """
     grid = layout(recipe)
     count = micro_batches_for(int(batch.lengths.sum()), recipe.detect.batch_tokens, grid.data_ranks)
@@ -91,10 +97,13 @@ def collect(recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch) -> 
         StatisticsCollector(own, len(projections), pairs=len(splits), device=comm.device()) as collector,
         console.progress("detect", count) as bar,
     ):
+        micro_batches = itertools.count(1)
 
         def announce(micro: PackedBatch) -> None:
             collector.set_pairs(micro.pair_ids)
             bar.advance()
+            if watchdog is not None:
+                watchdog.beat(f"micro-batch {next(micro_batches)} of {count}")
 
         engine.model.announce = announce
         engine.differentiate(

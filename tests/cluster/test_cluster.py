@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import TOLERANCE, Job, Launch, idle, laboratory, left, tiny_job
+from cluster import TOLERANCE
 from lab import HEAD, Lab, missing
+from launches import Job, Launch, idle, laboratory, left, tiny_job
 
 WHY = missing()
 pytestmark = [

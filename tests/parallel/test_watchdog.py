@@ -12,9 +12,14 @@ from typing import Any
 import pytest
 import torch
 from support.plain_ranks import PlainRanks
+from support.tiny_run import TinyRun
 
+from lander_ds.awareness.collector import StatisticsCollector
+from lander_ds.config.recipe import Recipe
 from lander_ds.parallel import comm
 from lander_ds.parallel.watchdog import STALLED, Watchdog, verdict
+from lander_ds.run import RunDirectory
+from lander_ds.stages import detect
 
 QUIET = 1.0
 
@@ -40,7 +45,7 @@ def test_the_rank_outside_a_collective_hangs() -> None:
         "  rank 1 on host-1 hangs outside any collective: step 7, loop.py:1 in f",
         "  rank 0 on host-0 waits in all_reduce: step 7, loop.py:0 in f",
         "  rank 2 on host-2 waits in all_reduce: step 7, loop.py:2 in f",
-        "start the same command with --auto-resume; train.stall_seconds sets the time",
+        "start the same command again (train, all: with --auto-resume); train.stall_seconds sets the time",
     ]
 
 
@@ -105,6 +110,16 @@ def hang_where_nothing_can_be_written(directory: Path) -> None:
         time.sleep(30.0)
 
 
+def detect_with_a_rank_that_hangs(directory: Path, recipe: Recipe, port: int) -> None:
+    """Rank 1 does not come back from its first micro-batch."""
+    comm.stop()
+    os.environ.update(LOCAL_RANK=os.environ["RANK"], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    comm.start(60.0)
+    if comm.rank() == 1:
+        StatisticsCollector.set_pairs = lambda self, pair_ids: time.sleep(60.0)  # type: ignore[method-assign]
+    detect.run(recipe, RunDirectory(recipe.run_dir))
+
+
 def timed(
     directory: Path, function: Any, *arguments: Any, ranks: int = 1
 ) -> tuple[list[int | None], str, float]:
@@ -131,6 +146,18 @@ def test_it_names_the_rank_that_hangs(tmp_path: Path, how: str, collective: str)
     assert "rank 1 on" in text.partition("hangs outside any collective")[0]
     assert text.count("hangs outside any collective") == 1
     assert text.count(f"waits in {collective}: step 5, comm.py") == 2
+
+
+@pytest.mark.distributed
+def test_detection_is_watched_too(tmp_path: Path, tiny_run: TinyRun) -> None:
+    tiny_run.run("stalled-detection")
+    recipe = tiny_run.recipe("stalled-detection", "train.stall_seconds=6")
+    codes, output, _ = timed(tmp_path, detect_with_a_rank_that_hangs, recipe, comm.free_port(), ranks=2)
+    assert codes == [STALLED] * 2, output
+    text = " ".join(output.split())
+    assert "detect: nothing has happened for" in text
+    assert "rank 1 on" in text.partition("hangs outside any collective")[0]
+    assert not RunDirectory(recipe.run_dir).awareness.exists()
 
 
 @pytest.mark.distributed
