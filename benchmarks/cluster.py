@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,9 @@ FAULTS = (
 )
 
 
+REQUEUE = "slurm: requeue"
+
+
 def measure_launcher(lab: Lab, job: Job, launcher: str, reference: str) -> dict[str, Any]:
     """Train with a launcher, and compare with the reference."""
     job.copy(launcher)
@@ -136,11 +140,38 @@ def measure_fault(lab: Lab, job: Job, fault: Fault, reference: str) -> dict[str,
     }
 
 
+def measure_requeue(lab: Lab, job: Job, reference: str) -> dict[str, Any]:
+    """Preempt a SLURM job: its ranks save, and the same job queues again and goes on by itself."""
+    name = "slurm-requeue"
+    job.copy(name)
+    before = idle(lab)
+    launch = Launch(lab, job, "slurm", name)
+    launch.wait_for_step(6)
+    # What SLURM sends before the time is up (--signal) and when it preempts.
+    launch.slurm("scancel", "--signal=USR1", "{job}")
+    code = launch.wait()
+    said = launch.log.read_text(errors="replace")
+    if code or "queues again" not in said:
+        say(launch.tail())
+    return {
+        "exit_code": code,
+        "requeued": said.count("the job queues again"),
+        "resumed": "going on from" in said,
+        "processes_left": len(left(lab, before)),
+        "max_rel_loss_diff": job.difference(name, reference),
+    }
+
+
 def sound(found: dict[str, Any]) -> bool:
     """Whether everything is as it must be."""
-    alike = [*found["launchers"].values(), *found["faults"]]
+    requeue = [found["requeue"]] if "requeue" in found else []
+    alike = [*found["launchers"].values(), *found["faults"], *requeue]
     return (
-        all(entry["exit_code"] == 0 for entry in found["launchers"].values())
+        all(
+            (entry["exit_code"], entry["requeued"], entry["processes_left"]) == (0, 1, 0) and entry["resumed"]
+            for entry in requeue
+        )
+        and all(entry["exit_code"] == 0 for entry in found["launchers"].values())
         and all(
             entry["max_rel_loss_diff"] is not None and entry["max_rel_loss_diff"] <= TOLERANCE
             for entry in alike
@@ -175,6 +206,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"{what:26} {entry['exit_code']:9} {entry['seconds']:8.1f} {entry['processes_left']:5} {resumed:>8}"
         )
+    if requeue := found.get("requeue"):
+        lines += ["", f"{REQUEUE}: {requeue['requeued']} time(s), exit code {requeue['exit_code']}"]
     return "\n".join(lines)
 
 
@@ -184,7 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    known = [fault.title for fault in FAULTS]
+    known = [*(fault.title for fault in FAULTS), REQUEUE]
     add("--hosts", type=int, default=2, choices=(2, 3, 4), help="hosts with one rank each (%(default)s)")
     add("--launcher", action="append", choices=LAUNCHERS, help="only this one; may be repeated")
     add("--fault", action="append", metavar="NAME", choices=[*known, "none"], help=f"only this one: {known}")
@@ -193,14 +226,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    """Run; returns the exit code."""
-    options = parse()
-    if why := missing():
-        say(f"skipped: {why}")
-        print(json.dumps({"skipped": why}) if options.json else f"skipped: {why}")
-        return 0
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for.
+
+    Raises:
+        Failed: one host alone does not train.
+    """
     launchers = options.launcher or list(LAUNCHERS)
     chosen = [
         fault
@@ -220,8 +251,7 @@ def main() -> int:
         job.copy("single")
         reference = Launch(lab, job, "single", "single")
         if reference.wait():
-            say(reference.tail())
-            return 1
+            raise Failed(f"one host alone does not train:\n{reference.tail()}")
         for launcher in launchers:
             say(launcher)
             found["launchers"][launcher] = measure_launcher(lab, job, launcher, "single")
@@ -234,9 +264,31 @@ def main() -> int:
             except Failed as error:
                 say(f"{fault.title}: {error}")
                 failed.append(fault.title)
+        if "slurm" in launchers and (not options.fault or REQUEUE in options.fault):
+            say(REQUEUE)
+            found["requeue"] = measure_requeue(lab, job, "single")
+            say(json.dumps(found["requeue"]))
     found["seconds"] = round(time.monotonic() - begun, 1)
     found["failed"] = failed
     found["sound"] = sound(found) and not failed
+    return found
+
+
+def main() -> int:
+    """Run; returns the exit code."""
+    options = parse()
+    if why := missing():
+        say(f"skipped: {why}")
+        print(json.dumps({"skipped": why}) if options.json else f"skipped: {why}")
+        return 0
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    try:
+        # Standard output is for the figures: DeepSpeed logs there.
+        with redirect_stdout(sys.stderr):
+            found = measure(options)
+    except Failed as error:
+        say(f"error: {error}")
+        return 1
     print(json.dumps(found, indent=2) if options.json else table(found))
     return 0 if found["sound"] else 1
 
