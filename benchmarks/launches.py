@@ -26,6 +26,9 @@ SETTINGS = {
     "LANDER_ROOT": str(ROOT),
     "LANDER_VENV": sys.prefix,
     "OMP_NUM_THREADS": "1",
+    # SLURM alone reads these: the least that is a container, and two options.
+    "LANDER_CONTAINER": "unshare --mount",
+    "LANDER_SRUN": "--label --cpu-bind=none",
 }
 
 

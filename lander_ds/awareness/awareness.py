@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from lander_ds import artefact_file
 from lander_ds.errors import ArtefactError
 
 FORMAT = "lander-awareness-1"
@@ -116,12 +115,7 @@ class Awareness:
 
     def save(self, path: Path) -> None:
         """Write the awareness to a temporary name and rename it to `path`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        # One metadata key only: safetensors writes several in random order, and equal contents must give
-        # equal bytes.
-        save_file(self._tensors(), temporary, metadata={"awareness": self._description()})
-        temporary.replace(path)
+        artefact_file.write(path, "awareness", self._tensors(), self._description())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -147,18 +141,12 @@ class Awareness:
         Raises:
             ArtefactError: the file is missing, damaged, of another format, or holds impossible values.
         """
-        if not path.exists():
-            raise ArtefactError(f"{path} does not exist: {CURE}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("awareness", "{}"))
-                if description.get("format") != FORMAT:
-                    raise ArtefactError(f"{path} is not a {FORMAT} file: {CURE}")
-                pairs = tuple(description["pairs"])
-                loaded = {
-                    name: torch.stack([file.get_tensor(f"{pair}/{name}") for pair in pairs])
-                    for name in ("tokens", *STATISTICS)
-                }
+        with artefact_file.reading(path, "awareness", FORMAT, CURE) as (file, description):
+            pairs = tuple(description["pairs"])
+            loaded = {
+                name: torch.stack([file.get_tensor(f"{pair}/{name}") for pair in pairs])
+                for name in ("tokens", *STATISTICS)
+            }
             size = (description["layers"], description["neurons"])
             awareness = Awareness(
                 pairs=pairs,
@@ -171,16 +159,6 @@ class Awareness:
                     description["extra"],
                 ),
             )
-        except (
-            SafetensorError,
-            OSError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
-            raise ArtefactError(f"{path} is damaged ({error}): {CURE}") from None
         if fault := _fault(awareness, size):
             raise ArtefactError(f"{path} is damaged ({fault}): {CURE}")
         return awareness

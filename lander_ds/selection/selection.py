@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from lander_ds import artefact_file
 from lander_ds.errors import ArtefactError
 
 FORMAT = "lander-selection-1"
@@ -103,12 +102,7 @@ class Selection:
             ],
             "metadata": dict(self.metadata),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        # One metadata key only: safetensors writes several in random order, and equal contents must give
-        # equal bytes.
-        save_file(tensors, temporary, metadata={"selection": json.dumps(description, sort_keys=True)})
-        temporary.replace(path)
+        artefact_file.write(path, "selection", tensors, json.dumps(description, sort_keys=True))
 
     @staticmethod
     def load(path: Path) -> Selection:
@@ -118,36 +112,20 @@ class Selection:
             ArtefactError: the file is missing, damaged, not a selection, or its banks do not fit its neurons.
         """
         cure = "run stage select (again)"
-        if not path.exists():
-            raise ArtefactError(f"{path} does not exist: {cure}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("selection", "{}"))
-                if description.get("format") != FORMAT:
-                    raise ArtefactError(f"{path} is not a {FORMAT} file: {cure}")
-                layers = tuple(
-                    LayerSelection(
-                        entry["layer"],
-                        file.get_tensor(f"layers.{entry['layer']}.permutation"),
-                        tuple(Bank(b["kind"], tuple(b["owners"]), b["size"]) for b in entry["banks"]),
-                    )
-                    for entry in description["layers"]
+        with artefact_file.reading(path, "selection", FORMAT, cure) as (file, description):
+            layers = tuple(
+                LayerSelection(
+                    entry["layer"],
+                    file.get_tensor(f"layers.{entry['layer']}.permutation"),
+                    tuple(Bank(b["kind"], tuple(b["owners"]), b["size"]) for b in entry["banks"]),
                 )
-                stored = [file.get_tensor(f"layers.{layer.layer}.bank_of") for layer in layers]
+                for entry in description["layers"]
+            )
+            stored = [file.get_tensor(f"layers.{layer.layer}.bank_of") for layer in layers]
             selection = Selection(
                 tuple(description["pairs"]), description["neurons"], layers, description["metadata"]
             )
             fault = _fault(selection, stored)
-        except (
-            SafetensorError,
-            OSError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
-            raise ArtefactError(f"{path} is damaged ({error}): {cure}") from None
         if fault is not None:
             raise ArtefactError(f"{path} is damaged ({fault}): {cure}")
         return selection
