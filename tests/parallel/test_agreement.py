@@ -137,9 +137,7 @@ def test_every_rank_hears_the_same() -> None:
 
 
 def test_ranks_that_never_arrive_are_named() -> None:
-    began = time.monotonic()
     answers = in_threads([0, 1, 4], 6, 0.5)
-    assert time.monotonic() - began < 10
     assert set(answers) == {answers[0]}
     assert "ranks 2-3, 5 of 6 did not arrive within 0.5 seconds" in answers[0]
 

