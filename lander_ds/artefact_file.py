@@ -31,10 +31,25 @@ def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], descriptio
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(dict(tensors), temporary, metadata={kind: description})
-    flush(temporary)
+    save_tensors(temporary, tensors, {kind: description})
     temporary.replace(path)
     flush(path.parent)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file and flush it to disk.
+
+    It gets the rights of any new file; safetensors alone makes files that only their owner can read, of no use to
+    others who share the run directory.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
+    flush(path)
 
 
 @contextmanager

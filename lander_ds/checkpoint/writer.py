@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from lander_ds.artefact_file import save_tensors
 from lander_ds.checkpoint.checkpoint import DIGEST, FORMAT, OPTIMIZER, SELECTION, STATE, TRAINED, steps
 from lander_ds.checkpoint.retention import Retention, superfluous
 from lander_ds.directories import flush
@@ -159,8 +159,7 @@ def _write_part(new: Path, parts: Parts, rank: int) -> None:
         for kind, tensors in ((TRAINED, parts.trained), (OPTIMIZER, parts.optimizer)):
             if tensors:
                 path = new / f"{kind}-{rank}.safetensors"
-                save_file(dict(tensors), path)
-                flush(path)
+                save_tensors(path, tensors)
                 report[path.name] = _described(path)
         write_json(_report_path(new, rank), report)
     except Exception as error:

@@ -122,7 +122,7 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self._set_pair(pair, pair_ids)
         # generation_config.json of the directory was read into this model, not into the plain one.
-        kwargs.setdefault("generation_config", self.generation_config)
+        self.model.generation_config = self.generation_config
         return self.model.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
