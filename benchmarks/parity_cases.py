@@ -20,11 +20,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from lander_ds.config.recipe import (
@@ -90,9 +95,25 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "qwen2": lambda: Qwen2Config(**_GROUPED, tie_word_embeddings=False),
     "opt": lambda: OPTConfig(**_COMMON, ffn_dim=64, word_embed_proj_dim=WIDTH),
+    "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=64, rotary_pct=0.5),
+    "llama": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**_GROUPED, head_dim=8, sliding_window=16),
+    "gemma": lambda: GemmaConfig(**_GROUPED, head_dim=8),
+    "gemma2": lambda: Gemma2Config(
+        **_GROUPED,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    ),
+    "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=8, tie_word_embeddings=True),
 }
 """Gemma 3: tied embeddings, embedding scale, sliding windows. BLOOM: biases, ALiBi, tied embeddings, a norm after the
-embedding. Qwen 2: a head of its own, grouped heads, biases in attention alone. OPT: learned positions, biases, tied."""
+embedding. Qwen 2: a head of its own, grouped heads, biases in attention alone. OPT: learned positions, biases, tied.
+GPT-NeoX: attention and FFN side by side, biases. Mistral: sliding windows. Gemma 2: capped scores and logits. Qwen 3:
+norms of queries and keys."""
 
 What = Literal["train", "detect", "hold", "load"]
 """`train`: the whole stage. `detect`: the whole stage. `hold`: open a training and count bytes. `load`: the same for a

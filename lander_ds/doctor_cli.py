@@ -154,7 +154,8 @@ def table(findings: Sequence[Finding]) -> Table:
 def bandwidth_lines(diagnosis: Diagnosis) -> list[str]:
     """What was measured between the ranks."""
     found = diagnosis.bandwidth
-    if not found:
+    # One rank adds nothing up.
+    if not found or found["ranks"] == 1:
         return []
     reduced = found["all_reduce"]
     lines = [

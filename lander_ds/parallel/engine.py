@@ -52,16 +52,22 @@ class Engine(ABC):
     """This rank's span."""
     monitor: Any
     """DeepSpeed's monitor (TensorBoard)."""
+    _engine: Any
+    """DeepSpeed's engine."""
+    _trains: bool
+    """Whether there is an optimizer on this rank."""
 
     @property
-    @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups on this rank; empty when it trains nothing."""
+        optimizer = self._optimizer
+        return [] if optimizer is None else optimizer.param_groups
 
     @property
-    @abstractmethod
     def grad_norm(self) -> float:
         """Norm of the whole model's gradient in the last step, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
 
     @abstractmethod
     def train_step(self, batches: Sequence[PackedBatch], norm: Normaliser) -> Figures:
@@ -79,9 +85,9 @@ class Engine(ABC):
     def rank_bytes(self) -> RankBytes:
         """What this rank holds: weights (its shard of them); gradients; float32 masters and moments."""
 
-    @abstractmethod
     def destroy(self) -> None:
         """Let go of DeepSpeed's state."""
+        self._engine.destroy()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of this rank's span under their names in the whole model, tied ones once."""
@@ -95,9 +101,9 @@ class Engine(ABC):
         """Group name and this rank's flat float32 masters, in all parts that the optimizer holds them in."""
 
     @property
-    @abstractmethod
     def _optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer inside DeepSpeed's; None when this rank trains nothing."""
+        return self._engine.optimizer.optimizer if self._trains else None
 
     @abstractmethod
     def _set_state(self, parameter: nn.Parameter, value: torch.Tensor, moment: str | None) -> None:

@@ -245,6 +245,8 @@ class StageEngine(PipelineEngine):
 class Pipeline(Engine):
     """Pipeline stages with ZeRO-1."""
 
+    _engine: StageEngine
+
     def __init__(
         self, config: dict[str, Any], stages: int, make_model: MakeModel, make_optimizer: MakeOptimizer
     ) -> None:
@@ -288,10 +290,6 @@ class Pipeline(Engine):
             # DeepSpeed would tell the parameters where their moments lie after the first step.
             zero._lazy_init_hp_params_optimizer_state()
 
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer | None:
-        return self._engine.optimizer.optimizer if self._trains else None
-
     def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         zero = self._engine.optimizer
         names = [group["name"] for group in zero.optimizer.param_groups]
@@ -302,20 +300,6 @@ class Pipeline(Engine):
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, moment)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of this rank's stage; empty when it trains nothing."""
-        if not self._trains:
-            return []
-        groups: list[dict[str, Any]] = self._engine.optimizer.optimizer.param_groups
-        return groups
-
-    @property
-    def grad_norm(self) -> float:
-        """Norm of the gradient over all stages in the last step, before clipping."""
-        norm = self._engine.get_global_grad_norm()
-        return 0.0 if norm is None else float(norm)
 
     def train_step(self, batches: Sequence[PackedBatch], norm: Normaliser) -> Figures:
         """One optimizer step: every micro-batch forward and backward through all stages (1F1B)."""

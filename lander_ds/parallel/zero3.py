@@ -78,18 +78,6 @@ class Zero3(Engine):
         if self._trains:
             allocate(self._engine.optimizer)
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups."""
-        groups: list[dict[str, Any]] = self._engine.optimizer.optimizer.param_groups
-        return groups
-
-    @property
-    def grad_norm(self) -> float:
-        """Norm of the whole gradient in the last step, before clipping."""
-        norm = self._engine.get_global_grad_norm()
-        return 0.0 if norm is None else float(norm)
-
     def train_step(self, batches: Sequence[PackedBatch], norm: Normaliser) -> Figures:
         """One optimizer step over this rank's micro-batches."""
         engine, found = self._engine, self._nothing()
@@ -123,10 +111,6 @@ class Zero3(Engine):
             loss, _, _ = self._engine.module(batch, norm)
             loss.backward()
 
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer | None:
-        return self._engine.optimizer.optimizer if self._trains else None
-
     def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return zero3_masters(self._engine.optimizer)
 
@@ -136,10 +120,6 @@ class Zero3(Engine):
     def rank_bytes(self) -> RankBytes:
         """Shards of weights and gradients; float32 masters and moments."""
         return zero3_bytes(self.model, self._engine.optimizer if self._trains else None)
-
-    def destroy(self) -> None:
-        """Let go of DeepSpeed's state."""
-        self._engine.destroy()
 
     def _nothing(self) -> Figures:
         return Figures(
