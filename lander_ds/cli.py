@@ -19,11 +19,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from lander_ds import console, delta_cli, doctor_cli, plan_cli
+from lander_ds import console
 from lander_ds.config.checks import check_recipe
 from lander_ds.config.loader import dump_recipe, read_recipe
 from lander_ds.config.recipe import Recipe
+from lander_ds.doctor import cli as doctor
 from lander_ds.errors import DiskFull, LanderError
+from lander_ds.export import delta_cli as delta
+from lander_ds.planning import cli as plan
 from lander_ds.run import RunDirectory, write_text
 from lander_ds.training import preemption
 from lander_ds.version import __version__
@@ -47,9 +50,9 @@ OTHER_COMMANDS: dict[str, str] = {
     "config": "check, resolve and explain recipes",
     "summary": "print the figures of a run",
     "tokenizer": "train a SentencePiece tokenizer on a recipe's corpora",
-    "delta": delta_cli.SUMMARY,
-    "doctor": doctor_cli.SUMMARY,
-    "plan": plan_cli.SUMMARY,
+    "delta": delta.SUMMARY,
+    "doctor": doctor.SUMMARY,
+    "plan": plan.SUMMARY,
 }
 
 COLLECTIVE_STAGES = ("detect", "train", "translate")
@@ -231,16 +234,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_tokenizer)
 
-    delta_cli.add_arguments(
+    delta.add_arguments(
         _command(commands, "delta", "lander delta apply models/base runs/demo/export/delta models/mine")
     )
     command = _command(commands, "doctor", "lander doctor --recipe recipes/demo.yaml --hostfile hosts")
     _add_recipe(command)
-    doctor_cli.add_arguments(command)
+    doctor.add_arguments(command)
     example = "lander plan --recipe recipes/7b.yaml --cluster examples/clusters/8xa100-80g.yaml"
     command = _command(commands, "plan", example)
     _add_recipe(command, required=False)
-    plan_cli.add_arguments(command, lambda arguments: _load(arguments, "plan"))
+    plan.add_arguments(command, lambda arguments: _load(arguments, "plan"))
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What `preflight.inspection.inspect` finds on a sound host, to spoil for a test."""
+"""What `doctor.inspection.inspect` finds on a sound host, to spoil for a test."""
 
 from __future__ import annotations
 
