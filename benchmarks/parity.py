@@ -49,7 +49,7 @@ from lander_ds.run import RunDirectory, versions
 RANK_PROGRAM = Path(__file__).with_name("parity_ranks.py")
 ROOT = Path(__file__).parents[1]
 FLOAT = 4
-LARGE = "llama"
+LARGE = "large"
 """Name of the larger model whose loading is watched."""
 LARGE_LAYERS, LARGE_WIDTH, QUICK_WIDTH = 16, 1024, 512
 """300 million parameters, 1.2 GB; with `--quick` a quarter of that."""

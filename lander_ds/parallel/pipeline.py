@@ -328,9 +328,18 @@ class Pipeline(Engine):
         return RankBytes(weights, self._engine.gradient_bytes, optimizer_bytes(zero.optimizer, masters))
 
     def destroy(self) -> None:
-        """Let go of DeepSpeed's state, its process-wide grid included."""
+        """Let go of DeepSpeed's state, its process-wide grid and the process groups of that included.
+
+        Each group has connections and threads of its own, which DeepSpeed would keep until the process ends.
+        """
+        grid, module = self._engine.grid, self._engine.module
         DeepSpeedEngine.destroy(self._engine)
         groups.mpu = None
+        # None of them may be in use anywhere any more.
+        comm.barrier()
+        made = (grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group)
+        for group in dict.fromkeys((*made, module.world_group)):
+            dist.destroy_process_group(group)
 
 
 def _gradient_bytes(parameter: nn.Parameter) -> int:
