@@ -319,9 +319,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--timeout",
-        default=900.0,
+        default=60.0,
         type=float,
-        help="seconds for all jobs of one number of ranks (%(default)s)",
+        help="seconds per job, in the mean of all jobs of one number of ranks (%(default)s)",
     )
     add("--keep", type=Path, metavar="DIR", help="work in DIR, which must not exist, and keep it")
     return parser.parse_args(arguments)
@@ -347,7 +347,7 @@ def run(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     for ranks in sorted({job.grid.ranks for job in jobs}):
         own = [job for job in jobs if job.grid.ranks == ranks]
         begun = time.monotonic()
-        launch(workspace, own, options.timeout)
+        launch(workspace, own, options.timeout * len(own))
         say(f"{len(own)} jobs on {ranks} ranks took {time.monotonic() - begun:.0f} s")
     return {
         **results(workspace, jobs, LARGE_LAYERS),

@@ -354,6 +354,7 @@ def elements_per_part(model: Path) -> tuple[int, list[int], int]:
     config = AutoConfig.from_pretrained(model)
     family = family_of(config.model_type)
     layer_of = re.compile(rf"(?:^|\.){family.layers}\.(\d+)\.")
+    heads = {"lm_head", *(stored.rstrip(".") for name, stored in family.renamed if name == "lm_head.")}
     before, layers, after, embedding = 0, [0] * int(config.num_hidden_layers), 0, 0
     with safe_open(model / "model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
@@ -361,7 +362,7 @@ def elements_per_part(model: Path) -> tuple[int, list[int], int]:
             inside, parts = layer_of.search(name), name.split(".")
             if inside:
                 layers[int(inside[1])] += count
-            elif "lm_head" in parts or any(part in family.final for part in parts):
+            elif any(part in heads or part in family.final for part in parts):
                 after += count
             else:
                 before += count
