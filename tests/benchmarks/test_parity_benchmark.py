@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import LARGE_LAYERS, LIMITS, relative, results, table
+from parity import LARGE, LARGE_LAYERS, LIMITS, relative, results, table
 from parity_cases import (
     CLIP,
     FAMILIES,
@@ -134,17 +134,17 @@ def test_a_quick_run(tmp_path: Path) -> None:
 
     # The same files with one loss, one shard and one peak changed.
     workspace = Workspace(work)
-    jobs = [*jobs_of(("gemma3",), QUICK_GRIDS, (CLIP,)), *(Job("load", "llama", g) for g in QUICK_GRIDS)]
+    jobs = [*jobs_of(("gemma3",), QUICK_GRIDS, (CLIP,)), *(Job("load", LARGE, g) for g in QUICK_GRIDS)]
     assert not _not_ok(results(workspace, jobs, LARGE_LAYERS))
     changed = Job("train", "gemma3", QUICK_GRIDS[1], "sgd", CLIP)
     metrics = workspace.run(changed).metrics
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     records[7]["loss"] *= 1 + 2e-5
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-    for what, model, key in (("hold", "gemma3", "weights"), ("load", "llama", "peak")):
+    for what, model, key in (("hold", "gemma3", "weights"), ("load", LARGE, "peak")):
         path = workspace.run(Job(what, model, QUICK_GRIDS[0])).path / "rank-1.json"  # type: ignore[arg-type]
         facts = json.loads(path.read_text())
         path.write_text(json.dumps({**facts, key: facts[key] * 2}))
     broken = results(workspace, jobs, LARGE_LAYERS)
     assert not broken["ok"]
-    assert _not_ok(broken) == [changed.name, "gemma3, zero3 on 2 ranks", "llama, zero3 on 2 ranks"]
+    assert _not_ok(broken) == [changed.name, "gemma3, zero3 on 2 ranks", f"{LARGE}, zero3 on 2 ranks"]
