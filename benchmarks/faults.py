@@ -46,6 +46,8 @@ WIDTH, NEURONS = 64, 1024
 KEEP_LAST, KEEP_EVERY = 3, 30
 STEPS_PER_KILL = 4
 """How far the training comes between kills."""
+SPARE_STEPS = 24
+"""Saves are short, and some pass before one is hit."""
 START_SECONDS, SAVE_SECONDS = 2.0, 0.08
 """About how long the start of a training and a save take, in which kills are spread."""
 KINDS = {"start": 0.15, "step": 0.35, "save": 0.5}
@@ -81,7 +83,7 @@ class Killing:
         """
         self.made, self.kills, self.logs = made, kills, logs
         self.random = random.Random(seed)
-        self.steps = STEPS_PER_KILL * (kills + 1)
+        self.steps = STEPS_PER_KILL * (kills + 1) + SPARE_STEPS
         self.kinds = [kind for kind, share in KINDS.items() for _ in range(round(share * kills))]
         self.kinds = (self.kinds + ["save"] * kills)[:kills]
         self.random.shuffle(self.kinds)
@@ -148,10 +150,13 @@ class Killing:
             if kind == "step":
                 time.sleep(self.random.uniform(0.0, 0.5))
         saving: list[str] = []
+        reach = SAVE_SECONDS
         while True:
             if kind == "save":
                 training.until(lambda: bool(being_saved(run)), "a save")
-                time.sleep(self.random.uniform(0.0, SAVE_SECONDS))
+                time.sleep(self.random.uniform(0.0, reach))
+                # Came too late, perhaps: saves may be shorter here.
+                reach /= 2
             # All stand still while the driver looks at what is there.
             training.signal(signal.SIGSTOP, range(RANKS))
             saving, self._present = being_saved(run), checkpoint.steps(run.checkpoints)
