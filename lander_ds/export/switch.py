@@ -65,6 +65,7 @@ class Switch:
         self._base_layers = tuple(self._layers)
         self._base_tensors: dict[str, torch.Tensor] = {}
         self._lock = threading.RLock()
+        self._changing = False
 
     @property
     def _layers(self) -> nn.ModuleList:
@@ -83,20 +84,20 @@ class Switch:
             path: its directory.
 
         Raises:
-            ArtefactError: it is damaged, or belongs to another base.
+            ArtefactError: it is damaged, or belongs to another base; or this thread is inside `using`.
         """
         delta = Delta.open(path)
         delta.check(self._weights, self._weights.directory, back=False)
         trained = delta.trained(self._weights) if delta.routing() is not None else None
-        with self._lock:
+        with self._alone():
             if trained is not None and trained.pairs_differ:
                 self._added[name] = self._routed(delta, trained)
             else:
                 self._added[name] = _Added({}, None, self._changed(delta))
 
     def remove(self, name: str) -> None:
-        """Forget a delta and free its memory."""
-        with self._lock:
+        """Forget a delta and free its memory; not inside `using`."""
+        with self._alone():
             del self._added[name]
 
     @contextmanager
@@ -108,9 +109,10 @@ class Switch:
             pair: for deltas with gates: the language pair, or one per row of the batch.
 
         Raises:
-            ArtefactError: there is no such delta; or it needs a pair, and this is none of its pairs.
+            ArtefactError: there is no such delta; or it needs a pair, and this is none of its pairs; or this thread is
+                inside `using` already.
         """
-        with self._lock:
+        with self._alone():
             if name not in self._added:
                 raise ArtefactError(
                     f"no delta {name!r} was added: there are {', '.join(self._added) or 'none'}"
@@ -123,6 +125,20 @@ class Switch:
                 yield self.model
             finally:
                 self._put_base(added)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Other threads wait; this one must not come here twice, because the base would then be lost."""
+        with self._lock:
+            if self._changing:
+                raise ArtefactError(
+                    "a delta is on: leave its `using` before anything else is put on, added or removed"
+                )
+            self._changing = True
+            try:
+                yield
+            finally:
+                self._changing = False
 
     def _pair_ids(self, name: str, pairs: Sequence[str], wanted: str | Sequence[str] | None) -> torch.Tensor:
         """Scalar, or [B]."""

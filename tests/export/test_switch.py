@@ -105,6 +105,27 @@ def test_the_base_is_back_after_an_error(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(logits(served.model), untouched, strict=True))
 
 
+def test_nothing_is_put_on_twice(tmp_path: Path) -> None:
+    """What is under the second one would be taken for the base."""
+    base = base_of(tmp_path, "llama")
+    for name, scale in (("one", 1.3), ("two", 0.7)):
+        delta_of(base, tmp_path / name, scale, "layers", "none")
+    served = Switch(load(base), base)
+    untouched = logits(served.model)
+    for name in ("one", "two"):
+        served.add(name, tmp_path / name / "delta")
+    with served.using("one") as model:
+        on = logits(model)
+        with pytest.raises(ArtefactError, match="a delta is on"), served.using("two"):
+            pass
+        for change in (lambda: served.add("more", tmp_path / "one" / "delta"), lambda: served.remove("two")):
+            with pytest.raises(ArtefactError, match="a delta is on"):
+                change()
+        assert all(torch.equal(a, b) for a, b in zip(logits(model), on, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(logits(served.model), untouched, strict=True))
+    assert served.names == ("one", "two")
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     base = base_of(tmp_path, "llama")
     delta_of(base, tmp_path / "one", 1.5)
