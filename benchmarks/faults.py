@@ -38,8 +38,8 @@ from miniature import (
 )
 
 from lander_ds.checkpoint import checkpoint
-from lander_ds.errors import LanderError
-from lander_ds.run import RunDirectory
+from lander_ds.common.errors import LanderError
+from lander_ds.common.run_directory import RunDirectory
 
 WIDTH, NEURONS = 64, 1024
 """Of the model: its checkpoints have 5 MB and take some 50 ms to write."""

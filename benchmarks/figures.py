@@ -15,7 +15,7 @@ from typing import Any
 from turns import Facts, StepTime
 from workload import Workload
 
-from lander_ds.run import versions
+from lander_ds.common.run_directory import versions
 
 GOALS = {"full": 0.45, "lora": 0.60, "full_same_logits": 0.70, "lora_same_logits": 0.85}
 """Step time of `lander` over that of the other that this project aims at, for the default model and options."""

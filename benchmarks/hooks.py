@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from lander_ds.checkpoint import writer
-from lander_ds.data.packing import PackedBatch
-from lander_ds.training.loop import Loop
-from lander_ds.training.loss import LossHead
-from lander_ds.training.model import Normaliser, TranslationModel
+from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.models.loss import LossHead
+from lander_ds.models.translation_model import BatchTotals, TranslationModel
 from lander_ds.training.saver import Saver
+from lander_ds.training.trainer import Trainer
 
 HANGS_AT = 5
 """Step (from 1) in which `hang` hangs."""
@@ -29,14 +29,14 @@ BAD_PAIR = 1
 
 def hang(rank: int) -> None:
     """Rank 1 sleeps for ever before a step."""
-    step = Loop._step
+    step = Trainer._step
 
-    def sleeping(self: Loop, number: int, stop: bool) -> object:
+    def sleeping(self: Trainer, number: int, stop: bool) -> object:
         while rank == 1 and number + 1 == HANGS_AT:
             time.sleep(1.0)
         return step(self, number, stop)
 
-    Loop._step = sleeping  # type: ignore[method-assign, assignment]
+    Trainer._step = sleeping  # type: ignore[method-assign, assignment]
 
 
 def signal_while_saving(rank: int) -> None:
@@ -59,9 +59,9 @@ def signal_while_saving(rank: int) -> None:
 def bad_gradients(rank: int) -> None:
     """On rank 1, two steps' gradients hold infinities."""
     now = [0]
-    step = Loop._step
+    step = Trainer._step
 
-    def counting(self: Loop, number: int, stop: bool) -> object:
+    def counting(self: Trainer, number: int, stop: bool) -> object:
         if now[0] == 0 and rank == 1:
             for parameter in self.session.model.parameters():
                 if parameter.requires_grad:
@@ -69,7 +69,7 @@ def bad_gradients(rank: int) -> None:
         now[0] = number + 1
         return step(self, number, stop)
 
-    Loop._step = counting  # type: ignore[method-assign, assignment]
+    Trainer._step = counting  # type: ignore[method-assign, assignment]
 
 
 def bad_pair(rank: int) -> None:
@@ -77,7 +77,7 @@ def bad_pair(rank: int) -> None:
     forward, head = TranslationModel.forward, LossHead.forward
     pairs: list[torch.Tensor] = []
 
-    def telling(self: TranslationModel, batch: PackedBatch, norm: Normaliser, *rest: object) -> object:
+    def telling(self: TranslationModel, batch: PackedBatch, norm: BatchTotals, *rest: object) -> object:
         pairs[:] = [batch.pair_ids[batch.target_positions]]
         return forward(self, batch, norm, *rest)
 

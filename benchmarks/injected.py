@@ -31,8 +31,8 @@ from miniature import (
 )
 
 from lander_ds.checkpoint import checkpoint
-from lander_ds.parallel.watchdog import STALLED
-from lander_ds.run import RunDirectory
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.distributed.watchdog import STALLED
 from lander_ds.training.preemption import Preempted
 
 STEPS, SAVE_EVERY = 12, 4

@@ -101,7 +101,7 @@ def write_model(directory: Path, parameters: float) -> None:
     from lander_ds.config.recipe import ModelConfig
     from lander_ds.export.stream import Spec
     from lander_ds.export.writer import write_weights
-    from lander_ds.families.loading import build
+    from lander_ds.models.loading import build
 
     shape = sizes(parameters)
     heads = shape["hidden_size"] // 64
@@ -132,11 +132,11 @@ def write_checkpoint(work: Path) -> None:
 
     from lander_ds.checkpoint.retention import Retention
     from lander_ds.checkpoint.writer import Parts, Writer
-    from lander_ds.families.loading import build
-    from lander_ds.families.weights import base_fingerprint
-    from lander_ds.run import RunDirectory
-    from lander_ds.selection.selection import Bank, LayerSelection, Selection
-    from lander_ds.training.groups import mark_trained, prepare_model
+    from lander_ds.common.run_directory import RunDirectory
+    from lander_ds.method.selection import Bank, LayerSelection, Selection
+    from lander_ds.models.loading import build
+    from lander_ds.models.parameter_groups import mark_trained, prepare_model
+    from lander_ds.models.weights import base_fingerprint
 
     recipe, run = recipe_of(work), RunDirectory(work / "run")
     model, family = build(recipe.model, attention=None)
@@ -179,9 +179,9 @@ def measure_import(work: Path, part: float) -> Measured:
     """Fill a model from its files, as a rank does that holds so much of the layers."""
     from torch import nn
 
-    from lander_ds.families.loading import build, fill
-    from lander_ds.families.span import Span
-    from lander_ds.families.weights import BaseWeights
+    from lander_ds.models.loading import build, fill
+    from lander_ds.models.span import Span
+    from lander_ds.models.weights import BaseWeights
 
     kept = 0
 
@@ -204,6 +204,7 @@ def measure_import(work: Path, part: float) -> Measured:
 def measure_export(work: Path, name: str) -> Measured:
     """Write one export."""
     from lander_ds.checkpoint import checkpoint
+    from lander_ds.common.run_directory import RunDirectory
     from lander_ds.export.delta_apply import Options, apply_delta, revert_delta
     from lander_ds.export.delta_write import export_delta
     from lander_ds.export.dense import export_dense
@@ -211,7 +212,6 @@ def measure_export(work: Path, name: str) -> Measured:
     from lander_ds.export.routed import export_routed
     from lander_ds.export.trained import TrainedModel
     from lander_ds.export.writer import Form
-    from lander_ds.run import RunDirectory
 
     recipe, run, out = recipe_of(work), RunDirectory(work / "run"), work / name
     means = mean_gates(run.metrics, 1)
@@ -246,9 +246,9 @@ def in_a_process(work: Path, name: str) -> Measured:
 def result(work: Path, wanted: list[str]) -> dict[str, Any]:
     """The wanted cases, measured, with their bounds."""
     from lander_ds.config.recipe import ModelConfig
-    from lander_ds.families.loading import build
-    from lander_ds.families.span import units, whole
-    from lander_ds.families.weights import BaseWeights
+    from lander_ds.models.loading import build
+    from lander_ds.models.span import units, whole
+    from lander_ds.models.weights import BaseWeights
 
     weights = BaseWeights(work / "model")
     tensors = {name: weights.read(name) for name in weights.names()}

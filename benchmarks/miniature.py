@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lander_ds.checkpoint import checkpoint
-from lander_ds.errors import ArtefactError
-from lander_ds.families.weights import base_fingerprint
-from lander_ds.parallel.comm import free_port
-from lander_ds.run import RunDirectory
-from lander_ds.selection.selection import Selection
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.distributed.process_group import free_port
+from lander_ds.method.selection import Selection
+from lander_ds.models.weights import base_fingerprint
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -196,7 +196,7 @@ class Forked(Training):
         """
         super().__init__(log)
         context = get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, "lander_ds.cli"])
+        context.set_forkserver_preload([*PRELOADED, "lander_ds.cli.main"])
         port = free_port()
         self._first = 0
         self._failed_at: float | None = None
@@ -321,7 +321,7 @@ def _rank(rank: int, ranks: int, port: int, arguments: list[str], log: Path, hoo
     if hook:
         module, function = hook.split(":")
         getattr(import_module(module), function)(rank)
-    from lander_ds.cli import main
+    from lander_ds.cli.main import main
 
     sys.exit(main(arguments))
 

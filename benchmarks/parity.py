@@ -41,10 +41,10 @@ from parity_cases import (
     jobs_of,
 )
 
-from lander_ds.awareness.awareness import STATISTICS, Awareness
 from lander_ds.checkpoint import checkpoint
-from lander_ds.parallel.comm import free_port
-from lander_ds.run import RunDirectory, versions
+from lander_ds.common.run_directory import RunDirectory, versions
+from lander_ds.distributed.process_group import free_port
+from lander_ds.method.awareness import STATISTICS, Awareness
 
 RANK_PROGRAM = Path(__file__).with_name("parity_ranks.py")
 ROOT = Path(__file__).parents[1]

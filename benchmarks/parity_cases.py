@@ -32,6 +32,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import (
     CorpusConfig,
     DataConfig,
@@ -44,11 +45,10 @@ from lander_ds.config.recipe import (
     Topology,
     TrainConfig,
 )
-from lander_ds.data.sentencepiece_training import train_tokenizer
-from lander_ds.families.catalogue import family_of
-from lander_ds.families.weights import base_fingerprint
-from lander_ds.run import RunDirectory
-from lander_ds.selection.selection import Bank, LayerSelection, Selection
+from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
+from lander_ds.method.selection import Bank, LayerSelection, Selection
+from lander_ds.models.catalogue import family_of
+from lander_ds.models.weights import base_fingerprint
 from lander_ds.stages import prepare
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample"
@@ -330,7 +330,7 @@ def _write_model(config: PretrainedConfig, directory: Path) -> None:
 
 def _selection(model: Path, layers: tuple[int, ...] = TRAINED_LAYERS) -> Selection:
     """General, specific, shared and frozen banks of neurons drawn at random."""
-    from lander_ds.families.loading import build
+    from lander_ds.models.loading import build
 
     built, family = build(ModelConfig(str(model)))
     neurons = family.neurons(built)

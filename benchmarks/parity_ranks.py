@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from parity_cases import Job, Workspace
 
-from lander_ds import console
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory
+from lander_ds.common import console
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.distributed import collectives, process_group
 from lander_ds.training.session import Session, open_session
 
 SAMPLE_SECONDS = 0.002
@@ -94,16 +94,16 @@ def work(workspace: Workspace, job: Job) -> None:
     from lander_ds.stages import detect, train
 
     run = workspace.run(job)
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         workspace.open_run(job)
-    comm.barrier()
+    collectives.barrier()
     if job.what in ("train", "detect"):
         {"train": train, "detect": detect}[job.what].run(workspace.recipe(job), run)
     else:
         facts = hold(workspace, job, run)
-        (run.path / f"rank-{comm.rank()}.json").write_text(json.dumps(facts))
-    comm.free_memory()
-    comm.barrier()
+        (run.path / f"rank-{process_group.rank()}.json").write_text(json.dumps(facts))
+    process_group.free_memory()
+    collectives.barrier()
 
 
 def main() -> None:
@@ -115,15 +115,15 @@ def main() -> None:
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     console.setup_logging()
-    comm.start(600.0)
+    process_group.start(600.0)
     workspace = Workspace(options.workspace)
     for found in json.loads(options.jobs.read_text()):
         job = Job.from_json(found)
         started = time.monotonic()
         work(workspace, job)
-        if comm.rank() == 0:
+        if process_group.rank() == 0:
             print(f"{job.name}: {time.monotonic() - started:.1f} s", flush=True)
-    comm.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

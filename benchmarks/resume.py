@@ -31,7 +31,7 @@ from support.training_runs import ADAMW, NOISY, sets
 from support.worlds import Job, run_world
 
 from lander_ds.checkpoint import checkpoint
-from lander_ds.run import RunDirectory
+from lander_ds.common.run_directory import RunDirectory
 
 SAVED_AT, STEPS = 8, 20
 LIMITS = {"adamw": 1e-4, "sgd": 1e-5}
@@ -51,7 +51,7 @@ WORLD_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where a training runs."""
 
     topology: str
@@ -82,33 +82,33 @@ class Place:
 PLACES = {
     place.name: place
     for place in (
-        Place("zero3", 1, 1),
-        Place("zero3", 1, 2),
-        Place("zero3", 1, 4),
-        Place("pipeline", 2, 1),
-        Place("pipeline", 2, 2),
-        Place("pipeline_zero3", 2, 2),
+        Placement("zero3", 1, 1),
+        Placement("zero3", 1, 2),
+        Placement("zero3", 1, 4),
+        Placement("pipeline", 2, 1),
+        Placement("pipeline", 2, 2),
+        Placement("pipeline_zero3", 2, 2),
     )
 }
 
 
-def job(name: str, place: Place, optimizer: str, call: str) -> Job:
+def job(name: str, place: Placement, optimizer: str, call: str) -> Job:
     """A training in a place."""
     options = (f"train.steps={STEPS}", f"train.save_every={SAVED_AT}")
     return Job(name, (*OPTIMIZERS[optimizer], *options, *place.overrides), call)
 
 
-def source(place: Place, optimizer: str) -> str:
+def source(place: Placement, optimizer: str) -> str:
     """Name of the training that is not interrupted."""
     return f"whole-{place.name.replace(' ', '-')}-{optimizer}"
 
 
-def directory(made: TinyRun, name: str, place: Place) -> RunDirectory:
+def directory(made: TinyRun, name: str, place: Placement) -> RunDirectory:
     """Of a job in a place."""
     return made.run(f"{name}-{place.ranks}")
 
 
-def matrix(made: TinyRun, places: Sequence[Place], optimizers: Sequence[str]) -> list[dict[str, Any]]:
+def matrix(made: TinyRun, places: Sequence[Placement], optimizers: Sequence[str]) -> list[dict[str, Any]]:
     """Train everywhere, resume everywhere, compare."""
     for place in places:
         say(f"training in {place.name}")

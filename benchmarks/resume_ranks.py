@@ -7,16 +7,16 @@ import shutil
 import time
 from dataclasses import replace
 
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory
+from lander_ds.distributed import collectives, process_group
 from lander_ds.stages import train
-from lander_ds.training.journal import Journal
-from lander_ds.training.loop import Loop
+from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.progress import Progress
 from lander_ds.training.saver import Saver
 from lander_ds.training.session import open_session
+from lander_ds.training.trainer import Trainer
 
 BLOCK = 10
 """Steps between saves."""
@@ -38,11 +38,11 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
     A block in the background ends when its checkpoint is there: what does not fit behind ten steps counts.
     """
     session, data = open_session(recipe, run), PreparedData.load(run, recipe)
-    loop = Loop(session, data, Journal(run.metrics, None, 1), lambda progress, loss: None)
+    loop = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, loss: None)
     savers = {}
     for kind in KINDS[1:]:
         own = RunDirectory(run.path / kind)
-        if comm.rank() == 0:
+        if process_group.rank() == 0:
             own.path.mkdir()
             shutil.copy(run.selection, own.selection)
         options = replace(recipe.train, save_in_background=kind == "background", keep_last=1)
@@ -52,7 +52,7 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
     for number in range(-1, recipe.train.valid_every):
         shift = number % len(KINDS)
         for kind in KINDS[shift:] + KINDS[:shift]:
-            comm.barrier()
+            collectives.barrier()
             began = time.perf_counter()
             if kind in savers:
                 savers[kind](Progress(done=step), None)
@@ -62,12 +62,12 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
                 step += 1
             if kind in savers:
                 savers[kind].finish()
-            comm.barrier()
+            collectives.barrier()
             # The first round warms up.
             if number >= 0:
                 times[kind].append(time.perf_counter() - began)
                 if kind == "background":
                     times[COPY].append(copied - began)
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         (run.path / TIMES).write_text(json.dumps(times))
     session.engine.destroy()

@@ -20,10 +20,10 @@ from systems import SYSTEMS, work
 from turns import Group, StepTime, SystemFailed
 from workload import Workload, chosen_layers
 
+from lander_ds.common.errors import LanderError
 from lander_ds.config.deepspeed_json import load_deepspeed_json
 from lander_ds.config.recipe import ModelConfig
-from lander_ds.errors import LanderError
-from lander_ds.families.loading import hf_config
+from lander_ds.models.loading import hf_config
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 2

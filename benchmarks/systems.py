@@ -24,13 +24,13 @@ IGNORED = -100
 
 def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     """This trainer: routed FFNs with gates in the chosen layers, one bank per pair."""
-    from lander_ds.parallel import comm
-    from lander_ds.run import RunDirectory
-    from lander_ds.training.journal import Journal
-    from lander_ds.training.loop import Loop
+    from lander_ds.common.run_directory import RunDirectory
+    from lander_ds.distributed import collectives, process_group
+    from lander_ds.training.metrics_logger import MetricsLogger
     from lander_ds.training.session import open_session
+    from lander_ds.training.trainer import Trainer
 
-    class TurnJournal(Journal):
+    class TurnJournal(MetricsLogger):
         """Takes the next turn where the real one writes figures down."""
 
         first_loss = 0.0
@@ -42,19 +42,19 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
             self.first_loss = self.first_loss or record["loss"]
             turns.next()
 
-    comm.start()
+    process_group.start()
     recipe = _recipe(workload, directory)
     run = RunDirectory(recipe.run_dir)
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         _save_selection(workload, recipe, run)
-    comm.barrier()
+    collectives.barrier()
     session = open_session(recipe, run)
     journal = TurnJournal()
-    loop = Loop(session, workload.data(), journal, save=lambda progress, valid_loss: None)
+    loop = Trainer(session, workload.data(), journal, save=lambda progress, valid_loss: None)
     turns.next()
     loop.run()
     turns.finish(session.trained_parameters, session.total_parameters, journal.first_loss)
-    comm.stop()
+    process_group.stop()
 
 
 def _recipe(workload: Workload, directory: Path) -> Any:
@@ -81,9 +81,9 @@ def _save_selection(workload: Workload, recipe: Any, run: Any) -> None:
     """Banks drawn at random: their sizes decide what a step costs, not which neurons they hold."""
     import torch
 
-    from lander_ds.families.loading import build
-    from lander_ds.families.weights import base_fingerprint
-    from lander_ds.selection.selection import Bank, LayerSelection, Selection
+    from lander_ds.method.selection import Bank, LayerSelection, Selection
+    from lander_ds.models.loading import build
+    from lander_ds.models.weights import base_fingerprint
 
     model, family = build(recipe.model)
     neurons = family.neurons(model)
@@ -121,7 +121,7 @@ def hugging_face(
         TrainingArguments,
     )
 
-    from lander_ds.parallel import comm
+    from lander_ds.distributed import process_group
 
     class TurnCallback(TrainerCallback):  # type: ignore[misc]
         """Takes turns; a step lasts until the next one begins, so fetching its batch is part of it."""
@@ -174,7 +174,7 @@ def hugging_face(
     sizes = [(parameter.ds_numel, parameter.requires_grad) for parameter in trainer.model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     turns.finish(trained, sum(size for size, _ in sizes), callback.first_loss)
-    comm.stop()
+    process_group.stop()
 
 
 def _collate(examples: list[Any], prompt: int, target_logits: bool) -> dict[str, Any]:

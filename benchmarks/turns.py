@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from lander_ds.parallel.comm import free_port
+from lander_ds.distributed.process_group import free_port
 
 READY, GO = "ready", "go"
 LAST_LINES = 25

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lander_ds.data.batches import examples
-from lander_ds.data.packing import Example
-from lander_ds.data.plan import BatchPlan, cut
+from lander_ds.data.batching.examples import examples
+from lander_ds.data.batching.packing import Example
+from lander_ds.data.batching.plan import BatchPlan, cut
 from lander_ds.data.prepared import PreparedData, PreparedSplit
 
 PAIRS = ("en-de", "en-fr", "en-ru", "en-cs")

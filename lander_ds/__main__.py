@@ -2,7 +2,7 @@
 
 import sys
 
-from lander_ds.cli import main
+from lander_ds.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from ipaddress import ip_interface
 
-from lander_ds.errors import LanderError
-from lander_ds.parallel.discovery import address_towards, interfaces
+from lander_ds.common.errors import LanderError
+from lander_ds.distributed.discovery import address_towards, interfaces
 
 
 def main(host: str) -> int:

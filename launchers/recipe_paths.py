@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lander_ds.config.loader import load_recipe
-from lander_ds.errors import LanderError
+from lander_ds.common.errors import LanderError
+from lander_ds.config.loading import load_recipe
 
 
 def main() -> int:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lander_ds.errors import ArtefactError
-from lander_ds.run import file_hash, json_hash, read_json
-from lander_ds.selection.selection import Selection
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import file_hash, json_hash, read_json
+from lander_ds.method.selection import Selection
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from lander_ds.checkpoint import checkpoint, writer
 from lander_ds.checkpoint.checkpoint import SELECTION, Checkpoint
+from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError
-from lander_ds.parallel import comm
+from lander_ds.distributed import collectives, process_group
 
 logger = logging.getLogger(__name__)
 
@@ -91,15 +91,15 @@ def starting_point(
     """
     found: Checkpoint | None = None
     refusal: str | None = None
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         try:
             found = _decide(directory, identity, force, auto_resume)
         except ArtefactError as error:
             refusal = str(error)
-    refusal = comm.from_rank_zero(refusal)
+    refusal = collectives.from_rank_zero(refusal)
     if refusal is not None:
         raise ArtefactError(refusal)
-    step = comm.from_rank_zero(None if found is None else found.step)
+    step = collectives.from_rank_zero(None if found is None else found.step)
     if step is None:
         return None
     # Rank 0 has compared the hashes; the others read the same files.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lander_ds.checkpoint.checkpoint import load, steps
-from lander_ds.errors import ArtefactError
+from lander_ds.common.errors import ArtefactError
 
 
 @dataclass(frozen=True)

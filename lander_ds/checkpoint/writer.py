@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from lander_ds.artefact_file import save_tensors
 from lander_ds.checkpoint.checkpoint import DIGEST, FORMAT, OPTIMIZER, SELECTION, STATE, TRAINED, steps
 from lander_ds.checkpoint.retention import Retention, superfluous
-from lander_ds.directories import flush
-from lander_ds.errors import LanderError
-from lander_ds.parallel import comm
-from lander_ds.run import file_hash, json_hash, versions, write_json
+from lander_ds.common.errors import LanderError
+from lander_ds.common.files import file_hash, flush, json_hash, write_json
+from lander_ds.common.run_directory import versions
+from lander_ds.common.tensor_file import save_tensors
+from lander_ds.distributed import collectives, process_group
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +69,12 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._saving: Path | None = None
-        if comm.rank() == 0:
+        if process_group.rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(".step-*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
         # A rank of a killed run may live on for a while: it must not write among the files of this one.
-        self._start = comm.from_rank_zero(secrets.token_hex(4))
+        self._start = collectives.from_rank_zero(secrets.token_hex(4))
 
     def save(self, step: int, parts: Parts, description: Mapping[str, Any], selection: Path | None) -> None:
         """Write `step-N` (collective). Waits for the one before; its failure is logged.
@@ -86,10 +86,18 @@ class Writer:
             selection: the selection file to keep with it, or None.
         """
         failure = self._wait()
-        if failure and comm.rank() == 0:
+        if failure and process_group.rank() == 0:
             logger.error("%s; training goes on, the next checkpoint tries again", failure)
         self._saving = self._directory / f"step-{step}"
-        work = (self._saving, step, parts, dict(description), selection, comm.rank(), comm.world_size())
+        work = (
+            self._saving,
+            step,
+            parts,
+            dict(description),
+            selection,
+            process_group.rank(),
+            process_group.world_size(),
+        )
         self._thread = threading.Thread(target=self._work, args=work, name=f"save step-{step}")
         self._thread.start()
         if not self._background:
@@ -111,7 +119,7 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        failures, self._failure = comm.gather_objects(self._failure), None
+        failures, self._failure = collectives.gather_objects(self._failure), None
         return next(filter(None, failures), None)
 
     def _work(

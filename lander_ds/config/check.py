@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lander_ds import console
+from lander_ds.common import console
 from lander_ds.config.document import KeyPath, Problems, dotted
 from lander_ds.config.recipe import Recipe
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import (
     Document,
     KeyPath,
@@ -22,7 +23,6 @@ from lander_ds.config.document import (
     read_text,
 )
 from lander_ds.config.yaml_source import parse_yaml
-from lander_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lander_ds.errors import ConfigError
+from lander_ds.common.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_args
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config import recipe as schema
 from lander_ds.config.document import nearest
 from lander_ds.config.strict import field_types
-from lander_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import Document, KeyPath, describe, dotted
 from lander_ds.config.yaml_source import parse_yaml
-from lander_ds.errors import ConfigError
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """The recipe: every option of every stage, typed. This file is the reference of what a recipe may say.
 
 Field docstrings follow their field. Marks in brackets say where a choice comes from: (P) the LANDeRMT paper,
-(I) inferred by this project, (R) a named ancestor. `lander_ds.config.loader` builds these classes from YAML
-and refuses unknown keys; `lander_ds.config.checks` refuses combinations that cannot work.
+(I) inferred by this project, (R) a named ancestor. `lander_ds.config.loading` builds these classes from YAML
+and refuses unknown keys; `lander_ds.config.consistency` refuses combinations that cannot work.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import Document, KeyPath, Problems, describe
-from lander_ds.errors import ConfigError
 
 _TYPES: list[tuple[str, str, str]] = [
     ("null", r"~|null|Null|NULL|", "~nN"),

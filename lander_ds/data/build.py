@@ -14,17 +14,17 @@ from typing import Any
 
 from datasets.arrow_writer import ArrowWriter
 
+from lander_ds.common.console import ProgressTask, progress
+from lander_ds.common.errors import ArtefactError, DataError
+from lander_ds.common.files import json_hash, write_json
 from lander_ds.config.recipe import Recipe, Split
-from lander_ds.console import ProgressTask, progress
-from lander_ds.data.corpus import Corpus
-from lander_ds.data.encoding import Encoded, Encoder
 from lander_ds.data.filters import Filter, HeldOut
 from lander_ds.data.prepared import FEATURES, FORMAT, prepared_options, read_manifest, split_file
-from lander_ds.data.prompt import choose_shots, seeded_hash
-from lander_ds.data.readers import read
-from lander_ds.data.rows import Rejection, Row
-from lander_ds.errors import ArtefactError, DataError
-from lander_ds.run import json_hash, write_json
+from lander_ds.data.sources.corpus import Corpus
+from lander_ds.data.sources.readers import read
+from lander_ds.data.sources.rows import Rejection, Row
+from lander_ds.data.tokens.encoding import Encoded, Encoder
+from lander_ds.data.tokens.prompt import choose_shots, seeded_hash
 
 REJECTED_TEXT_CHARS = 200
 

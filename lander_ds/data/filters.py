@@ -6,10 +6,10 @@ import sys
 import unicodedata
 from functools import cache
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import FilterConfig
 from lander_ds.data.hashes import HashSet, text_hash
-from lander_ds.data.rows import Reason, Row
-from lander_ds.errors import ConfigError
+from lander_ds.data.sources.rows import Reason, Row
 
 
 def check_filters(config: FilterConfig) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import datasets
 import numpy as np
 
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import inside, json_hash, read_json
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe, Split
-from lander_ds.directories import inside
-from lander_ds.errors import ArtefactError
-from lander_ds.run import RunDirectory, json_hash, read_json
 
 FORMAT = "lander-prepared-1"
 

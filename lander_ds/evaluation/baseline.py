@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lander_ds.data.files import read_lines, without_compression
-from lander_ds.data.languages import split_pair
-from lander_ds.errors import DataError
-from lander_ds.evaluation.translations import Translation
+from lander_ds.common.errors import DataError
+from lander_ds.data.sources.files import read_lines, without_compression
+from lander_ds.data.tokens.languages import split_pair
+from lander_ds.inference.translations import Translation
 
 _SOME = 3
 

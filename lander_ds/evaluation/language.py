@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from lander_ds.data.languages import normalise_code
+from lander_ds.data.tokens.languages import normalise_code
 
 LARGE_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "ru", "tr", "vi", "zh")
 """Always candidates: what a model that misses the target language is likely to write."""

@@ -13,10 +13,10 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.data.languages import normalise_code
-from lander_ds.errors import ConfigError
+from lander_ds.data.tokens.languages import normalise_code
 
 logger = logging.getLogger(__name__)
 

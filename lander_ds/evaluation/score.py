@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.data.languages import split_pair
-from lander_ds.errors import ArtefactError
+from lander_ds.data.tokens.languages import split_pair
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import (
     BOOTSTRAPPED,
@@ -23,7 +23,7 @@ from lander_ds.evaluation.metrics import (
     evaluate,
     translation_error_rate,
 )
-from lander_ds.evaluation.translations import Translation
+from lander_ds.inference.translations import Translation
 
 GIVEN = "baseline"
 """The system whose translations come from the file of `score.baseline`."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lander_ds.config.loader import dump_recipe
+from lander_ds.common.files import read_json, write_text
+from lander_ds.common.run_directory import RunDirectory, versions
+from lander_ds.config.loading import dump_recipe
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.languages import split_pair
+from lander_ds.data.tokens.languages import split_pair
 from lander_ds.export.writer import Form
-from lander_ds.families.weights import base_fingerprint, base_name
+from lander_ds.models.weights import base_fingerprint, base_name
 from lander_ds.report.summary import METRICS, SYSTEM_NAMES, pair_scores
-from lander_ds.run import RunDirectory, read_json, versions, write_text
 
 Facts = Mapping[str, Any]
 """What is known of a training, as JSON values; a delta carries it along."""

@@ -21,17 +21,16 @@ from typing import Any, get_args, get_type_hints
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import file_hash, inside, read_json
 from lander_ds.config.recipe import ModelConfig, RoutingConfig
-from lander_ds.directories import inside
-from lander_ds.errors import ArtefactError
 from lander_ds.export.bits import Place, flipped, tensor_hash
 from lander_ds.export.sources import Tensors, kind_of
 from lander_ds.export.trained import TrainedModel, is_gate
-from lander_ds.families.loading import build
-from lander_ds.families.weights import BaseWeights
-from lander_ds.routing.surgery import install
-from lander_ds.run import file_hash, read_json
-from lander_ds.selection.selection import Selection
+from lander_ds.method.selection import Selection
+from lander_ds.models.loading import build
+from lander_ds.models.surgery import install
+from lander_ds.models.weights import BaseWeights
 
 FORMAT = "lander-delta-1"
 META, WEIGHTS, SELECTION = "delta.json", "delta.safetensors", "selection.safetensors"

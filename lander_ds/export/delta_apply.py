@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lander_ds.directories import is_inside, replacing
-from lander_ds.errors import ArtefactError, ModelError
+from lander_ds.common.errors import ArtefactError, ModelError
+from lander_ds.common.files import is_inside, replacing, write_text
 from lander_ds.export.card import CARD, Exactness, render, write_card
 from lander_ds.export.delta import META, Delta, Flipped
 from lander_ds.export.delta_write import write_delta
@@ -29,9 +29,8 @@ from lander_ds.export.writer import (
     write_files,
     write_weights,
 )
-from lander_ds.families.files import INDEX
-from lander_ds.families.weights import BaseWeights, base_fingerprint, base_name, read_config
-from lander_ds.run import write_text
+from lander_ds.models.files import INDEX
+from lander_ds.models.weights import BaseWeights, base_fingerprint, base_name, read_config
 
 logger = logging.getLogger(__name__)
 

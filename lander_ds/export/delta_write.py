@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from lander_ds import console
-from lander_ds.directories import replacing
+from lander_ds.common import console
+from lander_ds.common.files import file_hash, replacing, write_json
+from lander_ds.common.run_directory import versions
 from lander_ds.export.bits import INDEX_DTYPE, Place, difference, exclusive_or, pattern, tensor_hash
 from lander_ds.export.delta import BITS, FORMAT, GATE, INDEX, META, SELECTION, WEIGHTS, Change
 from lander_ds.export.fold import GateMeans
 from lander_ds.export.sources import TensorSource
 from lander_ds.export.stream import Header, Spec
 from lander_ds.export.trained import TrainedModel
-from lander_ds.families.weights import BaseWeights, base_fingerprint, base_name
-from lander_ds.run import file_hash, versions, write_json
+from lander_ds.models.weights import BaseWeights, base_fingerprint, base_name
 
 logger = logging.getLogger(__name__)
 

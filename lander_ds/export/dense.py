@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lander_ds.directories import replacing
+from lander_ds.common.files import replacing, write_json
 from lander_ds.export.sources import TensorSource, kind_of
 from lander_ds.export.stream import Header, Spec
 from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, copy_companions, write_files, write_weights
-from lander_ds.families.weights import read_config
-from lander_ds.run import write_json
+from lander_ds.models.weights import read_config
 
 
 def export_dense(source: TensorSource, directory: Path, form: Form) -> None:

@@ -12,11 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lander_ds.errors import ArtefactError
+from lander_ds.common.errors import ArtefactError
 from lander_ds.export.sources import Scale, Scaled
 from lander_ds.export.trained import TrainedModel
-from lander_ds.routing.routed_ffn import BankFFN
-from lander_ds.routing.surgery import banks_of, routed_ffns
+from lander_ds.models.routed_ffn import BankFFN
+from lander_ds.models.surgery import banks_of, routed_ffns
 
 MEAN = "mean"
 """In place of a pair: every bank's factor is its mean over all pairs."""

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lander_ds import console
+from lander_ds.common import console
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe, ScoreConfig, Split
-from lander_ds.data.languages import split_pair
 from lander_ds.data.prepared import PreparedData
-from lander_ds.data.tokenizer import load_tokenizer
-from lander_ds.evaluation.decoding import Decoder
+from lander_ds.data.tokens.languages import split_pair
+from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.evaluation.metrics import bleu_tokenizer, evaluate
-from lander_ds.evaluation.requests import requests_for
-from lander_ds.evaluation.translate import Request
 from lander_ds.export.fold import MEAN
-from lander_ds.run import RunDirectory
-from lander_ds.training.inference import InferenceModel, open_for_inference
+from lander_ds.inference.decoding import Decoder
+from lander_ds.inference.open import InferenceModel, open_for_inference
+from lander_ds.inference.requests import requests_for
+from lander_ds.inference.translate import Request
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from lander_ds.families.weights import BaseWeights
+from lander_ds.models.weights import BaseWeights
 
 
 class Tensors(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lander_ds.errors import ModelError
+from lander_ds.common.errors import ModelError
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

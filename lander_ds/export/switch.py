@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lander_ds.errors import ArtefactError, ModelError
+from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.export.delta import Delta, Flipped
 from lander_ds.export.trained import TrainedModel
-from lander_ds.families.catalogue import family_of
-from lander_ds.families.family import Family
-from lander_ds.families.weights import BaseWeights
-from lander_ds.routing.routed_ffn import RoutingState
-from lander_ds.routing.surgery import install, routed_ffns
+from lander_ds.models.catalogue import family_of
+from lander_ds.models.family import Family
+from lander_ds.models.routed_ffn import RoutingState
+from lander_ds.models.surgery import install, routed_ffns
+from lander_ds.models.weights import BaseWeights
 
 
 @dataclass(frozen=True)

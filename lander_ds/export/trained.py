@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from lander_ds.checkpoint.checkpoint import Checkpoint
+from lander_ds.common.errors import ModelError
 from lander_ds.config.recipe import Recipe, RoutingConfig
-from lander_ds.errors import ModelError
 from lander_ds.export.sources import Change, Merged, TensorSource
-from lander_ds.families.family import Family
-from lander_ds.families.loading import build, tied_parameters
-from lander_ds.families.weights import BaseWeights
-from lander_ds.routing.surgery import Slice, slices
-from lander_ds.selection.selection import Selection
-from lander_ds.training.inference import restore_shape
+from lander_ds.inference.open import restore_shape
+from lander_ds.method.selection import Selection
+from lander_ds.models.family import Family
+from lander_ds.models.loading import build, tied_parameters
+from lander_ds.models.surgery import Slice, slices
+from lander_ds.models.weights import BaseWeights
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
+from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import ModelConfig, RoutingConfig
-from lander_ds.errors import ArtefactError
 from lander_ds.export.routed import PREFIX
 from lander_ds.export.trained import is_gate
-from lander_ds.families.loading import build, tied_parameters
-from lander_ds.families.weights import BaseWeights, stored_among
-from lander_ds.routing.surgery import Slice, install
-from lander_ds.selection.selection import Selection
+from lander_ds.method.selection import Selection
+from lander_ds.models.loading import build, tied_parameters
+from lander_ds.models.surgery import Slice, install
+from lander_ds.models.weights import BaseWeights, stored_among
 
 
 class Unrouted:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from lander_ds import console
+from lander_ds.common import console
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.run import RunDirectory
-from lander_ds.training.inference import open_for_inference
+from lander_ds.inference.open import open_for_inference
 
 NEW_TOKENS = 24
 

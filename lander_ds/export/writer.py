@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from lander_ds import console
-from lander_ds.errors import ArtefactError
+from lander_ds.common import console
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import write_json
 from lander_ds.export.stream import Header, Spec, TensorOf
-from lander_ds.families.files import INDEX, SINGLE
-from lander_ds.run import write_json
+from lander_ds.models.files import INDEX, SINGLE
 
 GIGABYTE = 10**9
 DEFAULT_SHARD_BYTES = 5 * GIGABYTE

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lander_ds.awareness.awareness import Awareness
-from lander_ds.errors import ArtefactError
-from lander_ds.evaluation.translations import Translation, read_translations
-from lander_ds.run import RunDirectory, read_json
-from lander_ds.selection.selection import Selection
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import read_json
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.inference.translations import Translation, read_translations
+from lander_ds.method.awareness import Awareness
+from lander_ds.method.selection import Selection
 
 
 @dataclass(frozen=True)

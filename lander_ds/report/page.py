@@ -10,16 +10,16 @@ from typing import Any
 
 import jinja2
 
-from lander_ds.awareness.relevance import relevance
-from lander_ds.config.loader import dump_recipe
+from lander_ds.common.run_directory import RunDirectory, versions
+from lander_ds.config.loading import dump_recipe
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.languages import split_pair
-from lander_ds.evaluation.translations import Translation
+from lander_ds.data.tokens.languages import split_pair
+from lander_ds.inference.translations import Translation
+from lander_ds.method.relevance import relevance
 from lander_ds.report import plots
 from lander_ds.report.artefacts import Artefacts, load_artefacts
 from lander_ds.report.figures import data_uri
 from lander_ds.report.summary import SYSTEM_NAMES, summarise
-from lander_ds.run import RunDirectory, versions
 
 EXAMPLES_PER_PAIR = 5
 

@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lander_ds.method.selection import Bank, Selection
 from lander_ds.report.figures import (
     BANK_COLOURS,
     SEQUENTIAL,
@@ -22,7 +23,6 @@ from lander_ds.report.figures import (
     styled,
 )
 from lander_ds.report.summary import SYSTEM_NAMES
-from lander_ds.selection.selection import Bank, Selection
 
 Records = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""

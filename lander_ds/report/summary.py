@@ -9,8 +9,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lander_ds.errors import ArtefactError
-from lander_ds.run import RunDirectory, read_json
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import read_json
+from lander_ds.common.run_directory import RunDirectory
 
 TRAINING_FIGURES = (
     "method",

@@ -6,22 +6,23 @@ import itertools
 import logging
 import time
 
-from lander_ds import console
-from lander_ds.awareness.awareness import AwarenessMetadata
-from lander_ds.awareness.collector import StatisticsCollector
+from lander_ds.common import console
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_deepspeed_config
+from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.packing import PackedBatch
-from lander_ds.data.plan import GlobalBatch
+from lander_ds.data.batching.micro_batches import micro_batches_for, packed, whole_split
+from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.data.batching.plan import GlobalBatch
 from lander_ds.data.prepared import PreparedData, PreparedSplit
-from lander_ds.families.loading import Place, build, fill
-from lander_ds.families.weights import BaseWeights, base_fingerprint
-from lander_ds.parallel import comm
-from lander_ds.parallel.topology import layout, open_engine, reads_weights, span_of
-from lander_ds.parallel.watchdog import Watchdog
-from lander_ds.run import RunDirectory, section
-from lander_ds.training.batches import micro_batches_for, packed, whole_split
-from lander_ds.training.model import Normaliser, TranslationModel
+from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.parallel_dims import layout, open_engine, reads_weights, span_of
+from lander_ds.distributed.watchdog import Watchdog
+from lander_ds.method.awareness import AwarenessMetadata
+from lander_ds.method.collector import StatisticsCollector
+from lander_ds.models.loading import Placement, build, fill
+from lander_ds.models.translation_model import BatchTotals, TranslationModel
+from lander_ds.models.weights import BaseWeights, base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,9 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     fingerprint = base_fingerprint(recipe.model.path)
     inputs = {"data": data.hash, "base": fingerprint}
     options = {**section(recipe, "detect"), "dtype": recipe.model.dtype}
-    if comm.from_rank_zero(comm.rank() == 0 and not force and run.up_to_date("detect", options, inputs)):
+    if collectives.from_rank_zero(
+        process_group.rank() == 0 and not force and run.up_to_date("detect", options, inputs)
+    ):
         logger.info("detect: up to date")
         return
     started = time.monotonic()
@@ -52,7 +55,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
             data_hash=data.hash,
         ),
     )
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         awareness.save(run.awareness)
         run.record("detect", options, inputs, [run.awareness], time.monotonic() - started)
         logger.info(
@@ -61,7 +64,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
             sum(sentences.values()),
             batch.target_tokens,
         )
-    comm.barrier()
+    collectives.barrier()
 
 
 def collect(
@@ -84,17 +87,19 @@ def collect(
         parameter.requires_grad_(False)
     span = span_of(recipe, model, family, grid, everything=True)
 
-    def make_model(place: Place) -> TranslationModel:
+    def make_model(place: Placement) -> TranslationModel:
         weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
         fill(model, family, weights, place, span=span, reads=reads_weights(recipe, grid))
         return TranslationModel(model, family, len(splits), span=span, input_gradients=True)
 
     engine = open_engine(recipe, config, make_model, lambda: None)
     # The loss is summed, not averaged: then awareness does not depend on how the data was cut.
-    norm = Normaliser(target_tokens=1, examples=1)
+    norm = BatchTotals(target_tokens=1, examples=1)
     own = {layer: projections[layer] for layer in range(span.start, span.stop)}
     with (
-        StatisticsCollector(own, len(projections), pairs=len(splits), device=comm.device()) as collector,
+        StatisticsCollector(
+            own, len(projections), pairs=len(splits), device=process_group.device()
+        ) as collector,
         console.progress("detect", count) as bar,
     ):
         micro_batches = itertools.count(1)
@@ -107,8 +112,8 @@ def collect(
 
         engine.model.announce = announce
         engine.differentiate(
-            list(packed(batch, splits, grid.data_rank, grid.data_ranks, count, comm.device())), norm
+            list(packed(batch, splits, grid.data_rank, grid.data_ranks, count, process_group.device())), norm
         )
-        collector.reduce()
+        collector.reduce(collectives.sum_over_ranks)
     engine.destroy()
     return collector

@@ -14,9 +14,13 @@ import torch
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.checkpoint import Checkpoint
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import file_hash, write_json
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
-from lander_ds.errors import ArtefactError
+from lander_ds.distributed import collectives, process_group
 from lander_ds.export.card import Exactness, facts_of, write_card
 from lander_ds.export.delta import Delta
 from lander_ds.export.delta_write import export_delta
@@ -27,9 +31,7 @@ from lander_ds.export.routed import export_routed
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.verify import compare
 from lander_ds.export.writer import GIGABYTE, Form
-from lander_ds.families.weights import base_fingerprint
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory, file_hash, section, write_json
+from lander_ds.models.weights import base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,9 @@ RELATIVE_TOLERANCE = 1e-5
 
 def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     """Write, verify and describe every format and fold of the recipe (rank 0 works, the others wait)."""
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         _export(recipe, run, force)
-    comm.barrier()
+    collectives.barrier()
 
 
 def _export(recipe: Recipe, run: RunDirectory, force: bool) -> None:

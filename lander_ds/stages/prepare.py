@@ -11,18 +11,19 @@ from typing import Any
 
 from rich.table import Table
 
+from lander_ds.common.console import progress, stderr
+from lander_ds.common.errors import ArtefactError, ConfigError, DataError
+from lander_ds.common.files import file_hash, json_hash, write_json
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.console import progress, stderr
 from lander_ds.data.build import build, entry_hash
-from lander_ds.data.corpus import Corpus, resolve
-from lander_ds.data.encoding import Encoder
 from lander_ds.data.filters import check_filters
 from lander_ds.data.prepared import PreparedData, prepared_options
-from lander_ds.data.prompt import check_prompt
-from lander_ds.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from lander_ds.errors import ArtefactError, ConfigError, DataError
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory, file_hash, json_hash, write_json
+from lander_ds.data.sources.corpus import Corpus, resolve
+from lander_ds.data.tokens.encoding import Encoder
+from lander_ds.data.tokens.prompt import check_prompt
+from lander_ds.data.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from lander_ds.distributed import collectives, process_group
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
         DataError: a corpus is missing or unfit.
         ModelError: the tokenizer is missing or unfit.
     """
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         _run_on_one_rank(recipe, run, force)
-    comm.barrier()
+    collectives.barrier()
 
 
 def _run_on_one_rank(recipe: Recipe, run: RunDirectory, force: bool) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 
+from lander_ds.common.console import write_line
+from lander_ds.common.files import file_hash, write_text
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
-from lander_ds.console import write_line
-from lander_ds.parallel import comm
+from lander_ds.distributed import collectives, process_group
 from lander_ds.report.page import render_report
-from lander_ds.run import RunDirectory, file_hash, section, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +22,9 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     Raises:
         ArtefactError: no stage has run, or an artefact is damaged.
     """
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         _report(recipe, run, force)
-    comm.barrier()
+    collectives.barrier()
 
 
 def _report(recipe: Recipe, run: RunDirectory, force: bool) -> None:

@@ -8,20 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lander_ds.common.console import progress, stdout
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import file_hash, read_json, write_json
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
-from lander_ds.console import progress, stdout
-from lander_ds.data.languages import split_pair
 from lander_ds.data.prepared import PreparedData
-from lander_ds.errors import ArtefactError
+from lander_ds.data.tokens.languages import split_pair
+from lander_ds.distributed import collectives, process_group
 from lander_ds.evaluation.baseline import baseline_path, read_baseline
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import check_tokenizers
-from lander_ds.evaluation.provenance import System, is_up_to_date, record_name
 from lander_ds.evaluation.score import GIVEN, baseline_of, means, score_pair
-from lander_ds.evaluation.translations import Translation, read_translations
-from lander_ds.parallel import comm
+from lander_ds.inference.provenance import System, is_up_to_date, record_name
+from lander_ds.inference.translations import Translation, read_translations
 from lander_ds.report.summary import pair_scores, score_table
-from lander_ds.run import RunDirectory, file_hash, read_json, section, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,9 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
         ConfigError: `score.tokenizers` names a tokenizer that cannot be used.
         DataError: the file of `score.baseline` is missing or does not fit the translations.
     """
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         _score(recipe, run, force)
-    comm.barrier()
+    collectives.barrier()
 
 
 def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:

@@ -6,12 +6,14 @@ import logging
 import time
 from typing import get_args
 
-from lander_ds.awareness.awareness import Awareness
+from lander_ds.common.files import file_hash
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory, file_hash, section
-from lander_ds.selection.build import build_selection
-from lander_ds.selection.selection import BankKind, LayerSelection, Selection
+from lander_ds.distributed import collectives, process_group
+from lander_ds.method.awareness import Awareness
+from lander_ds.method.select import build_selection
+from lander_ds.method.selection import BankKind, LayerSelection, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +27,9 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
         ArtefactError: the awareness is missing, damaged, or was collected for other pairs.
         ConfigError: `select` asks for something this awareness cannot give.
     """
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         _select(recipe, run, force)
-    comm.barrier()
+    collectives.barrier()
 
 
 def _select(recipe: Recipe, run: RunDirectory, force: bool) -> None:

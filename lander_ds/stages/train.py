@@ -11,18 +11,20 @@ from typing import Any
 import torch
 
 from lander_ds.checkpoint.identity import identity_of, starting_point
+from lander_ds.common.files import file_hash, write_json
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
-from lander_ds.families.weights import base_fingerprint
-from lander_ds.parallel import comm
-from lander_ds.parallel.watchdog import Watchdog
-from lander_ds.run import RunDirectory, file_hash, section, write_json
-from lander_ds.training.journal import Journal
-from lander_ds.training.loop import Loop, Outcome
+from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.watchdog import Watchdog
+from lander_ds.models.weights import base_fingerprint
+from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.preemption import Preempted, StopRequest
 from lander_ds.training.progress import Progress
 from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
+from lander_ds.training.trainer import Outcome, Trainer
 from lander_ds.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,9 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: boo
         **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
         "dtype": recipe.model.dtype,
     }
-    if comm.from_rank_zero(comm.rank() == 0 and not force and run.up_to_date("train", options, inputs)):
+    if collectives.from_rank_zero(
+        process_group.rank() == 0 and not force and run.up_to_date("train", options, inputs)
+    ):
         logger.info("train: up to date")
         return
     started = time.monotonic()
@@ -65,11 +69,11 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: boo
         _announce(session)
         before = session.engine.frozen_digest()
         progress = Progress() if found is None else Progress(**found.state["progress"])
-        if comm.rank() == 0:
+        if process_group.rank() == 0:
             run.training_summary.unlink(missing_ok=True)
-        journal = Journal(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
+        journal = MetricsLogger(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
         saver = Saver(session, run, identity)
-        loop = Loop(session, data, journal, saver, progress, watchdog)
+        loop = Trainer(session, data, journal, saver, progress, watchdog)
         # Another signal must not end the process before the last checkpoint is there.
         with StopRequest():
             outcome = loop.run()
@@ -83,20 +87,20 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: boo
         raise Preempted(
             f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"
         )
-    unchanged = all(comm.gather_objects(before == session.engine.frozen_digest()))
+    unchanged = all(collectives.gather_objects(before == session.engine.frozen_digest()))
     seconds = time.monotonic() - started
     summary = _summary(session, outcome, unchanged, seconds)
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         write_json(run.training_summary, summary)
         outputs = [run.training_summary, run.checkpoints / f"step-{outcome.steps}"]
         run.record("train", options, inputs, outputs, seconds)
-    comm.barrier()
+    collectives.barrier()
     session.engine.destroy()
 
 
 def _announce(session: Session) -> None:
     trained, total = session.trained_parameters, session.total_parameters
-    held = comm.gather_objects(session.engine.rank_bytes())
+    held = collectives.gather_objects(session.engine.rank_bytes())
     logger.info(
         "%s: %s of %s parameters are trained (%.2f %%), %d micro-batches per rank and step",
         session.recipe.train.method,
@@ -117,21 +121,21 @@ def _announce(session: Session) -> None:
 
 
 def _summary(session: Session, outcome: Outcome, unchanged: bool, seconds: float) -> dict[str, Any]:
-    held = comm.gather_objects(session.engine.rank_bytes())
+    held = collectives.gather_objects(session.engine.rank_bytes())
     return {
         "method": session.recipe.train.method,
         "trained_parameters": session.trained_parameters,
         "total_parameters": session.total_parameters,
         "topology": session.recipe.topology,
-        "ranks": comm.world_size(),
-        "layers_per_rank": comm.gather_objects([session.model.span.start, session.model.span.stop]),
+        "ranks": process_group.world_size(),
+        "layers_per_rank": collectives.gather_objects([session.model.span.start, session.model.span.stop]),
         "steps": outcome.steps,
         "stopped_early": outcome.stopped_early,
         "skipped_steps": outcome.skipped,
         "weight_bytes_per_rank": [part.weights for part in held],
         "gradient_bytes_per_rank": [part.gradients for part in held],
         "optimizer_bytes_per_rank": [part.optimizer for part in held],
-        "peak_memory_bytes_per_rank": comm.gather_objects(_peak_memory()),
+        "peak_memory_bytes_per_rank": collectives.gather_objects(_peak_memory()),
         "frozen_unchanged": unchanged,
         "groups": session.group_sizes,
         "seconds": round(seconds, 2),

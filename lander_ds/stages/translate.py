@@ -6,16 +6,17 @@ import logging
 
 from transformers import PreTrainedTokenizerBase
 
+from lander_ds.common.files import json_hash
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
-from lander_ds.data.tokenizer import load_tokenizer
-from lander_ds.evaluation.provenance import System, inputs_of, is_up_to_date, options_of, record_name
-from lander_ds.evaluation.requests import requests_for
-from lander_ds.evaluation.translate import InferenceModel, translate
-from lander_ds.evaluation.translations import PartialTranslations
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory, json_hash
-from lander_ds.training.inference import open_for_inference
+from lander_ds.data.tokens.tokenizer import load_tokenizer
+from lander_ds.distributed import collectives, process_group
+from lander_ds.inference.open import open_for_inference
+from lander_ds.inference.provenance import System, inputs_of, is_up_to_date, options_of, record_name
+from lander_ds.inference.requests import requests_for
+from lander_ds.inference.translate import InferenceModel, translate
+from lander_ds.inference.translations import PartialTranslations
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     data = PreparedData.load(run, recipe)
     systems = recipe.translate.systems
     current = [system for system in systems if not force and is_up_to_date(recipe, run, data, system)]
-    stale = [system for system in systems if system not in comm.from_rank_zero(current)]
+    stale = [system for system in systems if system not in collectives.from_rank_zero(current)]
     for system in current:
         logger.info("translate %s: up to date", system)
     if not stale:
@@ -58,15 +59,15 @@ def _translate(
 ) -> None:
     options, inputs = options_of(recipe, system), inputs_of(recipe, run, data, system)
     directory, key = run.translations / system, json_hash({"options": options, "inputs": inputs})
-    if force and comm.rank() == 0:
+    if force and process_group.rank() == 0:
         PartialTranslations(directory, key).discard()
-    comm.barrier()
+    collectives.barrier()
     requests = requests_for(system, recipe, data, tokenizer)
     work = translate(model, tokenizer, requests, recipe.translate, directory, key)
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         rate = work.tokens / work.seconds
         logger.info("translate %s: %d sentences, %.1f tokens/s", system, work.sentences, rate)
         outputs = [directory / f"{pair}.jsonl" for pair in requests]
         extra = {"sentences": work.sentences, "tokens": work.tokens, "tokens_per_second": round(rate, 1)}
         run.record(record_name(system), options, inputs, outputs, work.seconds, extra)
-    comm.barrier()
+    collectives.barrier()

@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from lander_ds.errors import LanderError
+from lander_ds.common.errors import LanderError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

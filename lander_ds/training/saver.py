@@ -8,8 +8,8 @@ import torch
 
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.distributed import collectives, process_group
 from lander_ds.training.progress import Progress
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session
 
@@ -33,7 +33,7 @@ class Saver:
     def __call__(self, progress: Progress, valid_loss: float | None) -> None:
         """Save `step-N`; returns once everything is in host memory (collective)."""
         session = self._session
-        grid, ranks = session.grid, comm.gather_objects(session.engine.group_steps())
+        grid, ranks = session.grid, collectives.gather_objects(session.engine.group_steps())
         trained: dict[str, torch.Tensor] = {}
         optimizer: dict[str, torch.Tensor] = {}
         # The ranks of a stage take turns, so that all write.
@@ -47,7 +47,7 @@ class Saver:
         description = {
             **self._identity,
             "topology": session.recipe.topology,
-            "ranks": comm.world_size(),
+            "ranks": process_group.world_size(),
             "group_steps": {name: count for steps in ranks for name, count in steps.items()},
             "progress": progress.as_json(),
             "valid_loss": valid_loss,

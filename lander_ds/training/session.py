@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from lander_ds.checkpoint.checkpoint import Checkpoint
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError
-from lander_ds.families.family import Family
-from lander_ds.families.loading import Place, build, fill, tied_parameters
-from lander_ds.families.span import units
-from lander_ds.families.weights import BaseWeights, base_fingerprint
-from lander_ds.parallel.engine import Engine
-from lander_ds.parallel.topology import Layout, layout, open_engine, reads_weights, span_of
-from lander_ds.routing.routed_ffn import RoutingState
-from lander_ds.run import RunDirectory
-from lander_ds.selection.selection import Selection
-from lander_ds.training.batches import micro_batch_tokens, micro_batches_for
-from lander_ds.training.groups import mark_trained, prepare_model
-from lander_ds.training.model import Objective, TranslationModel
+from lander_ds.data.batching.micro_batches import micro_batch_tokens, micro_batches_for
+from lander_ds.distributed.engines.engine import Engine
+from lander_ds.distributed.parallel_dims import ParallelDims, layout, open_engine, reads_weights, span_of
+from lander_ds.method.selection import Selection
+from lander_ds.models.family import Family
+from lander_ds.models.loading import Placement, build, fill, tied_parameters
+from lander_ds.models.parameter_groups import mark_trained, prepare_model
+from lander_ds.models.routed_ffn import RoutingState
+from lander_ds.models.span import units
+from lander_ds.models.translation_model import Objective, TranslationModel
+from lander_ds.models.weights import BaseWeights, base_fingerprint
 from lander_ds.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Session:
     recipe: Recipe
     engine: Engine
     """Around this rank's `TranslationModel`."""
-    grid: Layout
+    grid: ParallelDims
     """Which rank does what."""
     family: Family
     state: RoutingState | None
@@ -119,7 +119,7 @@ def open_session(recipe: Recipe, run: RunDirectory, found: Checkpoint | None = N
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
     span = span_of(recipe, model, family, grid)
 
-    def make_model(place: Place) -> TranslationModel:
+    def make_model(place: Placement) -> TranslationModel:
         trained = {} if found is None else found.trained()
         weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
         fill(model, family, weights, place, trained, span, reads_weights(recipe, grid))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lander_ds.data.batching.micro_batches import micro_batch_tokens, micro_batches_for, packed, whole_split
 from lander_ds.data.prepared import PreparedSplit
-from lander_ds.parallel import comm
-from lander_ds.training.batches import micro_batch_tokens, micro_batches_for, packed, whole_split
-from lander_ds.training.model import Normaliser
+from lander_ds.distributed import collectives, process_group
+from lander_ds.models.translation_model import BatchTotals
 from lander_ds.training.session import Session
 
 
@@ -21,7 +21,7 @@ def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> di
     recipe, train = session.recipe, session.recipe.train
     batch, grid = whole_split(splits, train.valid_examples), session.grid
     count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), grid.data_ranks)
-    micro = packed(batch, splits, grid.data_rank, grid.data_ranks, count, comm.device())
-    norm = Normaliser(batch.target_tokens, len(batch.indices))
-    sums = comm.sum_over_ranks(session.engine.evaluate(list(micro), norm).per_pair)
+    micro = packed(batch, splits, grid.data_rank, grid.data_ranks, count, process_group.device())
+    norm = BatchTotals(batch.target_tokens, len(batch.indices))
+    sums = collectives.sum_over_ranks(session.engine.evaluate(list(micro), norm).per_pair)
     return {recipe.data.pairs[i]: float(sums[0, i] / sums[1, i]) for i in splits}

@@ -14,6 +14,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from lander_ds.common.errors import LanderError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import (
     ColumnConfig,
     CorpusConfig,
@@ -23,8 +25,6 @@ from lander_ds.config.recipe import (
     PromptConfig,
     Recipe,
 )
-from lander_ds.errors import LanderError
-from lander_ds.run import RunDirectory
 from lander_ds.stages import prepare
 
 GOOD = "".join(json.dumps({"src": f"house {n}", "tgt": f"Haus {n}"}) + "\n" for n in range(20)).encode()

@@ -15,10 +15,10 @@ from support.checkpoints import recipe_for, write_checkpoint
 from support.exports import contents, open_trained
 from support.tiny_models import save, tiny_model
 
-from lander_ds.cli import main
+from lander_ds.cli.main import main
+from lander_ds.common.files import file_hash
 from lander_ds.export.delta import META, SELECTION, WEIGHTS
 from lander_ds.export.delta_write import export_delta
-from lander_ds.run import file_hash
 
 Spoil = Callable[[Path], None]
 FACTS = {"base": {"name": "tiny", "fingerprint": "sha256:0"}, "method": "lander"}

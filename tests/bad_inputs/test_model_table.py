@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import save, tiny_model
 
+from lander_ds.common.errors import ModelError
 from lander_ds.config.recipe import ModelConfig
-from lander_ds.errors import ModelError
-from lander_ds.families.files import INDEX, SINGLE
-from lander_ds.families.loading import build, fill
-from lander_ds.families.weights import BaseWeights, base_fingerprint
+from lander_ds.models.files import INDEX, SINGLE
+from lander_ds.models.loading import build, fill
+from lander_ds.models.weights import BaseWeights, base_fingerprint
 
 Spoil = Callable[[Path], None]
 

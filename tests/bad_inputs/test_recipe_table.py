@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.workspace import RECIPE, Workspace
 
-from lander_ds.cli import main
+from lander_ds.cli.main import main
 
 EDITS = [
     # What stands in the sound recipe, what stands there instead, fragments of the message.

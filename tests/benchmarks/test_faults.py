@@ -17,7 +17,7 @@ from support.tiny_run import TinyRun
 
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
-from lander_ds.run import RunDirectory
+from lander_ds.common.run_directory import RunDirectory
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 KEYS = [

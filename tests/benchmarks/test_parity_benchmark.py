@@ -30,8 +30,8 @@ from parity_ranks import PeakMemory
 from transformers import AutoModelForCausalLM
 
 from lander_ds.config.recipe import ModelConfig
-from lander_ds.families.loading import build
-from lander_ds.families.span import spans, units
+from lander_ds.models.loading import build
+from lander_ds.models.span import spans, units
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 

@@ -17,7 +17,7 @@ from torch import nn
 from turns import Facts, Group, StepTime, SystemFailed
 from workload import Workload, chosen_layers
 
-from lander_ds.errors import LanderError
+from lander_ds.common.errors import LanderError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 WORKLOAD = Workload("m", "d.json", "float32", 2, 32, 8, (0, 1), vocabulary=97, steps=3)

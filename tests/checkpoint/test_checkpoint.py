@@ -17,11 +17,12 @@ from support.tiny_models import save, tiny_model
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.checkpoint import DIGEST, SELECTION, STATE
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import json_hash
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError
-from lander_ds.run import RunDirectory, json_hash
-from lander_ds.selection.selection import Selection
-from lander_ds.training.inference import open_for_inference
+from lander_ds.inference.open import open_for_inference
+from lander_ds.method.selection import Selection
 
 TRAINED = "trained-0.safetensors"
 

@@ -14,8 +14,8 @@ from support.checkpoints import recipe_for
 from lander_ds.checkpoint.checkpoint import Checkpoint, steps
 from lander_ds.checkpoint.identity import FIXED, FREE, _flat, identity_of, starting_point
 from lander_ds.checkpoint.writer import Writer
+from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import LoraConfig, Recipe
-from lander_ds.errors import ArtefactError
 
 INPUTS = {"data": "of the data", "base": "of the base", "selection": "of the selection", "deepspeed": "x"}
 

@@ -21,7 +21,7 @@ from lander_ds.checkpoint import checkpoint, writer
 from lander_ds.checkpoint.checkpoint import SELECTION, STATE
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, SaveFailed, Writer, remove_all
-from lander_ds.parallel import comm
+from lander_ds.distributed import process_group
 
 
 class Slow(Mapping[str, torch.Tensor]):
@@ -223,9 +223,9 @@ def test_remove_all(tmp_path: Path) -> None:
 
 def write_as_a_rank(directory: Path, fails: int, selection: Path) -> None:
     """Two checkpoints; the second fails on one rank."""
-    rank = comm.rank()
+    rank = process_group.rank()
     saving = Writer(directory, KEEP_ALL, background=True)
-    saving.save(1, parts(1, rank), {"ranks": comm.world_size()}, selection)
+    saving.save(1, parts(1, rank), {"ranks": process_group.world_size()}, selection)
     saving.save(2, Parts(FullDisk(), {}) if rank == fails else parts(2, rank), {}, selection)
     try:
         saving.finish()
@@ -258,13 +258,13 @@ def write_without_rank_one(directory: Path) -> None:
     """Rank 1 never writes its part."""
     writer.REPORT_SECONDS = 0.5
     saving = Writer(directory, KEEP_ALL, background=True)
-    if comm.rank() == 1:
+    if process_group.rank() == 1:
         saving._work = lambda *_: None  # type: ignore[method-assign]
-    saving.save(1, parts(1, comm.rank()), {}, None)
+    saving.save(1, parts(1, process_group.rank()), {}, None)
     try:
         saving.finish()
     except SaveFailed as error:
-        (directory.parent / f"failure-{comm.rank()}.txt").write_text(str(error))
+        (directory.parent / f"failure-{process_group.rank()}.txt").write_text(str(error))
 
 
 @pytest.mark.distributed
@@ -277,7 +277,7 @@ def test_a_rank_that_does_not_report(tmp_path: Path) -> None:
 
 def write_for_ever(directory: Path, first: int) -> None:
     saving = Writer(directory, Retention(last=2), background=True)
-    big = {f"weight.{comm.rank()}": torch.ones(200_000)}
+    big = {f"weight.{process_group.rank()}": torch.ones(200_000)}
     for step in range(first, first + 10_000):
         saving.save(step, Parts(big, {}), {}, None)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from support.workspace import Workspace
 
-from lander_ds.config.checks import RANGES, check_recipe
+from lander_ds.common.errors import ConfigError
+from lander_ds.config.consistency import RANGES
 from lander_ds.config.explain import explain
-from lander_ds.config.loader import read_recipe
-from lander_ds.errors import ConfigError
+from lander_ds.config.loading import read_recipe
+from lander_ds.preflight.recipe import check_recipe
 
 
 def check(workspace: Workspace, *overrides: str, stage: str | None = None) -> None:

@@ -15,6 +15,7 @@ from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from support.workspace import DEEPSPEED, Workspace
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config import deepspeed_schema as schema
 from lander_ds.config.deepspeed_json import (
     check_deepspeed_json,
@@ -22,9 +23,8 @@ from lander_ds.config.deepspeed_json import (
     resolve_deepspeed_config,
     resolve_inference_config,
 )
-from lander_ds.config.loader import load_recipe
+from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ConfigError
 
 JSONS = sorted((Path(__file__).parents[2] / "ds_configs").rglob("*.json"))
 

@@ -21,9 +21,9 @@ from support.narrow_models import ARITHMETIC, CONFIGS, DATA_RANKS, make_narrow
 from support.tiny_run import TinyRun
 from support.worlds import Job, run_world, search_path
 
-from lander_ds.config.checks import check_recipe
 from lander_ds.config.deepspeed_json import check_deepspeed_json
-from lander_ds.config.loader import load_recipe, read_recipe
+from lander_ds.config.loading import load_recipe, read_recipe
+from lander_ds.preflight.recipe import check_recipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "ds_configs"

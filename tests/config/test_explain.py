@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.explain import as_markdown, as_text, explain
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.strict import key_paths
-from lander_ds.errors import ConfigError
 
 
 def test_every_key_of_the_schema_is_explained() -> None:

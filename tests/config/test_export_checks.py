@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.workspace import Workspace
 
-from lander_ds.config.checks import check_recipe
-from lander_ds.config.loader import load_recipe
+from lander_ds.common.errors import ConfigError
+from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ConfigError
+from lander_ds.preflight.recipe import check_recipe
 
 
 def recipe(workspace: Workspace, *overrides: str) -> Recipe:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.workspace import RECIPE, Workspace
 
-from lander_ds.config.loader import dump_recipe, load_recipe
+from lander_ds.common.errors import ConfigError
+from lander_ds.config.loading import dump_recipe, load_recipe
 from lander_ds.config.recipe import (
     CorpusConfig,
     DataConfig,
@@ -20,7 +21,6 @@ from lander_ds.config.recipe import (
     Recipe,
     TrainConfig,
 )
-from lander_ds.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe
-from lander_ds.data.sentencepiece_training import train_tokenizer
+from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

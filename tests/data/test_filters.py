@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import FilterConfig
 from lander_ds.data.filters import Filter, HeldOut, check_filters, normalise
 from lander_ds.data.hashes import HashSet, text_hash
-from lander_ds.data.rows import Row
-from lander_ds.errors import ConfigError
+from lander_ds.data.sources.rows import Row
 
 
 def row(src: str, tgt: str) -> Row:

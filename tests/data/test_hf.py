@@ -9,11 +9,11 @@ from pathlib import Path
 import datasets
 import pytest
 
+from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import ColumnConfig, CorpusConfig, DataConfig
-from lander_ds.data.corpus import resolve
-from lander_ds.data.readers import read
-from lander_ds.data.rows import Rejection, Row
-from lander_ds.errors import DataError
+from lander_ds.data.sources.corpus import resolve
+from lander_ds.data.sources.readers import read
+from lander_ds.data.sources.rows import Rejection, Row
 
 ROWS = [{"translation": {"en": "a", "de": "ä"}}, {"translation": {"en": "b", "de": None}}]
 COLUMNS = ColumnConfig("translation.{src}", "translation.{tgt}")

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lander_ds.data.packing import Example, pack
-from lander_ds.data.plan import DRAWS_PER_BLOCK, BatchPlan, GlobalBatch, cut, random_bits
-from lander_ds.errors import ConfigError, DataError
+from lander_ds.common.errors import ConfigError, DataError
+from lander_ds.data.batching.packing import Example, pack
+from lander_ds.data.batching.plan import DRAWS_PER_BLOCK, BatchPlan, GlobalBatch, cut, random_bits
 
 
 def make_plan(

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from data_helpers import SAMPLE, MakeRecipe, write_jsonl
 
+from lander_ds.common.errors import ArtefactError, DataError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import CorpusConfig, FilterConfig, ModelConfig, PromptConfig, Recipe
 from lander_ds.data import build as build_module
-from lander_ds.data.batches import examples
-from lander_ds.data.plan import BatchPlan
+from lander_ds.data.batching.examples import examples
+from lander_ds.data.batching.plan import BatchPlan
 from lander_ds.data.prepared import PreparedData
-from lander_ds.data.prompt import render_prompt
-from lander_ds.data.tokenizer import encode_example, load_tokenizer
-from lander_ds.errors import ArtefactError, DataError
-from lander_ds.run import RunDirectory
+from lander_ds.data.tokens.prompt import render_prompt
+from lander_ds.data.tokens.tokenizer import encode_example, load_tokenizer
 from lander_ds.stages import prepare
 
 PAIRS = [(f"sentence number {n}", f"Satz Nummer {n}") for n in range(40)]

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import PromptConfig
-from lander_ds.data.languages import LANGUAGE_NAMES, language_name, split_pair
-from lander_ds.data.prompt import check_prompt, choose_shots, render_prompt, shots_for
-from lander_ds.errors import ConfigError
+from lander_ds.data.tokens.languages import LANGUAGE_NAMES, language_name, split_pair
+from lander_ds.data.tokens.prompt import check_prompt, choose_shots, render_prompt, shots_for
 
 
 def test_default_prompt() -> None:

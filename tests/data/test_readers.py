@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow
 import pytest
 
+from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import ColumnConfig, CorpusConfig, DataConfig
-from lander_ds.data.corpus import resolve
-from lander_ds.data.readers import read
-from lander_ds.data.rows import Rejection, Row
-from lander_ds.errors import DataError
+from lander_ds.data.sources.corpus import resolve
+from lander_ds.data.sources.readers import read
+from lander_ds.data.sources.rows import Rejection, Row
 
 
 def read_all(config: CorpusConfig, pair: str = "en-de") -> list[Row | Rejection]:

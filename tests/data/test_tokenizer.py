@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lander_ds.common.errors import ConfigError, DataError
 from lander_ds.config.recipe import CorpusConfig
-from lander_ds.data.sentencepiece_training import train_tokenizer
-from lander_ds.data.tokenizer import (
+from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
+from lander_ds.data.tokens.tokenizer import (
     encode_example,
     encode_examples,
     encode_prompts,
     load_tokenizer,
     tokenizer_fingerprint,
 )
-from lander_ds.errors import ConfigError, DataError
 
 ODD = [
     "Hello  world",

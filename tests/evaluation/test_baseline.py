@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lander_ds.common.errors import DataError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import DataConfig, ModelConfig, Recipe, ScoreConfig, TranslateConfig
-from lander_ds.errors import DataError
 from lander_ds.evaluation.baseline import baseline_path, read_baseline
-from lander_ds.evaluation.translations import Translation, write_translations
+from lander_ds.inference.translations import Translation, write_translations
 from lander_ds.report.summary import summarise
-from lander_ds.run import RunDirectory
 from lander_ds.stages import score
 
 PAIRS = ("en-de", "en-fr")

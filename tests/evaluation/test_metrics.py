@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sacrebleu.metrics import BLEU, CHRF, TER
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.errors import ConfigError
 from lander_ds.evaluation.metrics import bleu_tokenizer, check_tokenizers, evaluate, translation_error_rate
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.errors import ArtefactError
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.score import means, score_pair
-from lander_ds.evaluation.translations import Translation
+from lander_ds.inference.translations import Translation
 
 CONFIG = ScoreConfig(bootstrap_samples=50)
 REFERENCES = [

@@ -12,10 +12,11 @@ import torch
 import yaml
 from support.tiny_run import PAIRS, TinyRun
 
-from lander_ds.config.loader import load_recipe
+from lander_ds.common.files import write_json
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import load_recipe
 from lander_ds.export.card import Exactness, facts_of, render
 from lander_ds.export.writer import Form
-from lander_ds.run import RunDirectory, write_json
 
 STATE = {"method": "lander", "step": 20}
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"

@@ -15,9 +15,9 @@ from support.exports import contents, dense, logits, open_trained, tensors, trai
 from support.tiny_models import save, tiny_model
 from transformers import AutoModelForCausalLM
 
-from lander_ds.cli import main
+from lander_ds.cli.main import main
+from lander_ds.common.errors import DiskFull
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import DiskFull
 from lander_ds.export.bits import Place, difference, exclusive_or, flipped
 from lander_ds.export.delta import META, SELECTION, WEIGHTS, Delta
 from lander_ds.export.delta_write import export_delta
@@ -25,7 +25,7 @@ from lander_ds.export.dense import export_dense
 from lander_ds.export.fold import folded
 from lander_ds.export.routed import export_routed
 from lander_ds.export.writer import Form
-from lander_ds.families.files import PICKLED_SINGLE, SINGLE
+from lander_ds.models.files import PICKLED_SINGLE, SINGLE
 
 MEANS = {str(layer): {"en-de": 0.3, "en-fr": 0.5, "de-en": 0.6} for layer in LAYERS}
 FACTS = {

@@ -14,10 +14,10 @@ from support.exports import tensors
 from support.tiny_models import examples, save, tiny_model
 from transformers import AutoModelForCausalLM
 
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.export import dense
-from lander_ds.families.files import INDEX, SINGLE
-from lander_ds.run import RunDirectory
-from lander_ds.training.inference import open_for_inference
+from lander_ds.inference.open import open_for_inference
+from lander_ds.models.files import INDEX, SINGLE
 
 FAMILIES = ("gemma3", "bloom", "opt", "gpt_neox", "llama")
 METHODS = ("lander", "layers", "full", "lora")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lander_ds.export.routed import export_routed
 from lander_ds.export.writer import Form
-from lander_ds.families.files import INDEX
+from lander_ds.models.files import INDEX
 
 TYPES = ("bfloat16", "float16", "float32")
 

@@ -13,12 +13,13 @@ from support.exports import contents, rewrite, tensors
 from support.tiny_run import PAIRS, TinyRun
 from support.training_runs import JOBS
 
-from lander_ds.cli import main
+from lander_ds.cli.main import main
+from lander_ds.common.errors import ArtefactError, ConfigError
+from lander_ds.common.files import write_json
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError, ConfigError
 from lander_ds.export.sources import Merged
-from lander_ds.families.files import SINGLE
-from lander_ds.run import RunDirectory, write_json
+from lander_ds.models.files import SINGLE
 from lander_ds.stages import export
 
 pytestmark = pytest.mark.distributed

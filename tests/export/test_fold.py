@@ -13,8 +13,8 @@ from support.exports import logits, open_trained, rewrite_checkpoint, tensors, t
 from support.tiny_models import save, tiny_model
 from transformers import AutoModelForCausalLM
 
+from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError
 from lander_ds.export.dense import export_dense
 from lander_ds.export.fold import MEAN, STEPS, folded, folds_of, mean_gates
 from lander_ds.export.writer import Form

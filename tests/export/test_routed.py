@@ -18,14 +18,14 @@ from support.exports import open_trained
 from support.tiny_models import VOCABULARY, save, tiny_model
 
 from lander_ds.checkpoint import checkpoint
+from lander_ds.common.errors import ConfigError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ConfigError
 from lander_ds.export import routed
 from lander_ds.export.routed import export_routed
 from lander_ds.export.writer import Form
-from lander_ds.families.files import INDEX
-from lander_ds.run import RunDirectory
-from lander_ds.training.inference import InferenceModel, open_for_inference
+from lander_ds.inference.open import InferenceModel, open_for_inference
+from lander_ds.models.files import INDEX
 
 PROGRAM = Path(__file__).parents[1] / "support" / "open_routed.py"
 CASES = {

@@ -12,11 +12,11 @@ from support.exports import tensors
 from support.tiny_models import save, tiny_model
 from transformers import AutoModelForCausalLM
 
-from lander_ds.errors import ArtefactError, ModelError
+from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.export.stream import DTYPES, Header, Spec
 from lander_ds.export.writer import shards, write_files, write_weights
-from lander_ds.families.files import INDEX, SINGLE
-from lander_ds.families.weights import BaseWeights
+from lander_ds.models.files import INDEX, SINGLE
+from lander_ds.models.weights import BaseWeights
 
 
 def every_type() -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ from support.exports import examples, logits, open_trained, rewrite_checkpoint, 
 from support.tiny_models import save, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lander_ds.cli import main
+from lander_ds.cli.main import main
+from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError, ModelError
 from lander_ds.export.delta_write import export_delta
 from lander_ds.export.switch import Switch
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lander_ds.cli import main
+from lander_ds.cli.main import main
 from lander_ds.config.explain import as_markdown, explain
-from lander_ds.config.loader import load_recipe
+from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ import yaml
 from support.tiny_run import TinyRun
 from torch.distributed.run import get_args_parser
 
-from lander_ds.cli import _parser
-from lander_ds.config.loader import load_recipe
-from lander_ds.parallel.comm import free_port
+from lander_ds.cli.main import _parser
+from lander_ds.config.loading import load_recipe
+from lander_ds.distributed.process_group import free_port
 
 ROOT = Path(__file__).parents[2]
 JOB: dict[str, Any] = yaml.safe_load((ROOT / "launchers" / "pytorchjob.yaml").read_text(encoding="utf-8"))

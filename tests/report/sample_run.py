@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from lander_ds.awareness.awareness import Awareness, AwarenessMetadata
+from lander_ds.common.files import write_json
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe, ScoreConfig, SelectConfig
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.score import means, score_pair
-from lander_ds.evaluation.translations import Translation, write_translations
-from lander_ds.run import RunDirectory, write_json
-from lander_ds.selection.build import build_selection
+from lander_ds.inference.translations import Translation, write_translations
+from lander_ds.method.awareness import Awareness, AwarenessMetadata
+from lander_ds.method.select import build_selection
 
 PAIRS = ("en-de", "en-fr", "en-ru", "en-cs")
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from sample_run import sample_awareness, write_metrics
 
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import BankChoice, SelectConfig
+from lander_ds.method.select import build_selection
 from lander_ds.report import plots
 from lander_ds.report.figures import data_uri
-from lander_ds.run import RunDirectory
-from lander_ds.selection.build import build_selection
 
 MANY = tuple(f"en-x{number}" for number in range(24))
 

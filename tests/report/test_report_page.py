@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from sample_run import PAIRS, sample_recipe, sample_run
 
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError
-from lander_ds.evaluation.translations import read_translations, write_translations
+from lander_ds.inference.translations import read_translations, write_translations
 from lander_ds.report.page import render_report
-from lander_ds.run import RunDirectory
 from lander_ds.stages import report
 
 PLOTS = (

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 from sample_run import PAIRS, sample_recipe, sample_run
 
-from lander_ds.errors import ArtefactError
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import write_json
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.report.page import render_report
 from lander_ds.report.summary import score_table, stage_seconds, summarise, summary_table
-from lander_ds.run import RunDirectory, write_json
 
 
 @pytest.fixture(scope="module")

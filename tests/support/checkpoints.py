@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import (
     DataConfig,
     LoraConfig,
@@ -18,13 +19,12 @@ from lander_ds.config.recipe import (
     RoutingConfig,
     TrainConfig,
 )
-from lander_ds.families.family import Family
-from lander_ds.families.loading import build, fill
-from lander_ds.families.weights import BaseWeights, base_fingerprint
-from lander_ds.routing.routed_ffn import RoutingState
-from lander_ds.run import RunDirectory
-from lander_ds.selection.selection import Selection
-from lander_ds.training.groups import mark_trained, prepare_model
+from lander_ds.method.selection import Selection
+from lander_ds.models.family import Family
+from lander_ds.models.loading import build, fill
+from lander_ds.models.parameter_groups import mark_trained, prepare_model
+from lander_ds.models.routed_ffn import RoutingState
+from lander_ds.models.weights import BaseWeights, base_fingerprint
 from support.selections import random_selection
 
 PAIRS = ("en-de", "en-fr", "de-en")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lander_ds.awareness.awareness import STATISTICS, Awareness
 from lander_ds.checkpoint import checkpoint
-from lander_ds.run import RunDirectory
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.method.awareness import STATISTICS, Awareness
 
 
 def metrics(run: RunDirectory) -> list[dict[str, Any]]:

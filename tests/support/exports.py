@@ -11,13 +11,13 @@ import torch
 from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.export.dense import export_dense
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.writer import Form
-from lander_ds.families.weights import BaseWeights
-from lander_ds.run import RunDirectory
-from lander_ds.training.inference import open_for_inference
+from lander_ds.inference.open import open_for_inference
+from lander_ds.models.weights import BaseWeights
 from support.checkpoints import selection_for, shape, write_checkpoint
 from support.tiny_models import examples
 

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lander_ds
-from lander_ds.cli import main
+from lander_ds.cli.main import main
 from support.workspace import Workspace
 
 SSH = """\

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lander_ds.cli import STAGES
+from lander_ds.cli.main import STAGES
+from lander_ds.common.errors import LanderError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
-from lander_ds.errors import LanderError
-from lander_ds.parallel import comm, zero3
-from lander_ds.parallel.engine import held
-from lander_ds.run import RunDirectory
+from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.engines import zero3
+from lander_ds.distributed.engines.engine import held
+from lander_ds.models.parameter_groups import active_groups
 from lander_ds.stages import prepare, train
-from lander_ds.training.groups import active_groups
-from lander_ds.training.journal import Journal
-from lander_ds.training.loop import Loop, Outcome
+from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.session import Session, open_session
+from lander_ds.training.trainer import Outcome, Trainer
 from lander_ds.training.validation import validation_loss
 from support.tiny_run import TinyRun
 
@@ -61,9 +62,9 @@ def gathered(run: RunDirectory) -> dict[str, torch.Tensor]:
 
 def train_lower(recipe: Recipe, run: RunDirectory) -> None:
     """Stage train with banks in layer 1 alone."""
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         TinyRun(run.path.parent).selection((1,)).save(run.selection)
-    comm.barrier()
+    collectives.barrier()
     train.run(recipe, run)
 
 
@@ -75,20 +76,20 @@ def prepare_and_train(recipe: Recipe, run: RunDirectory) -> None:
 
 def every_stage(recipe: Recipe, run: RunDirectory) -> None:
     """What `lander all` does, in this process group."""
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         run.selection.unlink()
-    comm.barrier()
+    collectives.barrier()
     for name in STAGES:
         import_module(f"lander_ds.stages.{name}").run(recipe, run)
-        comm.free_memory()
+        process_group.free_memory()
 
 
-class _Nudging(Loop):
+class _Nudging(Trainer):
     """Changes one frozen weight on the last rank by the smallest step there is."""
 
     def run(self) -> Outcome:
         outcome = super().run()
-        if comm.rank() == comm.world_size() - 1:
+        if process_group.rank() == process_group.world_size() - 1:
             parameter = next(p for p in self.session.model.parameters() if not p.requires_grad)
             shard = held(parameter).data.view(-1)
             shard[-1] = torch.nextafter(shard[-1], torch.tensor(torch.inf))
@@ -97,17 +98,17 @@ class _Nudging(Loop):
 
 def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
     """Stage train with a defect: a frozen weight changes."""
-    train.Loop = _Nudging
+    train.Trainer = _Nudging
     try:
         train.run(recipe, run)
     finally:
-        train.Loop = Loop
+        train.Trainer = Trainer
 
 
 def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     """Train; note after every step which groups changed on this rank, in weights or in optimizer state."""
     session, data = open_session(recipe, run), PreparedData.load(run, recipe)
-    loop = Loop(session, data, Journal(run.metrics, None, 1), lambda progress, valid_loss: None)
+    loop = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, valid_loss: None)
     notes = []
     before = _states(session)
     for step in range(recipe.train.steps):
@@ -120,12 +121,12 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
             {
                 "present": present,
                 "active": sorted(active_groups(session.group_sizes, present)),
-                "changed": sorted({group for part in comm.gather_objects(changed) for group in part}),
+                "changed": sorted({group for part in collectives.gather_objects(changed) for group in part}),
                 "groups": sorted(session.group_sizes),
             }
         )
         before = after
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         (run.path / WATCHED).write_text(json.dumps(notes))
     session.engine.destroy()
 
@@ -143,25 +144,25 @@ def look_into_session(recipe: Recipe, run: RunDirectory) -> None:
         # One sentence: most micro-batches and perhaps ranks have none.
         "few": validation_loss(few, {2: valid[2]}),
     }
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         (run.path / NOTES).write_text(json.dumps(notes))
     session.engine.destroy()
 
 
 def use_collectives(recipe: Recipe, run: RunDirectory) -> None:
     """Note what every collective returns on every rank."""
-    rank, ranks = comm.rank(), comm.world_size()
+    rank, ranks = process_group.rank(), process_group.world_size()
     summed = torch.full((2,), float(rank + 1), dtype=torch.float64)
-    returned = comm.sum_over_ranks(summed)
+    returned = collectives.sum_over_ranks(summed)
     notes = {
         "sum": summed.tolist(),
         "same": returned is summed,
-        "gathered": comm.gather_objects({"rank": rank}),
-        "from_zero": comm.from_rank_zero(f"of rank {rank}"),
-        "share": list(comm.share(range(10))),
+        "gathered": collectives.gather_objects({"rank": rank}),
+        "from_zero": collectives.from_rank_zero(f"of rank {rank}"),
+        "share": list(collectives.share(range(10))),
     }
     (run.path / f"{rank}-{NOTES}").write_text(json.dumps(notes))
-    comm.barrier()
+    collectives.barrier()
     assert all((run.path / f"{other}-{NOTES}").exists() for other in range(ranks))
 
 
@@ -170,7 +171,7 @@ def diverge(recipe: Recipe, run: RunDirectory) -> None:
     try:
         train.run(recipe, run)
     except LanderError as error:
-        (run.path / f"{comm.rank()}-{NOTES}").write_text(str(error))
+        (run.path / f"{process_group.rank()}-{NOTES}").write_text(str(error))
 
 
 def _states(session: Session) -> dict[str, list[torch.Tensor]]:

@@ -15,12 +15,12 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig
 
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
-from lander_ds.families.loading import hf_config
-from lander_ds.families.weights import base_fingerprint
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory
+from lander_ds.distributed import collectives, process_group
+from lander_ds.models.loading import hf_config
+from lander_ds.models.weights import base_fingerprint
 from lander_ds.stages import prepare, train
 from lander_ds.training.session import micro_batches
 from support.selections import random_selection
@@ -89,7 +89,7 @@ def make_narrow(runs: TinyRun, size: str) -> None:
 
 def train_narrow(recipe: Recipe, run: RunDirectory) -> None:
     """Stage train under a JSON of ds_configs; what DeepSpeed makes of it in other worlds goes to a file."""
-    if comm.rank() == 0:
+    if process_group.rank() == 0:
         size = Path(recipe.model.path).name
         # Over the tiny run's: meanwhile the other ranks look whether there are any.
         shutil.copytree(run.path.parent / f"prepared-{size}" / "data", run.data, dirs_exist_ok=True)
@@ -101,7 +101,7 @@ def train_narrow(recipe: Recipe, run: RunDirectory) -> None:
         metadata = {"base_fingerprint": base_fingerprint(recipe.model.path)}
         replace(selection, metadata=metadata).save(run.selection)
         (run.path / ARITHMETIC).write_text(json.dumps([_batch(recipe, ranks) for ranks in DATA_RANKS]))
-    comm.barrier()
+    collectives.barrier()
     train.run(recipe, run)
 
 

@@ -65,7 +65,7 @@ def _rank(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-    from lander_ds import console
+    from lander_ds.common import console
 
     console.setup_logging()
     if ranks > 1:

@@ -16,9 +16,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.plan import BatchPlan
+from lander_ds.data.batching.plan import BatchPlan
 from lander_ds.data.prepared import PreparedData, PreparedSplit
-from lander_ds.selection.selection import Selection
+from lander_ds.method.selection import Selection
 
 ROLES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from lander_ds.selection.selection import Bank, LayerSelection, Selection
+from lander_ds.method.selection import Bank, LayerSelection, Selection
 
 PAIRS = ("en-de", "en-fr", "de-en")
 

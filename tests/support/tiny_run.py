@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from lander_ds.config.loader import load_recipe
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe
-from lander_ds.data.sentencepiece_training import train_tokenizer
-from lander_ds.families.weights import base_fingerprint
-from lander_ds.run import RunDirectory
-from lander_ds.selection.selection import Selection
+from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
+from lander_ds.method.selection import Selection
+from lander_ds.models.weights import base_fingerprint
 from lander_ds.stages import prepare
 from support.selections import random_selection
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
-from lander_ds.parallel.comm import free_port
+from lander_ds.distributed.process_group import free_port
 
 TIMEOUT_SECONDS = 120.0
 """For the start and one job: a world of many jobs takes longer on a busy machine."""
@@ -110,26 +110,26 @@ def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -
         MASTER_PORT=str(port),
         PATH=search_path(),
     )
-    from lander_ds.parallel import comm
+    from lander_ds.distributed import collectives, process_group
     from support.tiny_run import TinyRun
 
     place = "start"
     try:
-        comm.start(TIMEOUT_SECONDS)
+        process_group.start(TIMEOUT_SECONDS)
         made = TinyRun(root)
         for job in jobs:
             place = job.name
             name = f"{job.name}-{ranks}"
             if rank == 0:
                 made.run(name)
-            comm.barrier()
+            collectives.barrier()
             module, function = job.call.split(":")
             began = time.monotonic()
             getattr(import_module(module), function)(made.recipe(name, *job.overrides), made.run(name))
-            comm.barrier()
+            collectives.barrier()
             if rank == 0:
                 (root / name / JOB_DONE).write_text(f"{time.monotonic() - began:.2f}")
-        comm.stop()
+        process_group.stop()
     except BaseException:
         text = f"job {place}, rank {rank} of {ranks}:\n{traceback.format_exc()}"
         (root / f"failure-{ranks}-{rank}.txt").write_text(text)

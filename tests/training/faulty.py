@@ -9,38 +9,38 @@ import shutil
 import signal
 from collections.abc import Callable
 
+from lander_ds.common.errors import LanderError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import LanderError
-from lander_ds.parallel import comm
-from lander_ds.run import RunDirectory
+from lander_ds.distributed import collectives, process_group
 from lander_ds.stages import train
-from lander_ds.training.loop import Loop
 from lander_ds.training.preemption import Preempted
 from lander_ds.training.saver import Saver
+from lander_ds.training.trainer import Trainer
 
 NOTES = "notes.json"
 SIGNAL_AT, SKIPPED = 3, (2, 4)
 """Steps, from 1."""
 
-Step = Callable[[Loop, int, bool], object]
+Step = Callable[[Trainer, int, bool], object]
 
 
 def _with_step(replacement: Callable[[Step], Step], work: Callable[[], None]) -> None:
-    """Do `work` with another `Loop._step`."""
-    step = Loop._step
-    Loop._step = replacement(step)  # type: ignore[method-assign, assignment]
+    """Do `work` with another `Trainer._step`."""
+    step = Trainer._step
+    Trainer._step = replacement(step)  # type: ignore[method-assign, assignment]
     try:
         work()
     finally:
-        Loop._step = step  # type: ignore[method-assign]
+        Trainer._step = step  # type: ignore[method-assign]
 
 
 def preempted_and_resumed(recipe: Recipe, run: RunDirectory) -> None:
     """Rank 1 alone gets a signal during a step; then the same training is started again."""
 
     def signalling(step: Step) -> Step:
-        def wrapped(loop: Loop, number: int, stop: bool) -> object:
-            if comm.rank() == 1 and number + 1 == SIGNAL_AT:
+        def wrapped(loop: Trainer, number: int, stop: bool) -> object:
+            if process_group.rank() == 1 and number + 1 == SIGNAL_AT:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return step(loop, number, stop)
 
@@ -50,14 +50,16 @@ def preempted_and_resumed(recipe: Recipe, run: RunDirectory) -> None:
         try:
             train.run(recipe, run)
         except Preempted as error:
-            (run.path / f"{comm.rank()}-{NOTES}").write_text(json.dumps([error.exit_code, str(error)]))
+            (run.path / f"{process_group.rank()}-{NOTES}").write_text(
+                json.dumps([error.exit_code, str(error)])
+            )
 
     _with_step(signalling, work)
-    comm.barrier()
-    if comm.rank() == 0:
+    collectives.barrier()
+    if process_group.rank() == 0:
         shutil.copytree(run.checkpoints, run.path / "after-the-signal")
         assert not run.record_path("train").exists()
-    comm.barrier()
+    collectives.barrier()
     train.run(recipe, run, auto_resume=True)
 
 
@@ -80,7 +82,7 @@ def refused(recipe: Recipe, run: RunDirectory) -> None:
     try:
         train.run(more, run)
     except LanderError as error:
-        (run.path / f"{comm.rank()}-{NOTES}").write_text(json.dumps([error.exit_code, str(error)]))
+        (run.path / f"{process_group.rank()}-{NOTES}").write_text(json.dumps([error.exit_code, str(error)]))
 
 
 def infinite_gradients(recipe: Recipe, run: RunDirectory) -> None:
@@ -88,12 +90,12 @@ def infinite_gradients(recipe: Recipe, run: RunDirectory) -> None:
     now, hooked, unchanged = [0], [False], []
 
     def spoiling(step: Step) -> Step:
-        def wrapped(loop: Loop, number: int, stop: bool) -> object:
+        def wrapped(loop: Trainer, number: int, stop: bool) -> object:
             now[0] = number + 1
             if not hooked[0]:
                 hooked[0] = True
                 for parameter in loop.session.model.parameters():
-                    if parameter.requires_grad and comm.rank() == 1:
+                    if parameter.requires_grad and process_group.rank() == 1:
                         parameter.register_hook(lambda g: g * math.inf if now[0] in SKIPPED else g)
             before = _state(loop)
             record = step(loop, number, stop)
@@ -103,10 +105,10 @@ def infinite_gradients(recipe: Recipe, run: RunDirectory) -> None:
         return wrapped
 
     _with_step(spoiling, lambda: train.run(recipe, run))
-    (run.path / f"{comm.rank()}-{NOTES}").write_text(json.dumps(unchanged))
+    (run.path / f"{process_group.rank()}-{NOTES}").write_text(json.dumps(unchanged))
 
 
-def _state(loop: Loop) -> list[object]:
+def _state(loop: Trainer) -> list[object]:
     engine = loop.session.engine
     optimizer = engine._optimizer
     assert optimizer is not None

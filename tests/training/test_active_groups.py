@@ -8,7 +8,7 @@ import pytest
 from support.jobs import WATCHED
 from support.tiny_run import TinyRun
 
-from lander_ds.training.groups import active_groups
+from lander_ds.models.parameter_groups import active_groups
 
 GROUPS = ("gates", "general", "specific:en-de", "specific:en-de+en-fr", "specific:en-fr", "dense", "lora")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lander_ds.training.journal import Journal
+from lander_ds.training.metrics_logger import MetricsLogger
 
 
 class _NoMonitor:
@@ -30,7 +30,7 @@ def record(step: int, loss: float = 1.0) -> dict[str, Any]:
 
 def write(path: Path, steps: range, done: int = 0, loss: float = 1.0) -> None:
     """What a training writes that is killed after the last of `steps`; a validation after every second one."""
-    journal = Journal(path, _NoMonitor(), 1, done)
+    journal = MetricsLogger(path, _NoMonitor(), 1, done)
     for step in steps:
         journal.step(record(step, loss))
         if step % 2 == 0:

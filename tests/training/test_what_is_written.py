@@ -17,12 +17,12 @@ from support.training_runs import ADAMW
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lander_ds.checkpoint import checkpoint
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.errors import ArtefactError
-from lander_ds.run import RunDirectory
-from lander_ds.selection.selection import Selection
+from lander_ds.method.selection import Selection
 from lander_ds.stages import train
-from lander_ds.training.journal import Journal
+from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.session import load_selection, micro_batches
 
 pytestmark = pytest.mark.distributed
@@ -190,7 +190,7 @@ class _NoMonitor:
 def test_the_journal_starts_anew_and_is_whole_after_every_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("of an earlier training\n")
-    journal = Journal(path, _NoMonitor(), 1)
+    journal = MetricsLogger(path, _NoMonitor(), 1)
     record = {
         "skipped": False,
         "step": 1,

@@ -1,0 +1,170 @@
+"""`lander doctor`: the arguments, the table and the verdict."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lander_ds.cluster.doctor.finding import Finding, fails
+from lander_ds.common import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lander_ds.cluster.doctor.doctor import Diagnosis
+
+SUMMARY = "before a run: whether all hosts are ready, and how fast their network is"
+
+FAILED = 2
+"""Exit code when a check failed."""
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything but --recipe and --set."""
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="HOSTS", help="the hosts; without it: this machine alone, and no ssh"
+    )
+    parser.add_argument(
+        "--ranks",
+        type=_positive_number,
+        metavar="N",
+        help="without a hostfile: ranks on this machine (default: one per GPU, else 2)",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("pdsh", "ssh"),
+        default="pdsh",
+        help="pdsh: DeepSpeed's default; ssh: another one, pdsh and .deepspeed_env do not matter (default: pdsh)",
+    )
+    parser.add_argument("--ssh", default="ssh", metavar="COMMAND", help="ssh with options, e.g. 'ssh -i KEY'")
+    parser.add_argument(
+        "--ssh-port", type=_positive_number, metavar="N", help="where sshd listens on the hosts"
+    )
+    parser.add_argument(
+        "--python", metavar="PATH", help="the interpreter on the hosts (default: the path of this one)"
+    )
+    parser.add_argument(
+        "--master-addr", metavar="ADDRESS", help="where ranks meet (default: as DeepSpeed chooses)"
+    )
+    parser.add_argument(
+        "--master-port",
+        type=_positive_number,
+        default=os.environ.get("MASTER_PORT", "29500"),
+        metavar="N",
+        help="the port where ranks meet (default: $MASTER_PORT, else 29500)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="for each question to a host (default: 120)",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.set_defaults(command=_doctor, parser=parser)
+
+
+def _positive_number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from lander_ds.cluster.doctor.doctor import Options, diagnose
+
+    if not arguments.timeout > 0:
+        arguments.parser.error(f"--timeout must be above 0, found {arguments.timeout}")
+    diagnosis = diagnose(
+        Options(
+            recipe=arguments.recipe,
+            overrides=arguments.overrides,
+            hostfile=arguments.hostfile,
+            ranks=arguments.ranks,
+            launcher=arguments.launcher,
+            ssh=arguments.ssh,
+            ssh_port=arguments.ssh_port,
+            python=arguments.python,
+            master_addr=arguments.master_addr,
+            master_port=arguments.master_port,
+            timeout=arguments.timeout,
+        )
+    )
+    if arguments.json:
+        console.write_line(json.dumps(as_json(diagnosis), indent=2, ensure_ascii=False))
+    else:
+        console.stdout.print(table(diagnosis.findings))
+        for line in bandwidth_lines(diagnosis):
+            console.write_line(line)
+        console.write_line(f"verdict: {verdict(diagnosis.findings)}")
+    if fails(diagnosis.findings):
+        sys.exit(FAILED)
+
+
+def as_json(diagnosis: Diagnosis) -> dict[str, object]:
+    """`verdict` (ok or fail), `checks` and `bandwidth`."""
+    return {
+        "verdict": "fail" if fails(diagnosis.findings) else "ok",
+        "checks": [asdict(finding) for finding in diagnosis.findings],
+        "bandwidth": diagnosis.bandwidth,
+    }
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """One line."""
+    warned = sum(finding.status == "warn" for finding in findings)
+    warnings = f", warnings: {warned}" if warned else ""
+    failed = [finding for finding in findings if finding.status == "fail"]
+    if not failed:
+        return f"ready; checks passed: {sum(finding.status == 'ok' for finding in findings)}{warnings}"
+    hosts = ", ".join(dict.fromkeys(finding.host for finding in failed if finding.host))
+    checks = ", ".join(dict.fromkeys(finding.check for finding in failed))
+    return f"not ready; checks failed: {len(failed)}{warnings} ({checks}{f' on {hosts}' if hosts else ''})"
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """One row per finding; what is equally well on several hosts shares a row. Faults come last, under everyone's eyes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table("check", "host", "status", "what was found, and the cure")
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for finding in findings:
+        rows.setdefault((finding.check, finding.status, finding.detail, finding.cure), []).append(
+            finding.host
+        )
+    order = ["ok", "skipped", "warn", "fail"]
+    for (check, status, detail, cure), hosts in sorted(rows.items(), key=lambda row: order.index(row[0][1])):
+        text = Text(detail)
+        if cure:
+            text.append(f"\ncure: {cure}", style="bold")
+        shown.add_row(check, ", ".join(filter(None, hosts)), Text(status, style=COLOURS[status]), text)
+    return shown
+
+
+def bandwidth_lines(diagnosis: Diagnosis) -> list[str]:
+    """What was measured between the ranks."""
+    found = diagnosis.bandwidth
+    # One rank adds nothing up.
+    if not found or found["ranks"] == 1:
+        return []
+    reduced = found["all_reduce"]
+    lines = [
+        f"all-reduce over {found['ranks']} ranks ({found['backend']}): {1e6 * reduced['latency_seconds']:.0f} us, "
+        f"{reduced['bytes_per_second'] / 1e9:.2f} GB/s per link with {reduced['bytes'] / 1e6:.1f} MB"
+    ]
+    lines += [
+        f"{message['from']} to {message['to']}: {1e6 * message['latency_seconds']:.0f} us, "
+        f"{message['bytes_per_second'] / 1e9:.2f} GB/s"
+        for message in found["point_to_point"]
+    ]
+    return lines

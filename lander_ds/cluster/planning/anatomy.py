@@ -1,0 +1,199 @@
+"""What a recipe's model consists of, from its config.json alone: parameters by name, group and place, without weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.recipe import Recipe, SelectConfig
+from lander_ds.distributed.balance import costs_of, cut
+from lander_ds.method.select import divide
+from lander_ds.method.selection import Selection
+from lander_ds.models.family import Family
+from lander_ds.models.loading import build, tied_parameters
+from lander_ds.models.parameter_groups import mark_trained, prepare_model
+from lander_ds.models.routed_ffn import RoutingState
+from lander_ds.models.span import Span, spans, units, whole
+from lander_ds.models.translation_model import first_trained_layer
+from lander_ds.training.session import METHODS_WITH_SELECTION
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A parameter."""
+
+    name: str
+    elements: int
+    matrix: bool
+    """It takes part in a matrix product for every token (norms and biases do not)."""
+    group: str | None
+    """Parameter group; None: frozen."""
+    shape: tuple[int, ...]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer updates it."""
+        return self.group is not None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model on meta, in the shape in which it is trained."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    family: Family
+    state: RoutingState | None
+    selection: Selection | None
+    """Of the run, or estimated; None for methods without one."""
+    estimated: bool
+    """The selection is an estimate."""
+    groups: dict[int, str]
+    """id of a trained parameter -> its group."""
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.family.layers_of(self.model))
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes per element of the weights."""
+        return int(self.model.dtype.itemsize)
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return int(self.model.config.hidden_size)
+
+    @cached_property
+    def head(self) -> nn.Parameter:
+        """[V, w] matrix of the head."""
+        weight = self.model.get_output_embeddings().weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @cached_property
+    def first_trained(self) -> int:
+        """Lowest decoder layer that has a backward pass."""
+        return first_trained_layer(self.model, self.family)
+
+    @cached_property
+    def whole(self) -> Span:
+        """The span of the model that is not cut."""
+        return whole(self.model, self.family)
+
+    def tensors(self, span: Span) -> list[Tensor]:
+        """The parameters of a span, tied ones once where both are in it."""
+        tied = tied_parameters(self.model) if span.first and span.last else {}
+        found: dict[int, Tensor] = {}
+        for unit_name, unit in units(self.model, self.family, span):
+            for local, parameter in unit.named_parameters():
+                name = f"{unit_name}.{local}"
+                if name not in tied:
+                    found.setdefault(id(parameter), self._tensor(name, parameter))
+        return list(found.values())
+
+    def layer(self, index: int) -> list[Tensor]:
+        """The parameters of a decoder layer."""
+        prefix = f"{self.family.decoder}.{self.family.layers}.{index}."
+        layer = self.family.layers_of(self.model)[index]
+        return [self._tensor(prefix + name, parameter) for name, parameter in layer.named_parameters()]
+
+    def _tensor(self, name: str, parameter: nn.Parameter) -> Tensor:
+        shape = tuple(parameter.shape)
+        return Tensor(name, parameter.numel(), parameter.dim() > 1, self.groups.get(id(parameter)), shape)
+
+    def stage_spans(self, stages: int) -> tuple[Span, ...]:
+        """The spans of pipeline stages, cut as training cuts them (`parallel.topology.span_of`)."""
+        if stages == 1:
+            return (self.whole,)
+        layers = self.family.layers_of(self.model)
+        costs, of_head = costs_of(layers, self.head, self.recipe.train.activation_checkpointing)
+        own = self.recipe.pipeline_cut
+        return spans(own if len(own) == stages - 1 else cut(costs, of_head, stages), self.layers)
+
+
+def anatomy(recipe: Recipe, attention: str | None = None) -> Anatomy:
+    """The model that a recipe trains, on meta.
+
+    Args:
+        recipe: names the model; its selection is read from the run directory if there is one, else estimated.
+        attention: name of another attention implementation than the trainer's.
+
+    Raises:
+        ModelError: config.json is missing or unfit.
+        ArtefactError: the run's selection is damaged, or is for other pairs or another model.
+        ConfigError: nothing is left to train.
+    """
+    model, family = build(recipe.model) if attention is None else build(recipe.model, attention)
+    selection, estimated = None, False
+    if recipe.train.method in METHODS_WITH_SELECTION:
+        selection, estimated = _selection(recipe, len(family.layers_of(model)), family.neurons(model))
+    state = prepare_model(model, family, recipe, selection)
+    groups = mark_trained(model, family, recipe.train, selection)
+    by_id = {id(parameter): name for name, parameters in groups.items() for parameter in parameters}
+    return Anatomy(recipe, model, family, state, selection, estimated, by_id)
+
+
+def _selection(recipe: Recipe, layers: int, neurons: int) -> tuple[Selection, bool]:
+    path = RunDirectory(recipe.run_dir).selection
+    if path.exists():
+        found = Selection.load(path)
+        if found.pairs != recipe.data.pairs:
+            raise ArtefactError(
+                f"{path} is for pairs {', '.join(found.pairs)}, the recipe's data.pairs are "
+                f"{', '.join(recipe.data.pairs)}: run stages detect and select again, or plan with another run_dir"
+            )
+        if found.neurons != neurons or any(layer.layer >= layers for layer in found.layers):
+            raise ArtefactError(
+                f"{path} is for a model with {found.neurons} neurons per layer; {Path(recipe.model.path)} has "
+                f"{neurons} and {layers} layers: correct model.path, or plan with another run_dir"
+            )
+        return found, False
+    return estimated_selection(recipe.select, recipe.data.pairs, layers, neurons), True
+
+
+def estimated_selection(select: SelectConfig, pairs: Sequence[str], layers: int, neurons: int) -> Selection:
+    """A selection of the sizes that `select` leads to, before detection has run.
+
+    Which layers `relevance`, `awareness` and `random` choose is not known: k of them, evenly spread from layer 0 on,
+    which is the dearest case, because the gradient then goes through the whole model. With `scope: per_pair` no layer
+    is taken to be chosen by two pairs.  A share rho of the neurons that are not frozen is general, the rest divided
+    evenly among the pairs.
+    """
+    chosen, k = select.layers, select.layers.k
+    if chosen.criterion == "list":
+        indices = sorted(chosen.layers)
+    elif chosen.criterion == "all":
+        indices = list(range(layers))
+    elif chosen.criterion == "last":
+        indices = list(range(layers - min(k, layers), layers))
+    else:
+        count = min(layers, k * (len(pairs) if chosen.scope == "per_pair" else 1))
+        indices = [index * layers // count for index in range(count)]
+    owners = _owners(select, len(pairs), neurons)
+    return Selection(tuple(pairs), neurons, tuple(divide(index, owners, pairs) for index in indices), {})
+
+
+def _owners(select: SelectConfig, pairs: int, neurons: int) -> torch.Tensor:
+    """[M, f] bool."""
+    frozen = int(select.banks.min_awareness * neurons)
+    general = int(select.banks.rho * (neurons - frozen))
+    owners = torch.zeros(pairs, neurons, dtype=torch.bool)
+    owners[:, :general] = True
+    specific = torch.arange(general, neurons - frozen)
+    # Neighbours in turn: every pair gets as many, give or take one.
+    owners[specific % pairs, specific] = True
+    return owners

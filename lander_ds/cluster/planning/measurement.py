@@ -1,0 +1,134 @@
+"""One rank of a validation: trains two steps of made-up data and notes what it held."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lander_ds.checkpoint.identity import identity_of
+from lander_ds.common.files import write_json
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.batching.micro_batches import packed
+from lander_ds.data.batching.plan import BatchPlan
+from lander_ds.data.prepared import PreparedData, PreparedSplit
+from lander_ds.distributed import collectives, process_group
+from lander_ds.models.translation_model import BatchTotals
+from lander_ds.training.metrics_logger import MetricsLogger
+from lander_ds.training.saver import Saver
+from lander_ds.training.session import Session, open_session
+from lander_ds.training.trainer import Trainer
+
+MEASURED = "measured.json"
+EXAMPLE_TOKENS, TARGET_SHARE = 16, 0.5
+EXAMPLES_PER_PAIR = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training to be measured; its selection lies in the run directory already."""
+
+    name: str
+    recipe: Recipe
+
+
+class _Split(PreparedSplit):
+    """Examples of equal length, of tokens that every model has."""
+
+    def __init__(self, pair: str) -> None:
+        self.pair, self.split = pair, "train"
+        self.lengths = np.full(EXAMPLES_PER_PAIR, EXAMPLE_TOKENS, dtype=np.int32)
+        self.target_lengths = self.lengths - self._prompt
+
+    _prompt = round(EXAMPLE_TOKENS * (1 - TARGET_SHARE))
+
+    def tokens(self, index: int) -> tuple[np.ndarray, int]:
+        """Token ids [length] int32 and the length of the prompt."""
+        return np.arange(10, 10 + EXAMPLE_TOKENS, dtype=np.int32), self._prompt
+
+
+class _Data(PreparedData):
+    """Training data of every pair, and no other split."""
+
+    def __init__(self, pairs: tuple[str, ...]) -> None:
+        self.pairs = pairs
+
+    def split(self, split: str) -> dict[str, PreparedSplit]:
+        """The training split; other splits are empty."""
+        return {pair: _Split(pair) for pair in self.pairs} if split == "train" else {}
+
+
+def rank_process(rank: int, environment: Mapping[str, str], jobs: tuple[Job, ...], root: Path) -> None:
+    """The whole life of one rank; a failure is left in `root`."""
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    name = "start"
+    try:
+        process_group.start()
+        for job in jobs:
+            name = job.name
+            _measure(job.recipe)
+        process_group.stop()
+    except BaseException:
+        text = f"{name}, rank {rank}:\n{traceback.format_exc()}"
+        (root / f"failure-{environment['WORLD_SIZE']}-{rank}.txt").write_text(text, encoding="utf-8")
+        # Other ranks may wait for this one: an orderly exit could hang.
+        os._exit(1)
+
+
+def _measure(recipe: Recipe) -> None:
+    run, data = RunDirectory(recipe.run_dir), _Data(recipe.data.pairs)
+    session = open_session(recipe, run)
+    saver = Saver(session, run, identity_of(recipe, {"data": "made up", "base": session.fingerprint}))
+    journal = MetricsLogger(run.metrics, None, log_every=recipe.train.steps + 1)
+    Trainer(session, data, journal, saver).run()
+    journal.close()
+    saver.finish()
+    held = collectives.gather_objects(asdict(session.engine.rank_bytes()))
+    # Last, because no backward pass follows.
+    activations = _activations(session, data) if process_group.world_size() == 1 else None
+    if process_group.rank() == 0:
+        files = (run.checkpoints / f"step-{recipe.train.steps}").glob("*.safetensors")
+        size = sum(path.stat().st_size for path in files)
+        write_json(run.path / MEASURED, {"ranks": held, "checkpoint": size, "activations": activations})
+    session.engine.destroy()
+    collectives.barrier()
+
+
+def _activations(session: Session, data: PreparedData) -> int:
+    """Bytes that the forward pass of one micro-batch saves for the backward pass, every storage once."""
+    recipe = session.recipe
+    splits = list(data.split("train").values())
+    plan = BatchPlan(
+        [split.lengths for split in splits],
+        [split.target_lengths for split in splits],
+        batch_tokens=recipe.train.batch_tokens,
+        temperature=1.0,
+        seed=recipe.seed,
+    )
+    batch = next(packed(plan.batch(0), splits, 0, 1, session.micro_batches, process_group.device()))
+    return saved_bytes(session.model, batch)
+
+
+def saved_bytes(model: nn.Module, batch: Any) -> int:
+    """Bytes of the storages that autograd saves in one forward pass, parameters left out."""
+    whole = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in whole:
+            seen[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        model(batch, BatchTotals(1, 1))
+    return sum(storage.nbytes() for storage in seen.values())

@@ -1,0 +1,300 @@
+"""What fits on a cluster, and how long a step takes there, for every topology that the recipe's DeepSpeed JSONs allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lander_ds.cluster.planning.activations import Activations, trace
+from lander_ds.cluster.planning.anatomy import Anatomy, anatomy
+from lander_ds.cluster.planning.cluster import Cluster
+from lander_ds.cluster.planning.memory import GRADIENT_BYTES, Held, Sharding, checkpoint_bytes, held
+from lander_ds.cluster.planning.work import Operations, Traffic, operations, traffic
+from lander_ds.cluster.planning.workload import Workload, micro_batch
+from lander_ds.common.errors import ConfigError
+from lander_ds.config.deepspeed_json import resolve_deepspeed_config
+from lander_ds.config.recipe import Recipe, Topology
+from lander_ds.models.span import Span
+
+GB = 1e9
+NAMES: dict[str, Topology] = {
+    "zero3": "zero3",
+    "zero3_offload": "zero3",
+    "pipeline": "pipeline",
+    "pipeline_zero3": "pipeline_zero3",
+}
+"""JSONs that are looked for beside the recipe's -> topology."""
+ADAM_BYTES = 28
+"""What one parameter's AdamW step reads and writes: gradient, master, two moments; the last three twice."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage, or the whole model; every data-parallel rank of it is alike."""
+
+    layers: tuple[int, int]
+    """First decoder layer, and the one after the last."""
+    held: Held
+    operations: Operations
+    """Per micro-batch."""
+    traffic: Traffic
+    sends: float
+    """Bytes of activations and their gradients that go to the next stage and come back, per micro-batch."""
+    seconds: float
+    """Per micro-batch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run the recipe."""
+
+    name: str
+    """Of the DeepSpeed JSON, without .json."""
+    topology: Topology
+    stages: int
+    data_ranks: int
+    micro_batches: int
+    """Per data-parallel rank and step."""
+    tokens: int
+    """Of a micro-batch."""
+    parts: tuple[StagePlan, ...]
+    checkpoint: int
+    """Bytes on disk."""
+    step_seconds: float
+    bubble: float
+    """(S - 1) / (M + S - 1): share of the time that a stage of an even pipeline waits."""
+    fits: bool
+    short_of: str
+    """What it does not fit into; empty when it fits."""
+
+    @property
+    def ranks(self) -> int:
+        """GPUs."""
+        return self.stages * self.data_ranks
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the fullest GPU, without what the cluster description reserves."""
+        return max(part.held.on_device for part in self.parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        plain = {name: value for name, value in vars(self).items() if name != "parts"}
+        parts = [{**asdict(part), "on_device": part.held.on_device} for part in self.parts]
+        return {**plain, "ranks": self.ranks, "device_bytes": self.device_bytes, "parts": parts}
+
+
+class Planner:
+    """Plans of one recipe; the model is built once, its activations are traced once per size of micro-batch."""
+
+    def __init__(self, recipe: Recipe, workload: Workload) -> None:
+        """Build the model on meta.
+
+        Raises:
+            ModelError, ArtefactError, ConfigError: see `anatomy`.
+        """
+        self.recipe, self.workload = recipe, workload
+        self.made: Anatomy = anatomy(recipe)
+        self.checkpoint = checkpoint_bytes(self.made)
+        self._trace = cache(lambda batch, sharded: trace(recipe, batch, sharded, fused=True))
+
+    def plans(self, cluster: Cluster) -> list[Plan]:
+        """Every way to use all GPUs of the cluster: JSONs beside the recipe's, and every number of stages.
+
+        Raises:
+            ConfigError: a JSON is wrong; or there is no way at all.
+        """
+        found = [
+            self.plan(cluster, recipe, name, stages)
+            for name, recipe in self._recipes().items()
+            for stages in self._stage_counts(recipe.topology, cluster.nodes * cluster.gpus_per_node)
+        ]
+        if not found:
+            raise ConfigError(
+                f"topology: {self.recipe.topology} cannot use {cluster.nodes * cluster.gpus_per_node} GPUs: set "
+                "topology: zero3, or change the cluster description"
+            )
+        return found
+
+    def _recipes(self) -> Mapping[str, Recipe]:
+        own = Path(self.recipe.deepspeed)
+        found = {own.stem: self.recipe}
+        for name, topology in NAMES.items():
+            beside = own.with_name(f"{name}.json")
+            if beside.exists() and name not in found and (topology == "zero3" or self._can_be_cut()):
+                found[name] = replace(self.recipe, topology=topology, deepspeed=str(beside))
+        return found
+
+    def _can_be_cut(self) -> bool:
+        """Pipelines refuse float16, and tied embeddings that are trained."""
+        tied = self.made.model.config.tie_word_embeddings and self.recipe.train.method == "full"
+        return self.recipe.model.dtype != "float16" and not tied
+
+    def _stage_counts(self, topology: Topology, ranks: int) -> Iterator[int]:
+        if topology == "zero3":
+            yield 1
+            return
+        for stages in range(2, min(ranks, self.made.layers) + 1):
+            if ranks % stages == 0:
+                yield stages
+
+    def plan(self, cluster: Cluster, recipe: Recipe, name: str, stages: int) -> Plan:
+        """One plan.
+
+        Args:
+            cluster: the machines.
+            recipe: with topology and DeepSpeed JSON.
+            name: for the table.
+            stages: pipeline stages.
+        """
+        made = self.made
+        data_ranks = cluster.nodes * cluster.gpus_per_node // stages
+        batch, count = micro_batch(recipe, self.workload, data_ranks)
+        sharding = sharding_of(recipe, stages, data_ranks, count)
+        kept = self._trace(batch, sharding.sharded)
+        parts = []
+        for stage, span in enumerate(made.stage_spans(stages)):
+            bytes_held = held(
+                made, span, sharding, batch.targets, self._activations(kept, span, stages, stage, count)
+            )
+            work, wire = operations(made, span, batch), traffic(made, span, sharding)
+            sends = 0.0
+            if not span.last:
+                sends = kept.hidden * (1.0 + (made.first_trained < span.stop))
+            links = Links(cluster, stages, data_ranks)
+            seconds = links.micro_batch_seconds(work, wire, sends, overlap=bool(sharding.zero.overlap_comm))
+            parts.append(StagePlan((span.start, span.stop), bytes_held, work, wire, sends, seconds))
+        links = Links(cluster, stages, data_ranks)
+        step = links.step_seconds(parts, count)
+        short = _short_of(cluster, parts)
+        bubble = (stages - 1) / (count + stages - 1)
+        return Plan(
+            name,
+            recipe.topology,
+            stages,
+            data_ranks,
+            count,
+            batch.tokens,
+            tuple(parts),
+            self.checkpoint,
+            step,
+            bubble,
+            not short,
+            short,
+        )
+
+    def _activations(self, kept: Activations, span: Span, stages: int, stage: int, count: int) -> int:
+        """Of all micro-batches that are under way in a stage: 1F1B starts S - s before the first one comes back."""
+        first, recompute = self.made.first_trained, self.recipe.train.activation_checkpointing
+        under_way = min(stages - stage, count)
+        each = kept.kept(span.start, span.stop, span.last, first, recompute)
+        again = kept.largest(span.start, span.stop) if recompute and span.stop > first else 0
+        received = 0 if span.first else kept.hidden
+        return under_way * (each + received) + again
+
+
+def sharding_of(recipe: Recipe, stages: int, data_ranks: int, micro_batches: int) -> Sharding:
+    """How DeepSpeed will hold a span, by the recipe's resolved JSON.
+
+    Raises:
+        ConfigError: the JSON is wrong.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = resolve_deepspeed_config(replace(recipe, pipeline_stages=stages), data_ranks, micro_batches)
+    zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    return Sharding(zero, data_ranks, GRADIENT_BYTES[config["data_types"]["grad_accum_dtype"]], stages > 1)
+
+
+@dataclass(frozen=True)
+class Links:
+    """Seconds on a cluster whose ranks form a grid of stages and data-parallel ranks (those of a stage side by side)."""
+
+    cluster: Cluster
+    stages: int
+    data_ranks: int
+
+    def micro_batch_seconds(self, work: Operations, wire: Traffic, sends: float, overlap: bool) -> float:
+        """One micro-batch in one stage: computing, weights, gradients (ZeRO-3), sending on."""
+        cluster = self.cluster
+        computing = work.total / (cluster.tflops * 1e12 * cluster.efficiency)
+        gathering = self._collective(wire.gathers) + wire.collectives * cluster.latency * 1e-6
+        if wire.collectives or wire.over_bus:
+            gathering += self._collective(wire.reductions)
+        gathering += wire.over_bus / (cluster.host_bandwidth * GB)
+        together = max(computing, gathering) if overlap else computing + gathering
+        return together + self._between_stages(sends)
+
+    def step_seconds(self, parts: Sequence[StagePlan], micro_batches: int) -> float:
+        """A step: the slowest stage works without a pause; before and after it the others fill and drain."""
+        slowest = max(part.seconds for part in parts)
+        working = sum(part.seconds for part in parts) + (micro_batches - 1) * slowest
+        return working + max(self._after(part) for part in parts)
+
+    def _after(self, part: StagePlan) -> float:
+        """Reduction under ZeRO-1, and the optimizer where it works on the host."""
+        wire, bus = part.traffic, self.cluster.host_bandwidth * GB
+        reducing = 0.0 if wire.collectives else self._collective(wire.reductions + wire.updates)
+        updating = 0.0
+        if wire.over_bus_step:
+            updating = (wire.over_bus_step + ADAM_BYTES / 12 * part.held.optimizer) / bus
+        return reducing + updating
+
+    def _collective(self, received: float) -> float:
+        """A ring over the data-parallel ranks of a stage, each of which receives so many bytes."""
+        if self.data_ranks == 1:
+            return 0.0
+        cluster, speed = self.cluster, self.cluster.bandwidth_efficiency * GB
+        inside = received / (cluster.intra_bandwidth * speed)
+        per_node = min(self.data_ranks, cluster.gpus_per_node)
+        if self.data_ranks <= cluster.gpus_per_node and cluster.gpus_per_node % self.data_ranks == 0:
+            return inside
+        # One ring enters and leaves each machine once; the rings of several stages share its cards.
+        rings = cluster.gpus_per_node / per_node
+        return max(inside, received * rings / (cluster.inter_bandwidth * speed))
+
+    def _between_stages(self, sends: float) -> float:
+        """Point to point to the rank of the next stage, which is `data_ranks` further."""
+        cluster, speed = self.cluster, self.cluster.bandwidth_efficiency * GB
+        if sends == 0.0:
+            return 0.0
+        if self.stages * self.data_ranks <= cluster.gpus_per_node:
+            return sends / (cluster.intra_bandwidth * speed)
+        # As many ranks of a machine send to another one at once as there are data-parallel ranks on it.
+        senders = min(self.data_ranks, cluster.gpus_per_node)
+        return sends * senders / (cluster.inter_bandwidth * speed)
+
+
+def _short_of(cluster: Cluster, parts: Sequence[StagePlan]) -> str:
+    limit = (cluster.gpu_memory - cluster.reserved_memory) * GB
+    needed = max(part.held.on_device for part in parts)
+    if needed > limit:
+        return f"GPU memory: {needed / GB:.1f} of {limit / GB:.1f} GB"
+    on_host = max(part.held.on_host for part in parts) * cluster.gpus_per_node
+    if on_host > cluster.host_memory * GB:
+        return f"host memory: {on_host / GB:.1f} of {cluster.host_memory:.1f} GB"
+    return ""
+
+
+def best(plans: Sequence[Plan]) -> Plan | None:
+    """The fastest plan that fits, the one with fewer stages among equals; None when nothing fits."""
+    fitting = [plan for plan in plans if plan.fits]
+    return min(fitting, key=lambda plan: (plan.step_seconds, plan.stages), default=None)
+
+
+def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
+    """Per JSON the fastest that fits, else the one that needs least memory; the fastest first."""
+    chosen = []
+    for name in dict.fromkeys(plan.name for plan in plans):
+        own = [plan for plan in plans if plan.name == name]
+        chosen.append(best(own) or min(own, key=lambda plan: plan.device_bytes))
+    return sorted(chosen, key=lambda plan: (not plan.fits, plan.step_seconds))
+
+
+def over_nodes(planner: Planner, cluster: Cluster, largest: int) -> dict[int, list[Plan]]:
+    """The best plan of each JSON for 1, 2, 4, ... machines up to `largest`, and for the cluster's own number."""
+    counts = {1 << power for power in range(largest.bit_length()) if 1 << power <= largest} | {cluster.nodes}
+    return {nodes: best_of_each(planner.plans(replace(cluster, nodes=nodes))) for nodes in sorted(counts)}

@@ -1,0 +1,145 @@
+"""Floating-point operations and bytes on the wire of one micro-batch and one step.
+
+A product of a vector with a matrix of P elements costs 2 P operations. Counted are matrix products and attention;
+norms, activation functions and the optimizer are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lander_ds.cluster.planning.anatomy import Anatomy, Tensor
+from lander_ds.cluster.planning.memory import Sharding
+from lander_ds.cluster.planning.workload import MicroBatch
+from lander_ds.models.span import Span
+
+PRODUCT = 2
+"""Operations per element of a matrix and token."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one micro-batch in one span."""
+
+    forward: float
+    backward: float
+    """Gradients of activations and of weights."""
+    recompute: float
+    """Forward passes that are repeated."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.forward + self.backward + self.recompute
+
+
+def operations(made: Anatomy, span: Span, batch: MicroBatch) -> Operations:
+    """What a span computes for a micro-batch."""
+    forward = backward = recompute = 0.0
+    for index in range(span.start, span.stop):
+        tensors = [tensor for tensor in made.layer(index) if tensor.matrix]
+        attention = _attention(made, index, batch)
+        once = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + attention
+        forward += once
+        if index < made.first_trained:
+            continue
+        backward += PRODUCT * batch.tokens * sum(_owned(made, tensor) for tensor in tensors if tensor.trained)
+        if index > made.first_trained or (made.first_trained == 0 and _below_layers(made)):
+            # Each of attention's two products has two gradients.
+            inputs = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + 2 * attention
+        else:
+            inputs = PRODUCT * batch.tokens * sum(t.elements for t in tensors if _after_trained(t))
+        backward += inputs
+        recompute += once if made.recipe.train.activation_checkpointing else 0.0
+    if span.last:
+        head = PRODUCT * batch.targets * made.head.numel()
+        forward += head
+        backward += head * ((span.stop > made.first_trained or not span.first) + made.head.requires_grad)
+    return Operations(forward, backward, recompute)
+
+
+def _owned(made: Anatomy, tensor: Tensor) -> float:
+    """Elements of a trained matrix times the share of the tokens that its pairs have (pairs alike)."""
+    _, _, owners = (tensor.group or "").partition(":")
+    return tensor.elements * (len(owners.split("+")) / len(made.recipe.data.pairs) if owners else 1.0)
+
+
+def _below_layers(made: Anatomy) -> bool:
+    """Whether something before the first layer is trained."""
+    return any(tensor.trained for tensor in made.tensors(Span(0, 0, made.layers)))
+
+
+def _after_trained(tensor: Tensor) -> bool:
+    """Whether a gradient passes through this matrix in the lowest trained layer: there it ends at the first trained
+    matrices, behind which only the out-projection of the FFN lies."""
+    last = tensor.name.removesuffix(".weight").rpartition(".")[2]
+    return last in ("down", "down_proj", "dense_4h_to_h", "fc2", "w2")
+
+
+def _attention(made: Anatomy, index: int, batch: MicroBatch) -> float:
+    """Scores and weighted values of one layer's forward pass, causal halves left out where the kernel does."""
+    config = made.model.config
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    if not made.family.packed_attention:
+        # BLOOM computes the whole square of the row.
+        return 2.0 * PRODUCT * heads * width * batch.tokens**2
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    sliding = window is not None and (types is None or types[index] == "sliding_attention")
+    seen = sum(length * min(length, window if sliding and window else length) for length in batch.lengths)
+    return 2.0 * PRODUCT * heads * width * seen / 2.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank receives, at least."""
+
+    gathers: float
+    """Of weights, per micro-batch."""
+    reductions: float
+    """Of gradients, per micro-batch (ZeRO-3) or per step (ZeRO-1)."""
+    updates: float
+    """Of updated weights, per step (ZeRO-1)."""
+    collectives: int
+    """Number of collectives per micro-batch."""
+    over_bus: float
+    """From and to the host, per micro-batch."""
+    over_bus_step: float
+    """From and to the host, per step."""
+
+
+def traffic(made: Anatomy, span: Span, sharding: Sharding) -> Traffic:
+    """What the data-parallel ranks of a span exchange."""
+    tensors, item, share = made.tensors(span), made.item_bytes, 1.0 - 1.0 / sharding.ranks
+    trained = sum(tensor.elements for tensor in tensors if tensor.trained)
+    bus_step = (4 + item) * trained / sharding.ranks if sharding.offloads_optimizer else 0.0
+    if not sharding.sharded:
+        reduced = 2 * sharding.gradient_bytes * trained * share
+        return Traffic(0.0, reduced, item * trained * share, 0, 0.0, bus_step)
+    threshold = sharding.zero.param_persistence_threshold
+    large = [tensor for tensor in tensors if tensor.elements > threshold]
+    again = _gathered_again(made, span, large, sharding)
+    elements = sum(tensor.elements for tensor in [*large, *again])
+    bus = item * elements / sharding.ranks if sharding.offloads_weights else 0.0
+    return Traffic(
+        item * elements * share,
+        item * trained * share,
+        0.0,
+        (len(large) + len(again)) if sharding.ranks > 1 else 0,
+        bus,
+        bus_step,
+    )
+
+
+def _gathered_again(made: Anatomy, span: Span, large: Sequence[Tensor], sharding: Sharding) -> list[Tensor]:
+    """What the backward pass gathers once more: the layers above the lowest trained one, unless they fit into what
+    DeepSpeed keeps."""
+    zero = sharding.zero
+    if sum(tensor.elements for tensor in large) <= min(zero.max_live_parameters, zero.max_reuse_distance):
+        return []
+    names = {
+        tensor.name for i in range(max(span.start, made.first_trained), span.stop) for tensor in made.layer(i)
+    }
+    return [tensor for tensor in large if tensor.name in names]

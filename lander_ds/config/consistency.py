@@ -1,0 +1,318 @@
+"""Refusals of recipes that are well typed but cannot work or cannot mean what was intended.
+
+What cannot be meant is refused; an option that merely has no effect gets a warning. Every message names the
+key and the cure. Keys that only some stages read are checked for those stages alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from lander_ds.config.check import Check, key_path
+from lander_ds.config.data_consistency import check_data
+from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
+from lander_ds.config.topology_consistency import check_topology
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key may hold."""
+
+    low: float
+    high: float = float("inf")
+    above: bool = False
+    """`low` itself is excluded."""
+    below: bool = False
+    """`high` itself is excluded."""
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies inside."""
+        low = value > self.low if self.above else value >= self.low
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.above else 'at least'} {self.low}"
+        if self.high == float("inf"):
+            return low
+        return f"{low} and {'below' if self.below else 'at most'} {self.high}"
+
+
+_POSITIVE, _COUNT, _AT_LEAST_ONE = Range(0, above=True), Range(0), Range(1)
+_SHARE, _SHARE_BELOW_ONE = Range(0, 1), Range(0, 1, below=True)
+
+RANGES: dict[str, Range] = {
+    "pipeline_stages": _AT_LEAST_ONE,
+    "seed": Range(0, 2**32, below=True),
+    "data.filters.min_chars": _COUNT,
+    "data.filters.max_chars": _AT_LEAST_ONE,
+    "data.filters.max_length_ratio": _COUNT,
+    "data.prompt.shots": _COUNT,
+    "data.max_length": Range(4),
+    "data.detect_examples": _COUNT,
+    "data.workers": _AT_LEAST_ONE,
+    "detect.examples": _AT_LEAST_ONE,
+    "detect.batch_tokens": _AT_LEAST_ONE,
+    "select.layers.k": _AT_LEAST_ONE,
+    "select.banks.rho": _SHARE,
+    "select.banks.min_awareness": _SHARE_BELOW_ONE,
+    "select.banks.kappa": Range(0, 1, above=True),
+    "routing.hidden": _AT_LEAST_ONE,
+    "routing.alpha_max": _COUNT,
+    "routing.budget_weight": _COUNT,
+    "routing.budget": _SHARE,
+    "train.steps": _AT_LEAST_ONE,
+    "train.batch_tokens": _AT_LEAST_ONE,
+    "train.micro_batch": _AT_LEAST_ONE,
+    "train.pack_tokens": _AT_LEAST_ONE,
+    "train.temperature": _POSITIVE,
+    "train.betas.0": _SHARE_BELOW_ONE,
+    "train.betas.1": _SHARE_BELOW_ONE,
+    "train.eps": _POSITIVE,
+    "train.weight_decay": _COUNT,
+    "train.lr.general": _COUNT,
+    "train.lr.specific": _COUNT,
+    "train.lr.gates": _COUNT,
+    "train.lr.dense": _COUNT,
+    "train.lr.lora": _COUNT,
+    "train.warmup_steps": _COUNT,
+    "train.min_lr_ratio": _SHARE,
+    "train.clip": _COUNT,
+    "train.valid_every": _COUNT,
+    "train.valid_examples": _AT_LEAST_ONE,
+    "train.patience": _COUNT,
+    "train.save_every": _COUNT,
+    "train.log_every": _AT_LEAST_ONE,
+    "train.keep_last": _COUNT,
+    "train.keep_every": _COUNT,
+    "train.max_skipped": _COUNT,
+    "train.stall_seconds": _COUNT,
+    "train.lora.r": _AT_LEAST_ONE,
+    "train.lora.alpha": _POSITIVE,
+    "train.lora.dropout": _SHARE_BELOW_ONE,
+    "translate.limit": _AT_LEAST_ONE,
+    "translate.shots": _COUNT,
+    "translate.beams": _AT_LEAST_ONE,
+    "translate.length_penalty": Range(-100, 100),
+    "translate.batch_size": _AT_LEAST_ONE,
+    "translate.max_new_tokens": _AT_LEAST_ONE,
+    "score.bootstrap_samples": _AT_LEAST_ONE,
+    "export.fold_sentences": _COUNT,
+    "export.shard_size": _POSITIVE,
+    "export.verify": _COUNT,
+}
+
+
+def check_consistency(check: Check) -> None:
+    """Record everything that can be told from the recipe alone; opens no file and loads no model."""
+    for key, allowed in RANGES.items():
+        value: Any = reduce(_part, key_path(key), check.recipe)
+        if value is not None and not allowed.holds(value):
+            check.refuse(key, f"must be {allowed}, found {value}")
+    check_topology(check)
+    check_data(check)
+    _check_select(check)
+    _check_routing(check)
+    _check_train(check)
+    _check_translate(check)
+    _check_score(check)
+    _check_export(check)
+
+
+def _part(value: Any, part: str | int) -> Any:
+    return value[part] if isinstance(part, int) else getattr(value, part)
+
+
+def _check_select(check: Check) -> None:
+    layers = check.recipe.select.layers
+    if layers.criterion == "list":
+        if not layers.layers:
+            check.refuse(
+                "select.layers.layers", "criterion: list needs layers; write for example layers: [8, 9]"
+            )
+        elif min(layers.layers) < 0:
+            check.refuse(
+                "select.layers.layers", f"layers count from 0, found {min(layers.layers)}; remove it"
+            )
+        check.refuse_repeats("select.layers.layers", layers.layers)
+    elif layers.layers:
+        check.refuse(
+            "select.layers.layers",
+            f"only criterion: list reads it, found {layers.criterion}; set criterion: list or remove layers",
+        )
+    if layers.scope == "per_pair" and layers.criterion in ("list", "all", "last"):
+        check.warn("select.layers.scope", f"per_pair has no effect with criterion: {layers.criterion}")
+
+
+def _check_routing(check: Check) -> None:
+    routing = check.recipe.routing
+    if routing.gate != "none":
+        if routing.gate_eval == "hard" and routing.gate_init == "preserve":
+            check.refuse(
+                "routing.gate_eval",
+                "hard gates with gate_init: preserve would double one side's banks and drop the other's (gates "
+                "of 0 and 2); set routing.gate_init: paper, or gate_eval: soft",
+            )
+        return
+    cure = "set routing.gate: input, or remove it"
+    if routing.budget_weight > 0:
+        check.refuse("routing.budget_weight", f"a budget loss needs gates, found gate: none; {cure}")
+    if routing.alpha_max > 0:
+        check.refuse("routing.alpha_max", f"noise needs gates, found gate: none; {cure}")
+    if routing.gate_eval == "hard":
+        check.refuse("routing.gate_eval", f"hard gates need gates, found gate: none; {cure}")
+    if routing.gate_init != "preserve":
+        check.refuse("routing.gate_init", f"there is no gate to initialise, found gate: none; {cure}")
+
+
+def _check_train(check: Check) -> None:
+    recipe, train = check.recipe, check.recipe.train
+    if train.pack_tokens < recipe.data.max_length:
+        check.refuse(
+            "train.pack_tokens",
+            f"{train.pack_tokens} cannot hold an example of data.max_length {recipe.data.max_length} tokens; "
+            f"raise it or lower data.max_length",
+        )
+    if train.batch_tokens < recipe.data.max_length:
+        check.refuse(
+            "train.batch_tokens",
+            f"a global batch of {train.batch_tokens} tokens cannot hold an example of data.max_length "
+            f"{recipe.data.max_length} tokens; raise it or lower data.max_length",
+        )
+    elif train.pack_tokens * train.micro_batch > train.batch_tokens:
+        check.warn(
+            "train.batch_tokens",
+            f"{train.batch_tokens} never fills one micro-batch of pack_tokens x micro_batch = "
+            f"{train.pack_tokens * train.micro_batch} tokens",
+        )
+    if 1 <= train.steps <= train.warmup_steps:
+        check.refuse(
+            "train.warmup_steps", f"{train.warmup_steps} leaves none of the {train.steps} steps; lower it"
+        )
+    if train.patience and not train.valid_every:
+        check.refuse("train.patience", "early stopping needs validations; set train.valid_every")
+    if (train.keep_every or not train.keep_best) and not train.keep_last:
+        check.warn("train.keep_last", "0 keeps every checkpoint; keep_every and keep_best have no effect")
+    if train.valid_every > train.steps:
+        check.warn("train.valid_every", f"{train.valid_every} is more than the {train.steps} steps")
+    if train.valid_every and check.runs("prepare", "train") and "valid" not in _splits(recipe):
+        check.refuse(
+            "train.valid_every", "validation needs a corpus with split: valid; add one or set it to 0"
+        )
+    check.refuse_repeats("train.banks", train.banks)
+    _check_method(check)
+    _check_learning_rates(check)
+
+
+def _check_method(check: Check) -> None:
+    recipe, train = check.recipe, check.recipe.train
+    if train.method == "lander":
+        if not train.banks:
+            check.refuse("train.banks", "method: lander needs a bank to train; write [general, specific]")
+        if train.banks == ("general",) and len(recipe.data.pairs) == 1:
+            check.refuse(
+                "train.banks",
+                "with one pair every neuron is specific and general banks are empty; add specific or pairs",
+            )
+    else:
+        if recipe.routing != RoutingConfig():
+            check.warn("routing", f"has no effect with train.method: {train.method}")
+        if set(train.banks) != {"general", "specific"}:
+            check.warn("train.banks", f"has no effect with train.method: {train.method}")
+    if train.method != "lora" and train.lora != LoraConfig():
+        check.warn("train.lora", f"has no effect with train.method: {train.method}")
+
+
+def _check_learning_rates(check: Check) -> None:
+    recipe, train = check.recipe, check.recipe.train
+    used: dict[str, float]
+    match train.method:
+        case "lander":
+            used = {bank: getattr(train.lr, bank) for bank in train.banks}
+            if recipe.routing.gate != "none":
+                used["gates"] = train.lr.gates
+        case "lora":
+            used = {"lora": train.lr.lora}
+        case _:
+            used = {"dense": train.lr.dense}
+    if used and not any(used.values()):
+        names = ", ".join(f"train.lr.{name}" for name in used)
+        check.refuse("train.lr", f"nothing would be trained: {names} is 0; set a learning rate above 0")
+    for name, rate in used.items():
+        if rate > 1:
+            check.warn(f"train.lr.{name}", f"{rate:g} is far above any usual learning rate")
+    if train.schedule == "constant" and train.min_lr_ratio:
+        check.warn("train.min_lr_ratio", "has no effect with schedule: constant")
+
+
+def _check_translate(check: Check) -> None:
+    translate = check.recipe.translate
+    if not check.runs("translate", "score"):
+        return
+    if not translate.systems:
+        check.refuse("translate.systems", "nothing to translate with; write for example [base, trained]")
+    check.refuse_repeats("translate.systems", translate.systems)
+    if "fewshot" in translate.systems and translate.shots < 1:
+        check.refuse("translate.shots", "the system fewshot needs at least 1; raise it or remove fewshot")
+    if translate.beams == 1 and translate.length_penalty != 1.0:
+        check.warn("translate.length_penalty", "has no effect in greedy search (beams: 1)")
+    if check.stage is not None and translate.split not in _splits(check.recipe) | {"detect"}:
+        check.refuse(
+            "translate.split", f"no corpus has split: {translate.split}; add one or choose another split"
+        )
+
+
+def _check_score(check: Check) -> None:
+    score = check.recipe.score
+    if not check.runs("score"):
+        return
+    if score.baseline is not None:
+        check.refuse_placeholders("score.baseline", score.baseline, ("pair", "src", "tgt"))
+
+
+def _check_export(check: Check) -> None:
+    recipe, export = check.recipe, check.recipe.export
+    formats, pairs_differ = (
+        export.formats,
+        recipe.routing.gate != "none" or recipe.routing.other_pairs == "mask",
+    )
+    if not check.runs("export"):
+        return
+    if not formats and not export.fold:
+        check.refuse("export.formats", "nothing to export; write for example [routed]")
+    check.refuse_repeats("export.formats", formats)
+    if "routed" in formats and recipe.train.method != "lander":
+        check.refuse(
+            "export.formats",
+            f"routed needs banks, which train.method: {recipe.train.method} does not train; write [dense]",
+        )
+    if "dense" in formats and recipe.train.method == "lander" and pairs_differ:
+        check.warn(
+            "export.formats",
+            f"dense cannot hold gates (routing.gate: {recipe.routing.gate}, other_pairs: "
+            f"{recipe.routing.other_pairs}), it approximates the trained model; routed is exact",
+        )
+    _check_fold(check, pairs_differ)
+    if export.dtype != "model" and formats == ("delta",) and not export.fold:
+        check.warn("export.dtype", "has no effect on a delta, which keeps the base's types")
+
+
+def _check_fold(check: Check, pairs_differ: bool) -> None:
+    recipe, fold = check.recipe, check.recipe.export.fold
+    check.refuse_repeats("export.fold", fold)
+    if fold and (recipe.train.method != "lander" or not pairs_differ):
+        check.refuse(
+            "export.fold",
+            "there is no gate to fold: formats: [dense] is exact already; remove fold",
+        )
+    for pair in fold:
+        if pair not in (*recipe.data.pairs, "mean"):
+            check.refuse(
+                "export.fold",
+                f"{pair} is no pair of data.pairs ({', '.join(recipe.data.pairs)}) and not mean; correct it",
+            )
+
+
+def _splits(recipe: Recipe) -> set[str]:
+    return {corpus.split for corpus in recipe.data.corpora}

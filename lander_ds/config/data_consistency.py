@@ -1,0 +1,117 @@
+"""Checks of a recipe's `data` that open no file: pairs, corpora, filters, prompt."""
+
+from __future__ import annotations
+
+import re
+
+from lander_ds.config.check import Check
+from lander_ds.config.document import nearest
+from lander_ds.config.recipe import ColumnConfig, CorpusConfig
+
+_CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
+_PAIR = re.compile(rf"({_CODE})-({_CODE})")
+
+
+def check_data(check: Check) -> None:
+    """Record what is wrong with `data`."""
+    pairs_are_fine = _check_pairs(check)
+    for index, corpus in enumerate(check.recipe.data.corpora):
+        _check_corpus(check, f"data.corpora.{index}", corpus)
+    if pairs_are_fine:
+        _check_coverage(check)
+        _check_template(check)
+
+
+def served(corpus: CorpusConfig, pairs: tuple[str, ...]) -> tuple[str, ...]:
+    """The pairs of the recipe that a corpus serves."""
+    return tuple(pair for pair in pairs if not corpus.pairs or pair in corpus.pairs)
+
+
+def _check_pairs(check: Check) -> bool:
+    pairs = check.recipe.data.pairs
+    if not pairs:
+        check.refuse("data.pairs", "no translation direction; write for example pairs: [en-de]")
+    fine = bool(pairs)
+    for index, pair in enumerate(pairs):
+        match = _PAIR.fullmatch(pair)
+        if not match:
+            script = (
+                "; write a script or region with an underscore: en-zh_Hans" if pair.count("-") > 1 else ""
+            )
+            wrong = f"{pair!r} is no pair; write source-target, for example en-de{script}"
+        elif match[1] == match[2]:
+            wrong = f"{pair}: source and target are the same language; correct one"
+        elif pair in pairs[:index]:
+            wrong = f"{pair} is given twice; remove one"
+        else:
+            continue
+        fine = False
+        check.refuse(f"data.pairs.{index}", wrong)
+    return fine
+
+
+def _check_corpus(check: Check, key: str, corpus: CorpusConfig) -> None:
+    pairs, columns = check.recipe.data.pairs, corpus.columns
+    if not corpus.path:
+        check.refuse(f"{key}.path", "is empty; name a file or directory")
+    check.refuse_placeholders(f"{key}.path", corpus.path, ("pair", "src", "tgt"))
+    if corpus.limit is not None and corpus.limit < 1:
+        check.refuse(f"{key}.limit", f"must be at least 1, found {corpus.limit}; remove it to use everything")
+    for number, pair in enumerate(corpus.pairs):
+        if pair not in pairs:
+            near = nearest(pair, pairs)
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(pairs)}"
+            check.refuse(f"{key}.pairs.{number}", f"{pair!r} is not among data.pairs; {hint}")
+    check.refuse_repeats(f"{key}.pairs", corpus.pairs)
+    for name, value in vars(columns).items():
+        if value is not None and not value.strip():
+            check.refuse(f"{key}.columns.{name}", "is empty; name a column")
+    check.refuse_placeholders(f"{key}.columns.src", columns.src, ("src", "tgt"))
+    check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
+    if columns.src == columns.tgt:
+        check.refuse(f"{key}.columns", f"src and tgt are the same column {columns.src!r}; correct one")
+    if corpus.format == "moses" and columns != ColumnConfig():
+        check.warn(f"{key}.columns", "has no effect: Moses files have no columns")
+
+
+def _check_coverage(check: Check) -> None:
+    """Every pair needs corpora for what the stage does with it."""
+    data = check.recipe.data
+    if not data.corpora:
+        check.refuse(
+            "data.corpora", "no corpus; write for example - {path: 'train.{pair}.jsonl', split: train}"
+        )
+        return
+    needed = []
+    if check.runs("prepare", "train", "tokenizer"):
+        needed.append("train")
+    if check.stage == "all" or (check.stage == "translate" and check.recipe.translate.split == "test"):
+        needed.append("test")
+    for split in needed:
+        missing = [pair for pair in data.pairs if not _serves(check, split, pair)]
+        if missing:
+            check.refuse(
+                "data.corpora",
+                f"no corpus with split: {split} serves {', '.join(missing)}; add one or drop the pair",
+            )
+    cut_from_train = not all(_serves(check, "detect", pair) for pair in data.pairs)
+    if check.runs("prepare", "detect") and data.detect_examples < 1 and cut_from_train:
+        check.refuse(
+            "data.detect_examples",
+            "must be at least 1 unless a corpus with split: detect serves every pair; raise it or add one",
+        )
+
+
+def _serves(check: Check, split: str, pair: str) -> bool:
+    data = check.recipe.data
+    return any(corpus.split == split and pair in served(corpus, data.pairs) for corpus in data.corpora)
+
+
+def _check_template(check: Check) -> None:
+    data = check.recipe.data
+    targets = {pair.partition("-")[2] for pair in data.pairs}
+    if len(targets) > 1 and not re.search(r"\{tgt_(name|lang)\}", data.prompt.template):
+        check.warn(
+            "data.prompt.template",
+            "names no target language ({tgt_name} or {tgt_lang}), but the pairs have several",
+        )

@@ -1,0 +1,73 @@
+"""This rank's packed micro-batches of a set of examples, the same number on every rank.
+
+A micro-batch that gets no example (fewer examples than micro-batches) is filled with one token that belongs to no
+pair and no sample (both ids are -1) and has no target, because every rank must call the same modules equally often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from lander_ds.config.recipe import TrainConfig
+from lander_ds.data.batching.examples import examples
+from lander_ds.data.batching.packing import Example, PackedBatch, pack
+from lander_ds.data.batching.plan import GlobalBatch, cut
+from lander_ds.data.prepared import PreparedSplit
+
+FILLER = Example(np.zeros(1, dtype=np.int32), prompt_length=1, pair_id=-1, sample_id=-1)
+
+
+def whole_split(splits: Mapping[int, PreparedSplit], limit: int | None) -> GlobalBatch:
+    """The first `limit` examples of every pair as one global batch, in the order of the pairs.
+
+    Args:
+        splits: prepared data by pair id; pairs may be missing.
+        limit: None takes all.
+    """
+    counts = {pair: len(split) if limit is None else min(limit, len(split)) for pair, split in splits.items()}
+    targets = np.zeros(max(splits) + 1, dtype=np.int64)
+    for pair, split in splits.items():
+        targets[pair] = split.target_lengths[: counts[pair]].sum()
+    return GlobalBatch(
+        step=0,
+        pair_ids=np.repeat(np.array(list(counts), dtype=np.int32), list(counts.values())),
+        indices=np.concatenate([np.arange(count, dtype=np.int64) for count in counts.values()]),
+        sample_ids=np.arange(sum(counts.values()), dtype=np.int64),
+        lengths=np.concatenate([split.lengths[: counts[pair]] for pair, split in splits.items()]),
+        target_tokens=int(targets.sum()),
+        target_tokens_per_pair=targets,
+    )
+
+
+def micro_batch_tokens(train: TrainConfig) -> int:
+    """Token capacity of one micro-batch on one rank."""
+    return train.micro_batch * train.pack_tokens
+
+
+def micro_batches_for(tokens: int, capacity: int, ranks: int) -> int:
+    """Micro-batches per rank into which `tokens` fit when each holds about `capacity`; at least 1."""
+    return max(1, math.ceil(tokens / (ranks * capacity)))
+
+
+def packed(
+    batch: GlobalBatch,
+    splits: Sequence[PreparedSplit] | Mapping[int, PreparedSplit],
+    rank: int,
+    ranks: int,
+    micro_batches: int,
+    device: torch.device,
+) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of `batch`, on `device`.
+
+    Args:
+        batch: the global batch.
+        splits: prepared data by pair id.
+        rank, ranks: which share.
+        micro_batches: how many per rank.
+    """
+    for positions in cut(batch, ranks, micro_batches)[rank]:
+        yield pack(examples(batch, positions, splits) or [FILLER]).to(device)

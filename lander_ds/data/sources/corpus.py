@@ -1,0 +1,163 @@
+"""Which files a recipe's corpora are: placeholders filled, formats recognised, missing files reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lander_ds.common.errors import DataError
+from lander_ds.config.recipe import ColumnConfig, CorpusConfig, CorpusFormat, DataConfig, Split
+from lander_ds.data.sources.files import COMPRESSIONS, without_compression
+from lander_ds.data.tokens.languages import split_pair
+
+FORMAT_OF_SUFFIX: dict[str, CorpusFormat] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".tmx": "tmx",
+    ".parquet": "hf",
+    ".arrow": "hf",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus of one pair: an entry of `data.corpora` with everything filled in."""
+
+    key: str
+    """Where it stands in the recipe, `data.corpora[0]`."""
+    pair: str
+    """The pair it serves."""
+    split: Split
+    """What it is for."""
+    format: CorpusFormat
+    """Never `auto`."""
+    paths: tuple[Path, ...]
+    """The file or directory; two files, source and target, for Moses."""
+    src: str
+    """Language of the side that the file calls source."""
+    tgt: str
+    """Language of the side that the file calls target."""
+    columns: ColumnConfig
+    """Column names without placeholders."""
+    swap: bool
+    """Sources and targets change places after reading."""
+    limit: int | None
+    """At most so many rows that pass the filters."""
+
+    @property
+    def name(self) -> str:
+        """The file as a person writes it."""
+        return str(self.paths[0])
+
+
+def resolve(data: DataConfig) -> list[Corpus]:
+    """Every corpus of every pair, in the order of the recipe.
+
+    Raises:
+        DataError: a file is missing or its format unknown, or a pair has no corpus.
+    """
+    corpora = []
+    for number, config in enumerate(data.corpora):
+        key = f"data.corpora[{number}]"
+        if unknown := [pair for pair in config.pairs if pair not in data.pairs]:
+            raise DataError(f"{key}.pairs: {unknown[0]!r} is not one of data.pairs ({', '.join(data.pairs)})")
+        if config.limit is not None and config.limit < 1:
+            raise DataError(f"{key}.limit: {config.limit} keeps nothing: use 1 or more, or leave it out")
+        corpora += [_resolve_one(config, key, pair) for pair in config.pairs or data.pairs]
+    _check_complete(data, corpora)
+    return corpora
+
+
+def _check_complete(data: DataConfig, corpora: list[Corpus]) -> None:
+    # One pair without training data is an oversight; a recipe that only evaluates has none at all.
+    for split in ("train", "detect"):
+        served = {corpus.pair for corpus in corpora if corpus.split == split}
+        if served and (missing := [pair for pair in data.pairs if pair not in served]):
+            raise DataError(
+                f"data.corpora: no corpus with split: {split} serves {missing[0]}: add one, or remove the "
+                "pair from data.pairs"
+            )
+    if without := [pair for pair in data.pairs if pair not in {corpus.pair for corpus in corpora}]:
+        raise DataError(
+            f"data.corpora: no corpus serves {without[0]}: add one, or remove the pair from data.pairs"
+        )
+
+
+def _resolve_one(config: CorpusConfig, key: str, pair: str) -> Corpus:
+    src, tgt = split_pair(pair)
+    if config.swap:
+        src, tgt = tgt, src
+
+    def fill(text: str) -> str:
+        return text.replace("{pair}", f"{src}-{tgt}").replace("{src}", src).replace("{tgt}", tgt)
+
+    path = Path(fill(config.path)).expanduser()
+    columns = replace(config.columns, src=fill(config.columns.src), tgt=fill(config.columns.tgt))
+    kind, paths = _locate(path, config.format, src, tgt, f"{key}.path")
+    return Corpus(key, pair, config.split, kind, paths, src, tgt, columns, config.swap, config.limit)
+
+
+def _locate(
+    path: Path, kind: CorpusFormat, src: str, tgt: str, key: str
+) -> tuple[CorpusFormat, tuple[Path, ...]]:
+    if kind == "auto":
+        kind = _recognise(path, src, tgt, key)
+    if kind == "moses":
+        return kind, _moses_sides(path, src, tgt, key)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or directory ({key}): correct the path")
+    if path.is_dir() and kind != "hf":
+        raise DataError(
+            f"{path}: is a directory, but {kind} wants a file ({key}): name the file, or use format: hf"
+        )
+    return kind, (path,)
+
+
+def _recognise(path: Path, src: str, tgt: str, key: str) -> CorpusFormat:
+    suffix = without_compression(path).suffix.lower()
+    if path.is_dir():
+        return "hf"
+    if path.exists() and suffix in FORMAT_OF_SUFFIX:
+        return FORMAT_OF_SUFFIX[suffix]
+    if _moses_candidates(path, src, tgt):
+        return "moses"
+    if path.exists():
+        known = ", ".join(FORMAT_OF_SUFFIX)
+        raise DataError(
+            f"{path}: unknown kind of file ({key}): name it {known} (plain, .gz, .xz or .zst), give a Moses "
+            f"prefix with .{src} and .{tgt} behind it, or set the format of this corpus"
+        )
+    raise DataError(
+        f"{path}: no such file or directory, and no Moses pair {path.name}.{src}, {path.name}.{tgt} ({key}): "
+        "correct the path"
+    )
+
+
+def _moses_sides(path: Path, src: str, tgt: str, key: str) -> tuple[Path, Path]:
+    candidates = _moses_candidates(path, src, tgt)
+    if not candidates:
+        raise DataError(
+            f"{path}: no Moses pair there ({key}): {path.name}.{src} and {path.name}.{tgt} (plain, .gz, .xz "
+            "or .zst) must both exist"
+        )
+    return candidates[0]
+
+
+def _moses_candidates(path: Path, src: str, tgt: str) -> list[tuple[Path, Path]]:
+    # The path is the common prefix, or the file of the source side.
+    prefixes = [path]
+    if without_compression(path).suffix == f".{src}":
+        prefixes.append(without_compression(path).with_suffix(""))
+    sides = ((_side(prefix, src), _side(prefix, tgt)) for prefix in prefixes)
+    return [(source, target) for source, target in sides if source is not None and target is not None]
+
+
+def _side(prefix: Path, language: str) -> Path | None:
+    for compression in ("", *COMPRESSIONS):
+        file = prefix.with_name(f"{prefix.name}.{language}{compression}")
+        if file.is_file():
+            return file
+    return None

@@ -1,0 +1,163 @@
+"""Reading corpora: every format becomes a stream of rows and rejections.
+
+Nothing here holds more than one line (or one TMX unit, or one batch of an HF data set) in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
+from typing import Any
+
+from lander_ds.common.errors import DataError
+from lander_ds.data.sources.corpus import Corpus
+from lander_ds.data.sources.files import Advance, read_lines
+from lander_ds.data.sources.hf import read_hf
+from lander_ds.data.sources.mappings import Located, rows_of_mappings
+from lander_ds.data.sources.rows import Rejection, Row, make_row
+from lander_ds.data.sources.tmx import read_tmx
+
+
+def read(corpus: Corpus, advance: Advance = lambda count: None) -> Iterator[Row | Rejection]:
+    """Stream a corpus in the direction of its pair.
+
+    Args:
+        corpus: what to read.
+        advance: told about the bytes read, for a progress bar.
+
+    Raises:
+        DataError: the file is empty, broken, or not what the recipe says; or not one line of it holds a
+            sentence pair.
+    """
+    readers: Mapping[str, Callable[[Corpus, Advance], Iterator[Row | Rejection]]] = {
+        "jsonl": _read_jsonl,
+        "tsv": _read_tsv,
+        "moses": _read_moses,
+        "tmx": read_tmx,
+        "hf": read_hf,
+    }
+    rejected: Counter[str] = Counter()
+    first: Rejection | None = None
+    usable = False
+    for item in readers[corpus.format](corpus, advance):
+        if isinstance(item, Rejection):
+            rejected[item.reason] += 1
+            first = first or item
+            yield item
+        else:
+            usable = True
+            yield Row(item.file, item.line, item.tgt, item.src) if corpus.swap else item
+    if usable:
+        return
+    if first is None:
+        raise DataError(f"{corpus.name}: is empty ({corpus.key}.path): give a corpus with sentence pairs")
+    counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+    raise DataError(
+        f"{corpus.name}: not one line holds a sentence pair ({counts}; first: line {first.line}: "
+        f"{first.text[:80]!r}): check that the file is UTF-8 text of format {corpus.format}, or set "
+        f"{corpus.key}.format and .columns"
+    )
+
+
+def _decoded_lines(corpus: Corpus, advance: Advance) -> Iterator[tuple[int, str | Rejection]]:
+    """Lines that are not blank, as text."""
+    for number, line in read_lines(corpus.paths[0], advance):
+        if line.strip():
+            try:
+                yield number, line.decode()
+            except UnicodeDecodeError:
+                yield number, _not_utf8(corpus.name, number, line)
+
+
+def _not_utf8(file: str, number: int, line: bytes) -> Rejection:
+    return Rejection(file, number, "invalid_utf8", line.decode(errors="backslashreplace"))
+
+
+def _read_jsonl(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
+    return rows_of_mappings(corpus, _json_objects(corpus, advance))
+
+
+def _json_objects(corpus: Corpus, advance: Advance) -> Iterator[Located]:
+    first = True
+    for number, line in _decoded_lines(corpus, advance):
+        if isinstance(line, Rejection):
+            yield line
+            continue
+        if first and line.lstrip().startswith("["):
+            raise DataError(
+                f"{corpus.name}: line {number}: is a JSON array, not JSON lines: write one object per line, "
+                f"e.g. with jq -c '.[]' {corpus.paths[0].name}"
+            )
+        first = False
+        try:
+            value: Any = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            yield number, value
+        else:
+            yield Rejection(corpus.name, number, "malformed", line)
+
+
+def _read_tsv(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
+    columns = corpus.columns
+    named = [c for c in (columns.src, columns.tgt, columns.src_lang, columns.tgt_lang) if c is not None]
+    numbers_only = all(name.isdecimal() for name in named)
+    return rows_of_mappings(corpus, _tsv_rows(corpus, advance, header=not numbers_only))
+
+
+def _tsv_rows(corpus: Corpus, advance: Advance, header: bool) -> Iterator[Located]:
+    # Tab-separated corpora do not quote, so a quotation mark is text. Columns can be had by number and, with a
+    # header, by name. Without a header the first line that has the asked columns says how many there are.
+    names: list[str] = []
+    width = 0
+    wanted = 1 + max((int(c) for c in (corpus.columns.src, corpus.columns.tgt) if c.isdecimal()), default=0)
+    for number, line in _decoded_lines(corpus, advance):
+        if isinstance(line, Rejection):
+            yield line
+            continue
+        fields = line.split("\t")
+        if header and not names:
+            names, width = [field.strip() for field in fields], len(fields)
+            _check_header(corpus, names)
+            continue
+        if not width and len(fields) >= wanted:
+            width = len(fields)
+        if len(fields) != width:
+            yield Rejection(corpus.name, number, "malformed", line)
+        else:
+            numbered = {str(position): field for position, field in enumerate(fields)}
+            yield number, numbered | dict(zip(names, fields, strict=False))
+
+
+def _check_header(corpus: Corpus, names: list[str]) -> None:
+    for column in (corpus.columns.src, corpus.columns.tgt):
+        if column not in names and not column.isdecimal():
+            shown = ", ".join(repr(name[:30]) for name in names[:8])
+            raise DataError(
+                f"{corpus.name}: line 1: no column {column!r} in the header ({shown}): set "
+                f"{corpus.key}.columns to header "
+                "names, or to 0-based numbers when there is no header, e.g. columns: {src: 0, tgt: 1}"
+            )
+
+
+def _read_moses(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
+    source, target = corpus.paths
+    count = {source: 0, target: 0}
+    for left, right in zip_longest(read_lines(source, advance), read_lines(target, advance)):
+        for path, side in ((source, left), (target, right)):
+            count[path] += side is not None
+        if left is None or right is None:
+            continue
+        number = left[0]
+        try:
+            yield make_row(corpus.name, number, left[1].decode(), right[1].decode())
+        except UnicodeDecodeError:
+            yield _not_utf8(corpus.name, number, left[1] + b" | " + right[1])
+    if count[source] != count[target]:
+        raise DataError(
+            f"{source} has {count[source]} lines, but {target} has {count[target]}: the two sides of a Moses "
+            "pair must correspond line by line; get or make them again"
+        )

@@ -1,0 +1,102 @@
+"""The prompt: what the model reads before the translation that it writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from string import Formatter
+
+from lander_ds.common.errors import ConfigError
+from lander_ds.config.recipe import PromptConfig
+from lander_ds.data.tokens.languages import language_name, split_pair
+
+PLACEHOLDERS = ("src", "src_lang", "tgt_lang", "src_name", "tgt_name")
+
+
+def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
+    """Refuse a prompt that cannot be rendered for every pair.
+
+    Raises:
+        ConfigError: the template is not a format string, has unknown placeholders or lacks `{src}`, or a
+            language has no name.
+    """
+    used = _placeholders(config.template)
+    if unknown := sorted(used.difference(PLACEHOLDERS)):
+        allowed = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise ConfigError(
+            f"data.prompt.template: unknown placeholder {{{unknown[0]}}}: use {allowed}, or write "
+            f"{{{{ and }}}} for braces"
+        )
+    if "src" not in used:
+        raise ConfigError(
+            "data.prompt.template: {src} is missing, so the model would never see the source: add it"
+        )
+    if config.shots < 0:
+        raise ConfigError(f"data.prompt.shots: {config.shots} is negative: use 0 or more")
+    for pair in pairs:
+        render_prompt(config, pair, "", ())
+
+
+def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> str:
+    """The text before the target: the few-shot examples, each with its translation, then the source.
+
+    Args:
+        config: template and separators; one that `check_prompt` accepts.
+        pair: translation direction.
+        src: source sentence.
+        shots: (source, target) examples to show first; `config.shots` does not matter here.
+    """
+    examples = [
+        _fill(config, pair, shot_src) + config.target_prefix + shot_tgt + config.separator
+        for shot_src, shot_tgt in shots
+    ]
+    return "".join(examples) + _fill(config, pair, src)
+
+
+def choose_shots(
+    examples: Iterable[tuple[str, str]], count: int, seed: int, pair: str
+) -> list[tuple[str, str]]:
+    """`count` examples of a corpus, always the same for the same seed, whatever the order of the corpus.
+
+    The corpus is streamed; only `count` examples are held. Fewer come back when the corpus has fewer.
+    """
+    best: dict[int, tuple[str, str]] = {}
+    for src, tgt in examples:
+        best[seeded_hash(seed, f"shots:{pair}", src, tgt)] = (src, tgt)
+        if len(best) > count:
+            del best[max(best)]
+    return [best[key] for key in sorted(best)]
+
+
+def shots_for(
+    chosen: Sequence[tuple[str, str]], example: tuple[str, str], count: int
+) -> list[tuple[str, str]]:
+    """The first `count` of `chosen` but the example itself: a prompt must not show its own answer."""
+    return [shot for shot in chosen if shot != example][:count]
+
+
+def seeded_hash(seed: int, purpose: str, src: str, tgt: str) -> int:
+    """64 random-looking bits of a sentence pair, for seeded choices that do not depend on file order."""
+    text = f"{seed}\0{purpose}\0{src}\0{tgt}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@cache
+def _placeholders(template: str) -> frozenset[str]:
+    try:
+        return frozenset(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.prompt.template: {error}: write {{{{ and }}}} for braces that are no placeholder"
+        ) from None
+
+
+def _fill(config: PromptConfig, pair: str, src: str) -> str:
+    src_lang, tgt_lang = split_pair(pair)
+    values = {"src": src, "src_lang": src_lang, "tgt_lang": tgt_lang}
+    # Names only where the template asks for them: languages without a known name are fine otherwise.
+    for name, code in (("src_name", src_lang), ("tgt_name", tgt_lang)):
+        if name in _placeholders(config.template):
+            values[name] = language_name(code, config.language_names)
+    return config.template.format(**values)

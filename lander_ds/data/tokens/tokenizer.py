@@ -1,0 +1,175 @@
+"""The tokenizer of a model directory, and how a prompt and its translation become token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lander_ds.common.errors import ModelError
+from lander_ds.data.tokens.sentencepiece_model import load_sentencepiece
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tekken.json",
+)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or tokenizer directory; a bare SentencePiece `tokenizer.model` will do.
+
+    It always has a padding token: the end-of-sequence token where the directory names none.
+
+    Args:
+        path: local directory.
+        trust_remote_code: allow a tokenizer class that the directory ships as Python code.
+
+    Raises:
+        ModelError: there is no tokenizer, it cannot be loaded, it has no end-of-sequence token, or its
+            vocabulary is larger than the model's embedding.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ModelError(
+            f"{path}: no such directory (model.path): give a local model directory; download a hub model "
+            "into one first"
+        )
+    settings = _read_json(directory / "tokenizer_config.json")
+    own_code = "auto_map" in settings and "AutoTokenizer" in settings["auto_map"]
+    if own_code and not trust_remote_code:
+        raise ModelError(
+            f"{path}: its tokenizer is Python code in that directory: read the code, then set "
+            "model.trust_remote_code: true"
+        )
+    present = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not present and not own_code:
+        raise ModelError(
+            f"{path}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...): copy the tokenizer files "
+            "of the base model there, or train one with `lander tokenizer`"
+        )
+    if "tokenizer.model" in present and "tokenizer.json" not in present and not own_code:
+        tokenizer = load_sentencepiece(directory / "tokenizer.model", settings)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # damaged files raise whatever their parser raises
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ModelError(
+                f"{path}: its tokenizer cannot be loaded ({reason}): copy the tokenizer files of the base "
+                "model again"
+            ) from error
+    _check(tokenizer, directory)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{directory}: the tokenizer has no end-of-sequence token, so translations would never end: name "
+            "it as eos_token in tokenizer_config.json"
+        )
+    config = _read_json(directory / "config.json")
+    embedding = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if embedding is None:
+        return
+    # Tokens added on top may lie beyond the embedding (Gemma 3's image token does); text never produces them.
+    added = tokenizer.added_tokens_decoder
+    largest = max(index for index in tokenizer.get_vocab().values() if index not in added)
+    largest = max(largest, tokenizer.eos_token_id, tokenizer.bos_token_id or 0)
+    if largest >= embedding:
+        raise ModelError(
+            f"{directory}: the tokenizer has token ids up to {largest}, but the model's embedding has "
+            f"{embedding} rows (vocab_size in config.json): tokenizer and model do not belong together; copy "
+            "the tokenizer of this model"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: is not valid JSON ({error}): copy it from the base model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: is not a JSON object: copy it from the base model again")
+    return value
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts, with a beginning-of-sequence token when the tokenizer adds one, never an end."""
+    encoded: list[list[int]] = tokenizer(
+        list(prompts), add_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return [_without_end(tokenizer, ids) for ids in encoded]
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """Token ids of prompt, target and end of sequence, and the length of the prompt, for many examples.
+
+    Prompt and target are tokenised apart, so that generation, which starts from the prompt's ids, continues
+    exactly what training has seen (I).
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        prompts: from `render_prompt`.
+        targets: the recipe's `target_prefix` and the translation.
+    """
+    if _adds_prefix_space(tokenizer):
+        # The tokenizer supplies the space between prompt and target itself; a second one would double it.
+        targets = [target.removeprefix(" ") for target in targets]
+    endings: list[list[int]] = tokenizer(
+        list(targets), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [
+        ([*prompt, *target, eos], len(prompt))
+        for prompt, target in zip(encode_prompts(tokenizer, prompts), endings, strict=True)
+    ]
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], int]:
+    """`encode_examples` for one: token ids and prompt length."""
+    return encode_examples(tokenizer, [prompt], [target])[0]
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    # Some tokenizers end every text with EOS; a prompt goes on. A lone EOS is GPT-NeoX's way to write BOS.
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def _adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
+    return bool(first) and first[0].startswith(("▁", "Ġ"))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of everything that decides token ids: equal for tokenizers that encode alike."""
+    if tokenizer.is_fast:
+        # Padding and truncation are settings of the last call, not of the tokenizer.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+        state = tokenizer.backend_tokenizer.to_str()
+    else:
+        state = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    probe = tokenizer("a")["input_ids"]  # shows whether special tokens are added
+    parts = [type(tokenizer).__name__, state, tokenizer.bos_token_id, tokenizer.eos_token_id, probe]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

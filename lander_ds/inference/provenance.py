@@ -1,0 +1,52 @@
+"""What the translations of a system were made from, so that they are made again only when that changes.
+
+Each system has its own stage record (`translate.base`, ...): training again does not make the untouched base
+translate again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+from lander_ds.checkpoint import checkpoint
+from lander_ds.common.files import json_hash
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.prepared import PreparedData
+from lander_ds.models.weights import base_fingerprint
+
+System = Literal["base", "fewshot", "trained"]
+
+
+def record_name(system: System) -> str:
+    """Name of the stage record of a system's translations."""
+    return f"translate.{system}"
+
+
+def is_up_to_date(recipe: Recipe, run: RunDirectory, data: PreparedData, system: System) -> bool:
+    """Whether the system's translations are there and were made from this recipe, data, base and training."""
+    return run.up_to_date(
+        record_name(system), options_of(recipe, system), inputs_of(recipe, run, data, system)
+    )
+
+
+def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
+    """What in the recipe a system's translations depend on; batch size and sharding only change the speed."""
+    options = asdict(recipe.translate)
+    wanted = ["split", "limit", "beams", "length_penalty", "max_new_tokens"]
+    if system == "fewshot":
+        wanted.append("shots")
+    return {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
+
+
+def inputs_of(recipe: Recipe, run: RunDirectory, data: PreparedData, system: System) -> dict[str, str]:
+    """Hashes of what a system's translations are made from.
+
+    Raises:
+        ArtefactError: the trained system is asked for and there is no checkpoint.
+    """
+    inputs = {"data": data.hash, "base": base_fingerprint(recipe.model.path)}
+    if system == "trained":
+        inputs["checkpoint"] = json_hash(dict(checkpoint.newest(run.checkpoints).state))
+    return inputs

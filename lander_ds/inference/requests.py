@@ -1,0 +1,102 @@
+"""What every system is asked to translate: the sentences of a split and the prompts it continues."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lander_ds.common.errors import DataError
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
+from lander_ds.data.tokens.prompt import choose_shots, render_prompt, shots_for
+from lander_ds.data.tokens.tokenizer import encode_prompts
+from lander_ds.inference.provenance import System
+from lander_ds.inference.translate import Request
+
+MAX_SHOT_CANDIDATES = 20_000
+"""Training sentences per pair that few-shot examples are chosen from; reading more would only take time."""
+
+
+def requests_for(
+    system: System, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Request]]:
+    """The requests of a system: pair -> sentences in corpus order, at most `translate.limit` of them.
+
+    `base` and `trained` get the prompts of the training format, `fewshot` gets `translate.shots` examples in
+    front.
+
+    Raises:
+        DataError: a pair has no such split, or no training split to take few-shot examples from.
+    """
+    config = recipe.translate
+    splits = data.split(config.split)
+    for pair in recipe.data.pairs:
+        if pair not in splits or len(splits[pair]) == 0:
+            raise DataError(
+                f"translate.split: {pair} has no sentence in split {config.split}: add a corpus with "
+                f"`split: {config.split}` to data.corpora, or translate another split"
+            )
+    opening = _opening(tokenizer, recipe.data.prompt.target_prefix)
+    requests = {}
+    for pair in recipe.data.pairs:
+        split = splits[pair]
+        indices = range(len(split) if config.limit is None else min(config.limit, len(split)))
+        sentences = [split.sentence(index) for index in indices]
+        if system == "fewshot":
+            prompts = _fewshot_prompts(recipe, data, pair, sentences, tokenizer)
+        else:
+            prompts = [_own_prompt(split, index) for index in indices]
+        requests[pair] = [
+            Request(sentence.id, sentence.src, sentence.tgt, (*prompt, *opening))
+            for sentence, prompt in zip(sentences, prompts, strict=True)
+        ]
+    return requests
+
+
+def fewshot_examples(train: PreparedSplit, count: int, seed: int) -> list[tuple[str, str]]:
+    """`count` (source, target) examples, the same for the same corpus and seed.
+
+    They come from the second quarter by length: short examples keep the prompt cheap, and the shortest
+    quarter holds single words.
+    """
+    order = np.argsort(train.lengths, kind="stable")
+    middle = order[len(order) // 4 : len(order) // 2]
+    indices = middle if len(middle) >= count else order
+    step = -(-len(indices) // MAX_SHOT_CANDIDATES) or 1
+    sentences = (train.sentence(int(index)) for index in indices[::step])
+    return choose_shots(((s.src, s.tgt) for s in sentences), count, seed, train.pair)
+
+
+def _fewshot_prompts(
+    recipe: Recipe,
+    data: PreparedData,
+    pair: str,
+    sentences: list[Sentence],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[int]]:
+    train = data.split("train").get(pair)
+    if train is None or len(train) == 0:
+        raise DataError(
+            f"translate.systems: fewshot takes its examples from the training split, and {pair} has none: "
+            "add a corpus with `split: train` to data.corpora, or leave fewshot out"
+        )
+    count = recipe.translate.shots
+    # One more than needed: a sentence that is itself an example gets the next one instead.
+    examples = fewshot_examples(train, count + 1, recipe.seed)
+    texts = [
+        render_prompt(recipe.data.prompt, pair, s.src, shots_for(examples, (s.src, s.tgt), count))
+        for s in sentences
+    ]
+    return encode_prompts(tokenizer, texts)
+
+
+def _own_prompt(split: PreparedSplit, index: int) -> list[int]:
+    ids, prompt_length = split.tokens(index)
+    return [int(token) for token in ids[:prompt_length]]
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, target_prefix: str) -> list[int]:
+    # A line end stops the translation, so one that belongs to the target prefix must stand in the prompt.
+    if "\n" not in target_prefix:
+        return []
+    return list(tokenizer(target_prefix, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,103 @@
+"""From awareness to a selection: layers, banks, and the order of the neurons. Needs no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from lander_ds.config.recipe import SelectConfig
+from lander_ds.method.awareness import Awareness
+from lander_ds.method.banks import assign_owners
+from lander_ds.method.control import random_control
+from lander_ds.method.layers import choose_layers
+from lander_ds.method.relevance import relevance
+from lander_ds.method.selection import Bank, LayerSelection, Selection
+
+
+def build_selection(awareness: Awareness, config: SelectConfig, seed: int) -> Selection:
+    """Choose the layers and divide their neurons into banks.
+
+    In a layer that only some pairs selected (`scope: per_pair`) only these own neurons, and general means
+    owned by all of them. The metadata holds `criteria` and `seed`, `base_fingerprint`, `data_hash`,
+    `awareness_hash`, `relevance` (pair -> D of layers 0 to L - 2), `layer_pairs` (layer -> pairs that
+    selected it), `bank_sizes` (layer -> group -> neurons) and `remarks` for the report.
+
+    Raises:
+        ConfigError: `select` asks for something this awareness cannot give.
+    """
+    phi, probability = awareness.phi(), awareness.activation_probability()
+    layer_pairs = choose_layers(awareness, config.layers, seed)
+    layers = []
+    for layer, pairs in layer_pairs.items():
+        rows = [awareness.pairs.index(pair) for pair in pairs]
+        owners = assign_owners(phi[rows, layer], probability[rows, layer], config.banks)
+        layers.append(divide(layer, owners, pairs))
+    metadata = {
+        "criteria": json.loads(json.dumps(asdict(config))),
+        "seed": seed,
+        "base_fingerprint": awareness.metadata.base_fingerprint,
+        "data_hash": awareness.metadata.data_hash,
+        "awareness_hash": awareness.content_hash(),
+        "relevance": dict(zip(awareness.pairs, relevance(awareness).tolist(), strict=True)),
+        "layer_pairs": {str(layer): list(pairs) for layer, pairs in layer_pairs.items()},
+        "bank_sizes": {str(layer.layer): {bank.group: bank.size for bank in layer.banks} for layer in layers},
+        "remarks": _remarks(awareness.pairs, layer_pairs, layers),
+    }
+    selection = Selection(awareness.pairs, awareness.neurons, tuple(layers), metadata)
+    return random_control(selection, seed) if config.banks.criterion == "random" else selection
+
+
+def divide(layer: int, owners: torch.Tensor, pairs: Sequence[str]) -> LayerSelection:
+    """Order a layer's neurons as [general | specific banks | frozen], by index inside each bank.
+
+    Specific banks of fewer owners come first, then in the order of their owners. A single pair's neurons are
+    specific, never general. Banks without neurons do not exist.
+
+    Args:
+        layer: index of the decoder layer.
+        owners: [M, f] bool.
+        pairs: the M pairs that selected the layer.
+    """
+    patterns, bank_of = torch.unique(owners, dim=1, return_inverse=True)
+    found = []
+    for number, pattern in enumerate(patterns.T.tolist()):
+        ids = tuple(row for row, owned in enumerate(pattern) if owned)
+        general = len(ids) == len(pairs) > 1
+        place = 0 if general else 1 if ids else 2
+        found.append(((place, len(ids), ids), torch.nonzero(bank_of == number).squeeze(1)))
+    found.sort(key=lambda item: item[0])
+    banks = tuple(
+        Bank(("general", "specific", "frozen")[place], tuple(pairs[row] for row in ids), len(neurons))
+        for (place, _, ids), neurons in found
+    )
+    return LayerSelection(layer, torch.cat([neurons for _, neurons in found]), banks)
+
+
+def _remarks(
+    pairs: tuple[str, ...], layer_pairs: dict[int, tuple[str, ...]], layers: Sequence[LayerSelection]
+) -> list[str]:
+    remarks = []
+    if len(pairs) == 1:
+        remarks.append(
+            f"There is one pair, {pairs[0]}: every trained neuron is specific to it, none is general."
+        )
+    with_specific: set[str] = set()
+    for layer in layers:
+        selected_by = layer_pairs[layer.layer]
+        if len(selected_by) == 1 < len(pairs):
+            remarks.append(
+                f"Layer {layer.layer} was selected by {selected_by[0]} alone: it has no general bank."
+            )
+        specific = [bank for bank in layer.banks if bank.kind == "specific"]
+        if not specific:
+            remarks.append(
+                f"Layer {layer.layer} has no specific bank: no neuron prefers a pair by this criterion."
+            )
+        with_specific.update(pair for bank in specific for pair in bank.owners)
+    remarks.extend(
+        f"Pair {pair} has no specific neuron in any layer." for pair in pairs if pair not in with_specific
+    )
+    return remarks

@@ -1,0 +1,183 @@
+"""The families this project knows, one description each, and `register` for one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lander_ds.common.errors import ModelError
+from lander_ds.models.family import Family, FFNPaths, LayerArguments
+
+GATED = FFNPaths(
+    block="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", activation="mlp.act_fn"
+)
+
+
+def _embed_tokens(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Token embedding alone; Gemma's scale is inside its embedding module."""
+    return decoder.embed_tokens(input_ids)  # type: ignore[operator, no-any-return]
+
+
+def _rotary(
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+) -> LayerArguments:
+    """One rotary embedding for all layers. Each layer knows its own sliding window."""
+    shared = {
+        "attention_mask": None,
+        "position_ids": positions,
+        "position_embeddings": decoder.rotary_emb(hidden, positions),  # type: ignore[operator]
+        "segment_lengths": segment_lengths,
+    }
+    return lambda layer: shared
+
+
+def _rotary_per_type(
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+) -> LayerArguments:
+    """Gemma 3: sliding and full layers have rotary embeddings of their own."""
+    types: list[str] = decoder.config.layer_types  # type: ignore[union-attr, assignment]
+    embeddings: dict[str, Any] = {
+        kind: decoder.rotary_emb(hidden, positions, kind)  # type: ignore[operator]
+        for kind in sorted(set(types))
+    }
+    shared = {"attention_mask": None, "position_ids": positions, "segment_lengths": segment_lengths}
+    return lambda layer: {**shared, "position_embeddings": embeddings[types[layer]]}
+
+
+def _embed_bloom(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return decoder.word_embeddings_layernorm(decoder.word_embeddings(input_ids))  # type: ignore[operator, no-any-return]
+
+
+def _alibi(
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+) -> LayerArguments:
+    """BLOOM: ALiBi from the position inside the example, and an additive mask that keeps examples apart.
+
+    Its layers compute attention themselves, over the whole row: the cost grows with the square of T.
+    """
+    ones = torch.ones(1, max(segment_lengths), device=hidden.device)
+    slopes = decoder.build_alibi_tensor(ones, decoder.num_heads, hidden.dtype)  # type: ignore[operator]
+    lengths = torch.tensor(segment_lengths, device=hidden.device)
+    total = hidden.shape[1]
+    numbers = torch.arange(len(segment_lengths), device=hidden.device)
+    # The size is known: without it a GPU would have to tell it.
+    segments = torch.repeat_interleave(numbers, lengths, output_size=total)
+    seen = (segments[:, None] == segments[None, :]) & torch.ones(
+        total, total, dtype=torch.bool, device=hidden.device
+    ).tril()
+    mask = torch.zeros(1, 1, total, total, dtype=hidden.dtype, device=hidden.device)
+    mask.masked_fill_(~seen, torch.finfo(hidden.dtype).min)
+    shared = {"alibi": slopes[:, :, positions[0]], "attention_mask": mask}
+    return lambda layer: shared
+
+
+def _embed_neox(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return decoder.emb_dropout(decoder.embed_in(input_ids))  # type: ignore[operator, no-any-return]
+
+
+def _embed_opt(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    hidden = decoder.embed_tokens(input_ids)  # type: ignore[operator]
+    if decoder.project_in is not None:
+        hidden = decoder.project_in(hidden)  # type: ignore[operator]
+    mask = torch.ones_like(input_ids)
+    return hidden + decoder.embed_positions(mask, 0, position_ids=positions)  # type: ignore[operator, no-any-return]
+
+
+def _learned_positions(
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+) -> LayerArguments:
+    """OPT: positions are in the embedding already."""
+    shared = {"attention_mask": None, "segment_lengths": segment_lengths}
+    return lambda layer: shared
+
+
+def _llama_like(name: str, *model_types: str) -> Family:
+    return Family(
+        name=name,
+        model_types=model_types,
+        decoder="model",
+        embeddings="embed_tokens",
+        layers="layers",
+        final=("norm",),
+        ffn=GATED,
+        embed=_embed_tokens,
+        layer_arguments=_rotary_per_type if name == "gemma3" else _rotary,
+    )
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a family, or replace the one of the same name."""
+    _FAMILIES[family.name] = family
+
+
+def family_of(model_type: str) -> Family:
+    """The family of an HF `model_type`.
+
+    Raises:
+        ModelError: no description fits; the message lists the known ones.
+    """
+    for family in _FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(kind for family in _FAMILIES.values() for kind in family.model_types))
+    raise ModelError(
+        f"model_type {model_type!r} is of no known family (known: {known}). "
+        "Describe it with lander_ds.models.catalogue.register(Family(...)); see CONTRIBUTING.md"
+    )
+
+
+def families() -> tuple[Family, ...]:
+    """All known families."""
+    return tuple(_FAMILIES.values())
+
+
+for _family in (
+    _llama_like("gemma3", "gemma3_text"),
+    _llama_like("gemma2", "gemma2"),
+    _llama_like("gemma", "gemma"),
+    _llama_like("llama", "llama"),
+    _llama_like("mistral", "mistral"),
+    _llama_like("qwen2", "qwen2"),
+    _llama_like("qwen3", "qwen3"),
+    Family(
+        name="bloom",
+        model_types=("bloom",),
+        decoder="transformer",
+        embeddings="word_embeddings",
+        layers="h",
+        final=("ln_f",),
+        ffn=FFNPaths(up="mlp.dense_h_to_4h", activation="mlp.gelu_impl", down="mlp.dense_4h_to_h"),
+        embed=_embed_bloom,
+        layer_arguments=_alibi,
+        packed_attention=False,
+    ),
+    Family(
+        name="gpt_neox",
+        model_types=("gpt_neox",),
+        decoder="gpt_neox",
+        embeddings="embed_in",
+        layers="layers",
+        final=("final_layer_norm",),
+        ffn=FFNPaths(block="mlp", up="mlp.dense_h_to_4h", activation="mlp.act", down="mlp.dense_4h_to_h"),
+        embed=_embed_neox,
+        layer_arguments=_rotary,
+        renamed=(("lm_head.", "embed_out."),),
+    ),
+    Family(
+        name="opt",
+        model_types=("opt",),
+        decoder="model.decoder",
+        embeddings="embed_tokens",
+        layers="layers",
+        final=("final_layer_norm", "project_out"),
+        ffn=FFNPaths(up="fc1", activation="activation_fn", down="fc2"),
+        embed=_embed_opt,
+        layer_arguments=_learned_positions,
+    ),
+):
+    register(_family)

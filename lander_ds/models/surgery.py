@@ -1,0 +1,216 @@
+"""Putting routed FFNs into an HF model and taking them out again; both are exact.
+
+Works on real tensors and on `meta` tensors alike. Every bank parameter remembers which rows or columns of
+which base tensor it holds (`Slice`), so that a model built on `meta` can be filled from files and a trained
+one written back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lander_ds.common.errors import ArtefactError, ModelError
+from lander_ds.config.recipe import RoutingConfig
+from lander_ds.method.selection import LayerSelection, Selection
+from lander_ds.models.family import Family, FFNPaths
+from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, RoutingState, replace, take_place
+
+OPTIONS = ("gate", "gate_init", "gate_eval", "other_pairs")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a parameter's values stand in the base model."""
+
+    tensor: str
+    """Name of the base tensor, e.g. `model.layers.8.mlp.up_proj.weight`."""
+    dim: int
+    """0: the parameter is rows of it, 1: columns."""
+    neurons: torch.Tensor
+    """[n] int64 indices along `dim`."""
+    shape: torch.Size
+    """Shape of the base tensor."""
+
+
+def install(
+    model: PreTrainedModel, family: Family, selection: Selection, routing: RoutingConfig, seed: int
+) -> RoutingState:
+    """Replace the FFNs of the selected layers by routed ones of the same weights; freeze all but the gates.
+
+    Args:
+        model: the HF model, on any device or on meta.
+        family: its family.
+        selection: layers and banks.
+        routing: gate options.
+        seed: initial values of the gates depend on it and on the layer alone.
+
+    Raises:
+        ArtefactError: the selection does not fit the model.
+        ModelError: an FFN of a form that cannot be split.
+    """
+    layers, f = family.layers_of(model), family.neurons(model)
+    if any(layer.layer >= len(layers) for layer in selection.layers) or f != selection.neurons:
+        raise ArtefactError(
+            f"the selection is for {selection.neurons} neurons per layer and layers "
+            f"{[layer.layer for layer in selection.layers]}; this model has {f} neurons and {len(layers)} "
+            "layers: run stages detect and select for this model"
+        )
+    if getattr(model.config, "slow_but_exact", False) and getattr(model.config, "pretraining_tp", 1) > 1:
+        raise ModelError(
+            "slow_but_exact with pretraining_tp > 1 is not supported: set slow_but_exact false in config.json"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    state = RoutingState(selection.pairs)
+    options = {key: value for key, value in asdict(routing).items() if key in OPTIONS}
+    for chosen in selection.layers:
+        layer, index = layers[chosen.layer], chosen.layer
+        projections = _projections(layer, f"{family.decoder}.{family.layers}.{index}", family.ffn)
+        up, down = projections["up"][1], projections["down"][1]
+        banks = _banks(projections, chosen, selection.pairs)
+        router = None if routing.gate == "none" else _new_gate(up.weight, routing.hidden, seed, index)
+        activation = layer.get_submodule(family.ffn.activation)
+        output_bias = None if down.bias is None else down.bias.data
+        routed = RoutedFFN(index, banks, activation, output_bias, router, options, state)
+        if routed.output_bias is not None:
+            everything = torch.arange(len(routed.output_bias))
+            name = f"{projections['down'][0]}.bias"
+            _mark(routed.output_bias, Slice(name, 0, everything, routed.output_bias.shape))
+        _put_in(layer, family.ffn, routed)
+    return state
+
+
+Projections = dict[str, tuple[str, nn.Linear]]
+"""Role (up, down, gate) -> base name and module."""
+
+
+def _projections(layer: nn.Module, name: str, paths: FFNPaths) -> Projections:
+    found: Projections = {}
+    for role, path in (("up", paths.up), ("down", paths.down), ("gate", paths.gate)):
+        if path is not None:
+            module = layer.get_submodule(path)
+            if not isinstance(module, nn.Linear):
+                raise ModelError(
+                    f"{name}.{path}: expected a linear projection, found {type(module).__name__}"
+                )
+            found[role] = (f"{name}.{path}", module)
+    if "gate" in found and any(module.bias is not None for _, module in found.values()):
+        raise ModelError(
+            f"{name}: a gated FFN with biases (mlp_bias) is not supported; use a base model without them"
+        )
+    return found
+
+
+def _banks(projections: Projections, chosen: LayerSelection, pairs: tuple[str, ...]) -> list[BankFFN]:
+    """One module per bank, each parameter marked with its slice of the base."""
+    # Role in the bank -> base name, base tensor, dimension of the neurons.
+    bases: dict[str, tuple[str, torch.Tensor, int]] = {
+        role: (f"{name}.weight", module.weight.data, 1 if role == "down" else 0)
+        for role, (name, module) in projections.items()
+    }
+    name, up = projections["up"]
+    if up.bias is not None:
+        bases["bias"] = (f"{name}.bias", up.bias.data, 0)
+    banks = []
+    for bank, neurons in zip(chosen.banks, chosen.slices(), strict=True):
+        values = {
+            role: tensor.index_select(dim, neurons.to(tensor.device))
+            for role, (_, tensor, dim) in bases.items()
+        }
+        module = BankFFN(bank.kind, [pairs.index(pair) for pair in bank.owners], **values)
+        module.group = bank.group
+        for role, (base, tensor, dim) in bases.items():
+            _mark(module.get_parameter(role), Slice(base, dim, neurons, tensor.shape))
+        banks.append(module)
+    return banks
+
+
+def _mark(parameter: nn.Parameter, cut: Slice) -> None:
+    parameter.lander_slice = cut  # type: ignore[attr-defined]
+
+
+def _put_in(layer: nn.Module, paths: FFNPaths, routed: RoutedFFN) -> None:
+    routed.train(layer.training)
+    if paths.block is not None:
+        # Kept for `remove`, without its weights.
+        routed.replaced = (layer.get_submodule(paths.block),)
+        for path in filter(None, (paths.up, paths.gate, paths.down)):
+            replace(layer, path, nn.Identity())
+    take_place(layer, asdict(paths), routed)
+
+
+def _new_gate(like: torch.Tensor, hidden: int, seed: int, layer: int) -> Gate:
+    """A gate whose logit is 0 for every token: w2 = 0 and b2 = 0. w1 is drawn by (seed, layer)."""
+    d = like.shape[1]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    w1 = torch.randn(hidden, d, generator=generator) / math.sqrt(d)
+    gate = Gate(w1, torch.zeros(hidden), torch.zeros(1, hidden), torch.zeros(1)).to(dtype=like.dtype)
+    return gate if like.is_meta else gate.to(like.device)
+
+
+def routed_ffns(model: nn.Module) -> Iterator[tuple[str, RoutedFFN]]:
+    """Names and routed FFNs of a model, by layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedFFN):
+            yield name, module
+
+
+def banks_of(routed: RoutedFFN) -> list[BankFFN]:
+    """The banks of a routed FFN, in the order of the selection."""
+    return [bank for bank in routed.banks if isinstance(bank, BankFFN)]
+
+
+def slices(model: nn.Module) -> dict[str, Slice]:
+    """Parameter name -> where its values stand in the base model, for everything surgery has cut."""
+    return {
+        name: parameter.lander_slice
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "lander_slice")
+    }
+
+
+def restored(tensors: dict[str, torch.Tensor], cuts: dict[str, Slice]) -> dict[str, torch.Tensor]:
+    """Base tensors put together again from bank tensors: the inverse permutation.
+
+    Args:
+        tensors: parameter name -> values.
+        cuts: `slices` of the model they come from; together they cover every neuron once.
+
+    Returns: base tensor name -> tensor, on the device of its parts.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for name, cut in cuts.items():
+        values = tensors[name]
+        if cut.tensor not in whole:
+            whole[cut.tensor] = torch.empty(cut.shape, dtype=values.dtype, device=values.device)
+        whole[cut.tensor].index_copy_(cut.dim, cut.neurons.to(values.device), values)
+    return whole
+
+
+def remove(model: PreTrainedModel, family: Family) -> None:
+    """Take the routed FFNs out: plain HF modules with the banks' weights in base order, gates dropped."""
+    layers, paths = family.layers_of(model), family.ffn
+    for _, routed in list(routed_ffns(model)):
+        layer = layers[routed.layer]
+        tensors = {name: parameter.data for name, parameter in routed.named_parameters()}
+        whole = restored(tensors, slices(routed))
+        if paths.block is not None:
+            replace(layer, paths.block, routed.replaced[0])
+        for path in filter(None, (paths.up, paths.gate, paths.down)):
+            base = f"{family.decoder}.{family.layers}.{routed.layer}.{path}"
+            replace(layer, path, _linear(whole[f"{base}.weight"], whole.get(f"{base}.bias")))
+        replace(layer, paths.activation, routed.activation)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear

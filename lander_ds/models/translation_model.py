@@ -1,0 +1,272 @@
+"""The module that DeepSpeed wraps: packed micro-batch in, token-normalised loss out; the whole model or one stage of it.
+
+It runs the HF decoder piece by piece (see `families.family`), so that nothing is padded, logits exist at target
+positions alone, layers below the first trained one build no graph, and a pipeline stage runs the same code as a
+whole model.
+
+Shapes: T tokens, N target tokens, E examples, M pairs, d hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.models.family import Family
+from lander_ds.models.loss import LossHead
+from lander_ds.models.routed_ffn import RoutingState
+from lander_ds.models.span import Span, units, whole
+from lander_ds.models.surgery import routed_ffns
+
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Odd constant that spreads small seeds over all bits (golden ratio times 2^64)."""
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """What a micro-batch's sums are divided by, so that losses do not depend on how the global batch was cut."""
+
+    target_tokens: int
+    """Target tokens of the global batch."""
+    examples: int
+    """Examples of the global batch."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised besides the cross-entropy, and what its noise depends on."""
+
+    budget_weight: float = 0.0
+    """Weight of the budget loss."""
+    budget: float = 0.5
+    """p of the budget loss."""
+    seed: int = 0
+    """Of the gate noise."""
+
+
+class TranslationModel(nn.Module):
+    """A span of a decoder-only HF model with, at its end, a translation loss.
+
+    Between spans travel the hidden states [1, T, d] and, when the budget loss needs it, how much of each example the
+    gates below sent to specific neurons ([E] float32, sum of 1 - c over tokens and routed layers).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        pairs: int,
+        state: RoutingState | None = None,
+        objective: Objective | None = None,
+        span: Span | None = None,
+        input_gradients: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        """Wrap.
+
+        Args:
+            model: the HF model, after surgery if there is one; outside the span its parameters may be on meta.
+            family: its family.
+            pairs: M.
+            state: the routing state of a routed model.
+            objective: default: cross-entropy alone.
+            span: the part that is computed here; default: everything.
+            input_gradients: build the graph from the embeddings on although nothing is trained (detection needs
+                gradients of activations, not of weights).
+            recompute: keep only the input of each decoder layer and compute its activations again when its gradient
+                is needed (activation checkpointing).
+        """
+        super().__init__()
+        self.family = family
+        self.pairs = pairs
+        self.state = state
+        self.objective = objective or Objective()
+        self.span = span or whole(model, family)
+        self.input_gradients = input_gradients
+        self.recompute = recompute
+        self.announce: Callable[[PackedBatch], None] | None = None
+        """Told of every micro-batch before its forward pass."""
+        self.first_trained = 0 if input_gradients else first_trained_layer(model, family)
+        # In a tuple, so that parts on meta that other stages hold are no submodules.
+        self._skeleton = (model,)
+        self.parts = nn.ModuleList(unit for _, unit in units(model, family, self.span))
+        self.head: LossHead | None = None
+        if self.span.last:
+            self.head = LossHead(model.get_output_embeddings(), family.softcap(model))
+        self.routed_layers = sorted(routed.layer for _, routed in routed_ffns(model))
+        """Decoder layers with a routed FFN, of the whole model."""
+        self.gated = any(routed.router is not None for _, routed in routed_ffns(model))
+        """Whether they have gates."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The whole HF model; outside the span its parameters may be on meta."""
+        return self._skeleton[0]
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the loss holds a budget."""
+        return self.objective.budget_weight > 0.0 and self.gated
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether a backward pass has anything to do in this span."""
+        return self.span.last or self.first_trained < self.span.stop
+
+    def crosses(self, layer: int) -> bool:
+        """Whether gradients flow down into the layers below decoder layer `layer`."""
+        return self.first_trained < layer
+
+    def carried(self, batch: PackedBatch) -> list[torch.Tensor]:
+        """Empty tensors of the shapes that come in from the span before."""
+        device = batch.input_ids.device
+        width = int(self.model.config.hidden_size)
+        hidden = torch.empty(1, len(batch.input_ids), width, dtype=self.model.dtype, device=device)
+        if not self._shares_below(self.span.start):
+            return [hidden]
+        return [hidden, torch.empty(len(batch.segment_lengths), dtype=torch.float32, device=device)]
+
+    def _shares_below(self, layer: int) -> bool:
+        return self.budgeted and self.routed_layers[0] < layer
+
+    def forward(self, batch: PackedBatch, norm: BatchTotals, *incoming: torch.Tensor) -> Tensors:
+        """One micro-batch through the span.
+
+        Args:
+            batch: the packed micro-batch.
+            norm: sizes of the global batch.
+            incoming: what the span before returned; nothing for the first.
+
+        Returns: of a span that is not the last, what travels on. Of the last:
+            scalar: target loss / norm.target_tokens (+ budget loss); summed over all micro-batches and data-parallel
+            ranks it is the loss of the global batch.
+            [2, M] float64: sum of losses (nats) and target tokens per pair.
+            [] float64: budget loss of this micro-batch (already divided), before its weight.
+        """
+        if self.announce is not None:
+            self.announce(batch)
+        self._begin_routing(batch)
+        hidden = incoming[0] if incoming else self._embed(batch)
+        share = incoming[1] if len(incoming) > 1 else None
+        hidden, share = self._layers(batch, hidden, share)
+        if not self.span.last:
+            return (hidden,) if share is None else (hidden, share)
+        return self._finish(batch, norm, hidden, share)
+
+    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.first_trained == 0):
+            decoder = self.family.decoder_of(self.model)
+            hidden = self.family.embed(decoder, batch.input_ids.unsqueeze(0), batch.positions.unsqueeze(0))
+            if self.input_gradients and torch.is_grad_enabled():
+                hidden = hidden.detach().requires_grad_()
+        return hidden
+
+    def _layers(
+        self, batch: PackedBatch, hidden: torch.Tensor, share: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        decoder, positions = self.family.decoder_of(self.model), batch.positions.unsqueeze(0)
+        arguments = self.family.layer_arguments(decoder, hidden, positions, batch.segment_lengths)
+        for index in range(self.span.start, self.span.stop):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.first_trained):
+                run = _Layer(self, batch, index, arguments(index))
+                if self.recompute and torch.is_grad_enabled():
+                    # Reentrant, because ZeRO-3's sharded weights have other shapes when the recomputation ends than
+                    # the other kind expects. It needs an input that requires a gradient.
+                    hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+                    hidden, added = checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
+                else:
+                    hidden, added = run(hidden)
+            if added is not None:
+                share = added if share is None else share + added
+        return hidden, share
+
+    def _finish(
+        self, batch: PackedBatch, norm: BatchTotals, hidden: torch.Tensor, share: torch.Tensor | None
+    ) -> Tensors:
+        assert self.head is not None
+        targets = hidden[0].index_select(0, batch.target_positions)
+        losses = self.head(self.family.finish(self.model, targets), batch.targets)
+        total = losses.sum() / norm.target_tokens
+        budget = total.new_zeros(())
+        if share is not None:
+            # Per example, so that the value does not depend on which examples share a micro-batch. A filler
+            # (sample id -1) is no example.
+            lengths = torch.tensor(batch.segment_lengths, device=losses.device)
+            mean = share / (len(self.routed_layers) * lengths)
+            real = (batch.sample_ids >= 0).to(mean.dtype)
+            budget = ((mean - self.objective.budget).abs() * real).sum() / norm.examples
+            total = total + self.objective.budget_weight * budget
+        per_pair = torch.zeros(2, self.pairs, dtype=torch.float64, device=losses.device)
+        owners = batch.pair_ids[batch.target_positions]
+        per_pair[0].index_add_(0, owners, losses.detach().double())
+        per_pair[1].index_add_(0, owners, torch.ones_like(losses, dtype=torch.float64))
+        return total, per_pair, budget.detach().double()
+
+    def _begin_routing(self, batch: PackedBatch) -> None:
+        state = self.state
+        if state is None:
+            return
+        state.begin(batch.pair_ids)
+        state.segment_ids = batch.segment_ids
+        state.examples = len(batch.segment_lengths)
+        # A sample id is drawn once in a run, so it stands for the step too.
+        keys = (batch.sample_ids[batch.segment_ids] << 24) + batch.positions
+        state.noise_keys = keys ^ (self.objective.seed * SEED_STRIDE % (1 << 62))
+
+
+class _Layer:
+    """One decoder layer on one micro-batch; calling it again is a recomputation."""
+
+    def __init__(
+        self, owner: TranslationModel, batch: PackedBatch, index: int, arguments: dict[str, object]
+    ) -> None:
+        self._owner, self._batch, self._index, self._arguments = owner, batch, index, arguments
+        self._ran = False
+
+    def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden [1, T, d] -> hidden [1, T, d], and sums of 1 - c over tokens [E] when the budget needs them."""
+        owner, state = self._owner, self._owner.state
+        layer = owner.family.layers_of(owner.model)[self._index]
+        if state is None:
+            return owner.family.run_layer(layer, hidden, self._arguments), None
+        statistics = state.statistics
+        if self._ran:
+            # Meanwhile the state may have come to another micro-batch, and the gates were counted already.
+            owner._begin_routing(self._batch)
+            state.statistics = None
+        self._ran = True
+        state.specific_share = [] if owner.budgeted else None
+        hidden = owner.family.run_layer(layer, hidden, self._arguments)
+        shares, state.specific_share, state.statistics = state.specific_share, None, statistics
+        return hidden, torch.stack(shares).sum(0) if shares else None
+
+
+def first_trained_layer(model: PreTrainedModel, family: Family) -> int:
+    """Lowest decoder layer with a trained parameter; 0 when something before the layers is trained; the number of
+    layers when only what follows them is."""
+    layers = family.layers_of(model)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    after = {id(p) for path in family.final for p in _parameters(family.decoder_of(model), path)}
+    head = model.get_output_embeddings()
+    embedding = {id(parameter) for parameter in family.embeddings_of(model).parameters()}
+    after |= {id(parameter) for parameter in head.parameters()} - embedding
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after:
+            return 0
+    for index, layer in enumerate(layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return index
+    return len(layers)
+
+
+def _parameters(decoder: nn.Module, path: str) -> list[nn.Parameter]:
+    module = getattr(decoder, path, None)
+    return [] if module is None else list(module.parameters())

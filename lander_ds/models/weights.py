@@ -1,0 +1,205 @@
+"""HF checkpoints on disk: checking them, naming their tensors, reading one tensor at a time.
+
+A reader maps the files into memory, so a model can be filled layer by layer on ranks that never hold it whole.
+Safetensors are read, and pickles only where the user says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lander_ds.common.errors import ModelError
+from lander_ds.models.files import no_directory, weight_files
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+class BaseWeights:
+    """The tensors of an HF model directory.
+
+    Raises:
+        ModelError: the directory is missing or incomplete, a file is missing or truncated, the index is damaged or
+            names files elsewhere, or the weights are pickled and `allow_pickle` is not set.
+    """
+
+    def __init__(self, directory: str | Path, allow_pickle: bool = False) -> None:
+        self.directory = Path(directory)
+        self.layout = weight_files(self.directory)
+        self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, _File] = {}
+        if self.layout.pickled and not allow_pickle:
+            raise ModelError(
+                f"{self.directory} holds only pickled weights ({self.layout.paths[0].name}), which can run code on "
+                "opening: convert them once with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or "
+                "set model.allow_pickle: true if you trust where they come from"
+            )
+        for path in self.layout.paths:
+            self._open[path] = file = _unpickle(path) if self.layout.pickled else _open_safetensors(path)
+            self._file_of.update(dict.fromkeys(file.names, path))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> Iterator[str]:
+        """Names of all tensors on disk."""
+        return iter(self._file_of)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def files(self) -> list[Path]:
+        """All weight files."""
+        return list(self._open)
+
+    def names_in(self, path: Path) -> list[str]:
+        """Names of the tensors in a weight file."""
+        return list(self._open[path].names)
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """Metadata of a weight file."""
+        return dict(self._open[path].metadata)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor called `name` on disk. It lies in the mapped file and takes no memory of its own; who writes
+        into it must copy it first."""
+        return self._open[self._file_of[name]].read(name)
+
+    def stored_name(self, name: str, prefix: str, renamed: Sequence[tuple[str, str]] = ()) -> str | None:
+        """Name on disk of the model tensor `name`, or None; see `stored_among`."""
+        return stored_among(self._file_of, name, prefix, renamed)
+
+
+def stored_among(
+    stored: Container[str], name: str, prefix: str, renamed: Sequence[tuple[str, str]] = ()
+) -> str | None:
+    """Name on disk of the model tensor `name`, or None.
+
+    Older checkpoints lack the base model's prefix (BLOOM: `h.0...` for `transformer.h.0...`) or carry
+    another one (`language_model.` in checkpoints of multimodal models).
+
+    Args:
+        stored: the names on disk.
+        name: name in the HF model.
+        prefix: `base_model_prefix` of the model class.
+        renamed: the family's (start of the name in the model, start on disk).
+    """
+    bare = name.removeprefix(f"{prefix}.")
+    candidates = [name, bare, f"language_model.{name}", f"model.language_model.{bare}"]
+    candidates.append(f"model.language_model.{name}")
+    candidates += [old + name.removeprefix(new) for new, old in renamed if name.startswith(new)]
+    return next((candidate for candidate in candidates if candidate in stored), None)
+
+
+@dataclass(frozen=True)
+class _File:
+    """An open weight file."""
+
+    names: Sequence[str]
+    metadata: Mapping[str, str]
+    read: Callable[[str], torch.Tensor]
+
+
+def _open_safetensors(path: Path) -> _File:
+    try:
+        file = safe_open(path, framework="pt")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error}): check it and its permissions") from None
+    except SafetensorError as error:
+        raise ModelError(_damage(path, error)) from None
+    return _File(file.keys(), file.metadata() or {}, file.get_tensor)  # type: ignore[no-untyped-call]
+
+
+def _unpickle(path: Path) -> _File:
+    """A pickle of tensors and nothing else, mapped into memory rather than read."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch answers bad files with exceptions of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"{path} cannot be opened as a pickle of tensors alone ({reason}): convert it once with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), or use a safetensors checkpoint"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
+    ):
+        raise ModelError(f"{path} holds other things than named tensors: use a safetensors checkpoint")
+    return _File(list(tensors), {}, tensors.__getitem__)
+
+
+def _damage(path: Path, error: SafetensorError) -> str:
+    with path.open("rb") as stream:
+        pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+    if pointer:
+        return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in the model directory"
+    return f"{path} is damaged or truncated ({error}): copy the model directory again"
+
+
+def base_fingerprint(directory: str | Path) -> str:
+    """Content hash of a model directory's weights and configuration, cheap to compute.
+
+    Per weight file it takes the size, the header (names, shapes, types, offsets) and 64 blocks of 4 KiB
+    spread over the data; of config.json everything but the version of the library that wrote it. Pickles are not
+    opened for it.
+
+    Returns: `sha256:` and 64 hex digits.
+
+    Raises:
+        ModelError: as `BaseWeights`, and `read_config`.
+    """
+    layout = weight_files(Path(directory))
+    if not layout.pickled:
+        BaseWeights(directory)
+    digest = hashlib.sha256()
+    config = read_config(Path(directory))
+    config.pop("transformers_version", None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in layout.paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as stream:
+            header = 0 if layout.pickled else int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(header))
+            step = max(1, (size - 8 - header) // 64)
+            for offset in range(8 + header, size, step):
+                stream.seek(offset)
+                digest.update(stream.read(4096))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory.
+
+    Raises:
+        ModelError: it is missing or not JSON.
+    """
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise ModelError(no_directory(directory))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist: is model.path an HF model directory?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): copy the model directory again") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error}): check it and its permissions") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(f"{path} has no model_type: is model.path an HF model directory?")
+    return config
+
+
+def base_name(directory: str | Path) -> str:
+    """A model directory's name for people: `org/name` in a Hugging Face cache, else its last part."""
+    path = Path(directory).absolute()
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name

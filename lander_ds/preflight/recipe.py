@@ -1,0 +1,60 @@
+"""Everything that is refused before a stage begins: what the recipe says, then the files that it names."""
+
+from __future__ import annotations
+
+from lander_ds.common.errors import ConfigError
+from lander_ds.config.check import Check
+from lander_ds.config.consistency import check_consistency
+from lander_ds.config.document import Document, Problems
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.filters import check_filters
+from lander_ds.data.tokens.prompt import check_prompt
+from lander_ds.evaluation.metrics import check_tokenizers
+from lander_ds.preflight.files import check_files
+
+
+def check_recipe(recipe: Recipe, stage: str | None, document: Document | None = None) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        recipe: the recipe.
+        stage: the stage about to run, `all`, or None to check everything.
+        document: where the recipe was read from, so that messages name lines.
+
+    Raises:
+        ConfigError: one message with every problem found.
+    """
+    problems = Problems(document or Document("the recipe", None))
+    check = Check(recipe, stage, problems)
+    check_consistency(check)
+    _check_texts(check)
+    if check.runs("score"):
+        _check_score_tokenizers(check)
+    problems.refuse()
+    # Files come last: a path is worth looking up once the recipe makes sense.
+    check_files(check)
+    problems.refuse()
+
+
+def _check_texts(check: Check) -> None:
+    """Filters and prompt, as the code that uses them judges them."""
+    data = check.recipe.data
+    try:
+        check_filters(data.filters)
+        check_prompt(data.prompt, data.pairs)
+    except ConfigError as error:
+        key, _, message = str(error).partition(" ")
+        check.refuse(key.rstrip(":"), message)
+
+
+def _check_score_tokenizers(check: Check) -> None:
+    score, pairs = check.recipe.score, check.recipe.data.pairs
+    targets = {pair.partition("-")[2] for pair in pairs}
+    for language, tokenizer in score.tokenizers.items():
+        key = f"score.tokenizers.{language}"
+        try:
+            check_tokenizers({language: tokenizer})
+        except ConfigError as error:
+            check.refuse(key, str(error).removeprefix(f"{key}: "))
+        if language not in targets:
+            check.warn(key, f"no pair has the target language {language}")

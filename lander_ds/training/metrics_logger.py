@@ -1,0 +1,88 @@
+"""What training writes down: metrics.jsonl (every step), TensorBoard (through DeepSpeed's monitor), log lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lander_ds.common.files import write_text
+from lander_ds.distributed import process_group
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLogger:
+    """Rank 0 writes; the other ranks do nothing."""
+
+    def __init__(self, path: Path, monitor: Any, log_every: int, done: int = 0) -> None:
+        """Start `path` anew, or go on in it.
+
+        Args:
+            path: metrics.jsonl.
+            monitor: the DeepSpeed engine's monitor.
+            log_every: steps between log lines and TensorBoard points.
+            done: steps already done; what the file says of later ones is dropped, because they are done again.
+        """
+        self._monitor, self._log_every = monitor, log_every
+        self._stream = None
+        if process_group.rank() == 0:
+            write_text(path, "".join(_until(path, done)))
+            self._stream = path.open("a", encoding="utf-8")
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Record one optimizer step."""
+        self._write(record)
+        if record["step"] % self._log_every == 0 and not record["skipped"]:
+            scalars = {
+                "train/loss": record["loss"],
+                "train/grad_norm": record["grad_norm"],
+                "train/tokens_per_second": record["tokens_per_second"],
+                **{f"loss/{pair}": value for pair, value in record["loss_per_pair"].items()},
+                **{f"lr/{group}": value for group, value in record["lr"].items()},
+            }
+            for layer, gates in record["gates"].items():
+                scalars.update({f"gate/layer{layer}/{pair}": value for pair, value in gates.items()})
+            self._scalars(scalars, record["step"])
+
+    def validation(self, step: int, losses: dict[str, float]) -> float:
+        """Record a validation; returns the mean over pairs."""
+        mean = sum(losses.values()) / len(losses)
+        self._write({"step": step, "valid_loss": losses, "valid_loss_mean": mean})
+        self._scalars({"valid/mean": mean, **{f"valid/{pair}": v for pair, v in losses.items()}}, step)
+        logger.info(
+            "step %d: validation loss %.4f (%s)",
+            step,
+            mean,
+            ", ".join(f"{p} {v:.3f}" for p, v in losses.items()),
+        )
+        return mean
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._stream is not None:
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        if process_group.rank() == 0 and self._monitor is not None and self._monitor.enabled:
+            self._monitor.write_events([(name, value, step) for name, value in values.items()])
+
+
+def _until(path: Path, done: int) -> Iterator[str]:
+    """Lines of a metrics file about the first `done` steps; a line that a killed process left half-written ends them."""
+    if done == 0 or not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if record["step"] <= done:
+            yield line.rstrip("\n") + "\n"

@@ -1,0 +1,249 @@
+"""The training loop: one global batch per step, cut over ranks and micro-batches, then one optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lander_ds.common import console
+from lander_ds.common.errors import LanderError
+from lander_ds.data.batching.micro_batches import packed
+from lander_ds.data.batching.plan import BatchPlan, GlobalBatch
+from lander_ds.data.prepared import PreparedData, PreparedSplit
+from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.watchdog import Watchdog
+from lander_ds.models.parameter_groups import active_groups
+from lander_ds.models.translation_model import BatchTotals
+from lander_ds.training.metrics_logger import MetricsLogger
+from lander_ds.training.optimizer import learning_rate
+from lander_ds.training.preemption import StopRequest
+from lander_ds.training.progress import Progress
+from lander_ds.training.schedule import lr_factor, noise_alpha
+from lander_ds.training.session import Session
+from lander_ds.training.validation import validation_loss
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDiverged(LanderError):
+    """Losses or gradients are no numbers any more."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended."""
+
+    steps: int
+    """Steps done, those of an earlier start included."""
+    stopped_early: bool
+    """Whether patience ran out."""
+    preempted: bool
+    """Whether a signal asked to stop."""
+    skipped: int
+    """Steps whose loss or gradients were not finite."""
+
+
+Save = Callable[[Progress, float | None], None]
+"""Writes a checkpoint (collective): progress, and the mean validation loss of this very step if it was measured."""
+
+
+class Trainer:
+    """Steps over the global batch plan."""
+
+    def __init__(
+        self,
+        session: Session,
+        data: PreparedData,
+        journal: MetricsLogger,
+        save: Save,
+        progress: Progress | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            session: model and engine.
+            data: prepared corpora.
+            journal: where figures go.
+            save: writes a checkpoint.
+            progress: of the checkpoint that training goes on from; default: none.
+            watchdog: told of every step.
+        """
+        recipe = session.recipe
+        self.session, self.journal, self.save = session, journal, save
+        self.progress, self.watchdog = progress or Progress(), watchdog
+        self.train = recipe.train
+        self.pairs = recipe.data.pairs
+        train = data.split("train")
+        self.splits: list[PreparedSplit] = [train[pair] for pair in self.pairs]
+        valid = data.split("valid")
+        self.valid = {i: valid[pair] for i, pair in enumerate(self.pairs) if len(valid.get(pair, ()))}
+        """Validation data by pair id, of the pairs that have any."""
+        self.plan = BatchPlan(
+            [split.lengths for split in self.splits],
+            [split.target_lengths for split in self.splits],
+            batch_tokens=recipe.train.batch_tokens,
+            temperature=recipe.train.temperature,
+            seed=recipe.seed,
+        )
+
+    def run(self) -> Outcome:
+        """Train to the end, until patience runs out, or until a signal asks to stop (collective)."""
+        progress, train = self.progress, self.train
+        started, first = time.monotonic(), progress.done
+        stopped, preempted = self._out_of_patience(), False
+        with StopRequest() as stop, console.progress("train", train.steps, first) as bar:
+            while progress.done < train.steps and not stopped and not preempted:
+                self._beat(f"step {progress.done + 1}")
+                record, preempted = self._step(progress.done, stop.received)
+                progress.done += 1
+                self._count(record)
+                spent = time.monotonic() - started
+                left = train.steps - progress.done
+                self.journal.step({**record, "eta_seconds": spent / (progress.done - first) * left})
+                bar.advance(note=_note(record))
+                mean = None
+                if self.valid and self._due(train.valid_every, progress.done):
+                    self._beat(f"validation after step {progress.done}")
+                    mean = self.journal.validation(progress.done, validation_loss(self.session, self.valid))
+                    progress.validated(mean)
+                    stopped = self._out_of_patience()
+                last = stopped or preempted or progress.done == train.steps
+                if last or self._due(train.save_every, progress.done):
+                    self._beat(f"saving step {progress.done}")
+                    self.save(progress, mean)
+        if stopped:
+            logger.info(
+                "no better validation loss %d times in a row: stopped at step %d",
+                progress.without_gain,
+                progress.done,
+            )
+        return Outcome(progress.done, stopped, preempted, progress.skipped)
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.train.patience) and self.progress.without_gain >= self.train.patience
+
+    def _beat(self, doing: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
+
+    def _due(self, every: int, done: int) -> bool:
+        return every > 0 and (done % every == 0 or done == self.train.steps)
+
+    def _step(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its record for metrics.jsonl, and whether any rank was asked to stop."""
+        begun = time.monotonic()
+        session, batch = self.session, self.plan.batch(step)
+        rates = self._set_groups(step, batch)
+        self._set_routing(step)
+        grid = session.grid
+        # Only LoRA's dropout draws random numbers; so they follow from the step too.
+        torch.manual_seed(hash((session.recipe.seed, step, process_group.rank())))
+        micro = packed(
+            batch, self.splits, grid.data_rank, grid.data_ranks, session.micro_batches, process_group.device()
+        )
+        figures = session.engine.train_step(list(micro), BatchTotals(batch.target_tokens, len(batch.indices)))
+        # One reduction for everything.
+        mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), torch.tensor([float(stop)])])
+        *sums, budget, asked = collectives.sum_over_ranks(mine.double()).tolist()
+        losses, tokens = sums[: len(self.pairs)], sums[len(self.pairs) :]
+        seconds = time.monotonic() - begun
+        present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
+        norm = session.engine.grad_norm
+        record = {
+            "step": step + 1,
+            "loss": _finite(sum(losses) / sum(tokens)),
+            "loss_per_pair": {self.pairs[i]: _finite(losses[i] / tokens[i]) for i in present},
+            "budget_loss": _finite(budget),
+            "tokens": int(batch.lengths.sum()),
+            "target_tokens": batch.target_tokens,
+            "examples": len(batch.indices),
+            "lr": rates,
+            "grad_norm": _finite(norm),
+            "skipped": not math.isfinite(norm),
+            "gates": self._gate_means(),
+            "alpha": session.state.alpha if session.state is not None else 0.0,
+            "tokens_per_second": float(batch.lengths.sum()) / seconds,
+            "seconds": seconds,
+        }
+        return record, asked > 0
+
+    def _set_groups(self, step: int, batch: GlobalBatch) -> dict[str, float]:
+        """Learning rates of this step; only groups that a pair of the batch owns are active."""
+        session = self.session
+        present = {self.pairs[i] for i in set(batch.pair_ids.tolist())}
+        active = active_groups(session.group_sizes, present)
+        factor = lr_factor(step, self.train)
+        rates = {name: learning_rate(name, self.train) * factor for name in session.group_sizes}
+        for group in session.engine.param_groups:
+            group["lr"], group["active"] = rates[group["name"]], group["name"] in active
+        return rates
+
+    def _set_routing(self, step: int) -> None:
+        state = self.session.state
+        if state is not None:
+            state.alpha = noise_alpha(step, self.train.steps, self.session.recipe.routing.alpha_max)
+            state.statistics = {}
+
+    def _gate_means(self) -> dict[str, dict[str, float]]:
+        """Mean gate value c per routed layer and pair over the global batch (collective)."""
+        state = self.session.state
+        if state is None or state.statistics is None or not self.session.model.gated:
+            return {}
+        layers = self.session.model.routed_layers
+        sums = torch.zeros(len(layers), 2, len(self.pairs), dtype=torch.float64)
+        for i, layer in enumerate(layers):
+            if layer in state.statistics:
+                sums[i] = state.statistics[layer].cpu()
+        state.statistics = None
+        collectives.sum_over_ranks(sums)
+        return {
+            str(layer): {
+                pair: float(sums[i, 0, m] / sums[i, 1, m])
+                for m, pair in enumerate(self.pairs)
+                if sums[i, 1, m] > 0
+            }
+            for i, layer in enumerate(layers)
+        }
+
+    def _count(self, record: dict[str, Any]) -> None:
+        """Count skipped steps.
+
+        Raises:
+            TrainingDiverged: there were too many in a row.
+        """
+        progress = self.progress
+        if not record["skipped"]:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        bad = [pair for pair, loss in record["loss_per_pair"].items() if loss is None]
+        what = (
+            f"the loss of {', '.join(bad)}"
+            if bad
+            else f"the gradient of a batch of {', '.join(record['loss_per_pair'])}"
+        )
+        if process_group.rank() == 0:
+            logger.warning("step %d skipped: %s is not finite", record["step"], what)
+        if progress.skipped_in_a_row > self.train.max_skipped:
+            raise TrainingDiverged(
+                f"{what} is not finite at step {record['step']}, after {self.train.max_skipped} skipped steps: lower "
+                "train.lr, set train.clip, or check the corpora of these pairs; earlier checkpoints are whole"
+            )
+
+
+def _finite(value: float) -> float | None:
+    """`value`, or None (null in JSON) where it is no number."""
+    return value if math.isfinite(value) else None
+
+
+def _note(record: dict[str, Any]) -> str:
+    loss = "skipped" if record["skipped"] else f"loss {record['loss']:.3f}"
+    return f"{loss}, {record['tokens_per_second']:.0f} tokens/s"

@@ -1,0 +1,179 @@
+"""Plans: what they know of topologies, selections, recomputation, offloading and machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from planned import ROOT, recipe_of
+from support.selections import random_selection
+
+from lander_ds.cluster.planning.anatomy import anatomy, estimated_selection
+from lander_ds.cluster.planning.cluster import Cluster, load_cluster
+from lander_ds.cluster.planning.plan import Plan, Planner, best, best_of_each, over_nodes
+from lander_ds.cluster.planning.workload import Workload, micro_batch
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig
+from lander_ds.distributed.parallel_dims import ParallelDims, span_of
+from lander_ds.models.loading import build
+from lander_ds.models.parameter_groups import mark_trained, prepare_model
+
+CLUSTER = Cluster(1, 2, 80, 500, 312, 300, 25)
+WORKLOAD = Workload(example_tokens=12)
+
+
+def plans_of(folder: Path, *overrides: str, cluster: Cluster = CLUSTER) -> dict[str, Plan]:
+    planner = Planner(recipe_of(folder, "llama", *overrides), WORKLOAD)
+    return {plan.name: plan for plan in best_of_each(planner.plans(cluster))}
+
+
+def test_every_json_beside_the_recipes_is_planned(tmp_path: Path) -> None:
+    plans = plans_of(tmp_path)
+    assert set(plans) == {"zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
+    assert all(plan.fits and plan.ranks == 2 for plan in plans.values())
+    assert plans["zero3"].bubble == 0.0
+    pipeline = plans["pipeline"]
+    assert pipeline.bubble == 1 / (pipeline.micro_batches + 1)
+    assert pipeline.parts[0].layers[0] == 0
+    assert pipeline.parts[0].sends > 0 == pipeline.parts[-1].sends
+
+
+def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
+    plans = plans_of(tmp_path)
+    own, offloaded = plans["zero3"].parts[0].held, plans["zero3_offload"].parts[0].held
+    assert own.on_host == 0
+    assert offloaded.on_host == own.gradients + own.optimizer
+    assert offloaded.on_device == own.on_device - offloaded.on_host
+    assert plans["zero3_offload"].step_seconds > plans["zero3"].step_seconds
+
+
+def test_what_does_not_fit_says_why(tmp_path: Path) -> None:
+    small = replace(CLUSTER, gpu_memory=2.0001)
+    plans = plans_of(tmp_path, cluster=small)
+    assert not any(plan.fits for plan in plans.values())
+    assert best(list(plans.values())) is None
+    assert plans["zero3"].short_of.startswith("GPU memory: ")
+    little = replace(CLUSTER, host_memory=1e-9)
+    assert plans_of(tmp_path, cluster=little)["zero3_offload"].short_of.startswith("host memory: ")
+
+
+def test_recomputation_trades_memory_for_work(tmp_path: Path) -> None:
+    usual = plans_of(tmp_path, "select.layers.criterion=all")["zero3"].parts[0]
+    less = plans_of(tmp_path, "select.layers.criterion=all", "train.activation_checkpointing=true")[
+        "zero3"
+    ].parts[0]
+    assert less.held.activations < usual.held.activations
+    assert less.operations.total > usual.operations.total
+
+
+def test_more_machines_hold_less_each(tmp_path: Path) -> None:
+    planner = Planner(recipe_of(tmp_path, "llama"), WORKLOAD)
+    found = over_nodes(planner, CLUSTER, 4)
+    assert list(found) == [1, 2, 4]
+    weights = [next(p for p in found[n] if p.name == "zero3").parts[0].held.weights for n in found]
+    assert weights[0] > weights[1] > weights[2]
+
+
+def test_a_slow_network_favours_pipelines(tmp_path: Path) -> None:
+    slow = replace(CLUSTER, nodes=2, gpus_per_node=1, inter_bandwidth=1e-6, latency=0.0)
+    # Everything is sharded.
+    zero = '"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0'
+    (tmp_path / "zero3.json").write_text(f'{{"zero_optimization": {{{zero}}}}}')
+    (tmp_path / "pipeline.json").write_text('{"zero_optimization": {"stage": 1}}')
+    overrides = (f"deepspeed={tmp_path}/zero3.json", "train.batch_tokens=960", "select.layers.criterion=last")
+    plans = plans_of(tmp_path, *overrides, cluster=slow)
+    assert plans["pipeline"].step_seconds < plans["zero3"].step_seconds
+
+
+def test_float16_and_trained_tied_embeddings_are_not_cut(tmp_path: Path) -> None:
+    assert set(plans_of(tmp_path, "model.dtype=float16")) == {"zero3", "zero3_offload"}
+    planner = Planner(recipe_of(tmp_path, "llama-tied", "train.method=full"), WORKLOAD)
+    assert {plan.topology for plan in planner.plans(CLUSTER)} == {"zero3"}
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("cut", ["[]", "[1]"])
+def test_stages_are_cut_as_training_cuts_them(tmp_path: Path, stages: int, cut: str) -> None:
+    if stages == 3 and cut != "[]":
+        pytest.skip("a cut of the recipe is for its own number of stages")
+    overrides = ("topology=pipeline", f"pipeline_stages={stages}", f"pipeline_cut={cut}")
+    recipe = recipe_of(tmp_path, "llama", *overrides)
+    made = anatomy(recipe)
+    model, family = build(recipe.model)
+    prepare_model(model, family, recipe, made.selection)
+    mark_trained(model, family, recipe.train, made.selection)
+    real = [span_of(recipe, model, family, ParallelDims(stages, 1, rank)) for rank in range(stages)]
+    assert list(made.stage_spans(stages)) == real
+
+
+def test_the_selection_of_the_run_is_used(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    assert anatomy(recipe).estimated
+    random_selection(48, [2], recipe.data.pairs).save(RunDirectory(recipe.run_dir).selection)
+    made = anatomy(recipe)
+    assert (made.estimated, made.first_trained) == (False, 2)
+    random_selection(40, [2], recipe.data.pairs).save(RunDirectory(recipe.run_dir).selection)
+    with pytest.raises(ArtefactError, match="is for a model with 40 neurons"):
+        anatomy(recipe)
+    random_selection(48, [2]).save(RunDirectory(recipe.run_dir).selection)
+    with pytest.raises(ArtefactError, match="is for pairs en-de, en-fr, de-en"):
+        anatomy(recipe)
+
+
+def test_estimated_selections_have_the_sizes_that_select_asks_for() -> None:
+    select = SelectConfig(LayerChoice(k=2), BankChoice(rho=0.8, min_awareness=0.1))
+    made = estimated_selection(select, ("en-de", "en-fr"), 10, 100)
+    assert [layer.layer for layer in made.layers] == [0, 5]
+    sizes = {(bank.kind, bank.owners): bank.size for bank in made.layers[0].banks}
+    assert sizes == {
+        ("general", ("en-de", "en-fr")): 72,
+        ("specific", ("en-de",)): 9,
+        ("specific", ("en-fr",)): 9,
+        ("frozen", ()): 10,
+    }
+    assert torch.equal(made.layers[0].permutation.sort().values, torch.arange(100))
+    for criterion, layers in (("last", [8, 9]), ("all", list(range(10)))):
+        choice = SelectConfig(LayerChoice(criterion=criterion, k=2))  # type: ignore[arg-type]
+        assert [layer.layer for layer in estimated_selection(choice, ("en-de",), 10, 20).layers] == layers
+    per_pair = SelectConfig(LayerChoice(k=2, scope="per_pair"))
+    assert len(estimated_selection(per_pair, ("en-de", "en-fr", "en-cs"), 10, 20).layers) == 6
+
+
+def test_micro_batches_share_the_tokens_of_a_step(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", "train.batch_tokens=100")
+    for ranks in (1, 2, 3, 8):
+        batch, count = micro_batch(recipe, WORKLOAD, ranks)
+        assert batch.tokens <= 24
+        assert sum(batch.lengths) == batch.tokens
+        assert 100 <= batch.tokens * count * ranks < 100 + count * ranks
+
+
+def test_a_model_of_70_billion_is_planned_without_weights(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ).save_pretrained(tmp_path / "70b")
+    from lander_ds.config.loading import load_recipe
+
+    own = [
+        f"model.path={tmp_path}/70b",
+        f"run_dir={tmp_path}/run",
+        f"deepspeed={ROOT}/ds_configs/70b/zero3.json",
+    ]
+    recipe = load_recipe(ROOT / "recipes" / "70b.yaml", own)
+    cluster = load_cluster(ROOT / "examples" / "clusters" / "8xa100-80g.yaml")
+    planner = Planner(recipe, Workload())
+    plan = planner.plan(cluster, recipe, "zero3", 1)
+    part = plan.parts[0].held
+    assert part.weights == pytest.approx(138e9 / 8, rel=0.01)
+    assert plan.fits
+    assert 0.5 < plan.step_seconds / (6 * 69e9 * 131072 / 8 / (312e12 * 0.4)) < 1.5

@@ -1,0 +1,86 @@
+"""Operations against those that torch counts; bytes on the wire against their formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from planned import recipe_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from lander_ds.cluster.planning.anatomy import anatomy
+from lander_ds.cluster.planning.plan import sharding_of
+from lander_ds.cluster.planning.work import operations, traffic
+from lander_ds.cluster.planning.workload import MicroBatch
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.models.span import Span
+from lander_ds.models.translation_model import BatchTotals, TranslationModel
+
+BATCH = MicroBatch(24, 8, (1,) * 24)
+"""Attention costs nothing but in BLOOM, so that it does not matter that it computes the whole square on CPU."""
+
+
+def counted(recipe: Recipe) -> tuple[int, int]:
+    """Forward and backward operations of a real micro-batch, by torch."""
+    made = anatomy(recipe)
+    made.model.to_empty(device="cpu")
+    for parameter in made.model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    ids, targets = torch.arange(3, 27), torch.arange(BATCH.targets)
+    pairs, zeros, segments = ids % len(recipe.data.pairs), torch.zeros_like(ids), torch.arange(24)
+    batch = PackedBatch(ids, zeros, pairs, segments, BATCH.lengths, segments, targets, targets + 3)
+    model = TranslationModel(made.model, made.family, len(recipe.data.pairs), made.state)
+    with FlopCounterMode(display=False) as forward:
+        loss, *_ = model(batch, BatchTotals(1, 1))
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "bloom", "opt"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("select.layers.criterion=list", "select.layers.layers=[0]"),
+        ("select.layers.criterion=list", "select.layers.layers=[1]"),
+        ("train.method=layers", "select.layers.criterion=last"),
+        ("train.method=full",),
+    ],
+)
+def test_operations_are_those_that_torch_counts(
+    tmp_path: Path, case: str, overrides: tuple[str, ...]
+) -> None:
+    recipe = recipe_of(tmp_path, case, *overrides)
+    made = anatomy(recipe)
+    found = operations(made, made.whole, BATCH)
+    forward, backward = counted(recipe)
+    # In sum, because the loss of a frozen head takes its gradient during the forward pass.
+    assert found.forward + found.backward == pytest.approx(forward + backward, rel=0.03)
+    assert found.recompute == 0.0
+
+
+def test_recomputation_repeats_layers_with_a_backward_pass(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tmp_path, "llama", "select.layers.criterion=last", "train.activation_checkpointing=true"
+    )
+    made = anatomy(recipe)
+    by_layer = [operations(made, Span(i, i + 1, 3), BATCH) for i in range(3)]
+    assert [part.recompute > 0 for part in by_layer] == [False, False, True]
+    assert [part.backward > 0 for part in by_layer] == [False, False, True]
+
+
+def test_zero3_gathers_every_weight_for_every_micro_batch(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", f"deepspeed={tmp_path}/z.json", "select.layers.criterion=last")
+    zero = '"stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_reuse_distance": 0'
+    (tmp_path / "z.json").write_text(f'{{"zero_optimization": {{{zero}}}}}')
+    made = anatomy(recipe)
+    found = traffic(made, made.whole, sharding_of(recipe, 1, 4, 1))
+    large = sum(tensor.elements for tensor in made.tensors(made.whole) if tensor.elements > 100)
+    again = sum(tensor.elements for tensor in made.layer(2) if tensor.elements > 100)
+    assert found.gathers == pytest.approx(4 * (large + again) * 3 / 4)
+    trained = sum(tensor.elements for tensor in made.tensors(made.whole) if tensor.trained)
+    assert found.reductions == pytest.approx(4 * trained * 3 / 4)
+    alone = traffic(made, made.whole, sharding_of(recipe, 1, 1, 1))
+    assert (alone.gathers, alone.reductions, alone.collectives) == (0.0, 0.0, 0)

@@ -1,0 +1,63 @@
+"""Cutting a set of examples over ranks and micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_run import PAIRS, TinyRun
+
+from lander_ds.data.batching.micro_batches import packed, whole_split
+from lander_ds.data.prepared import PreparedData, PreparedSplit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def valid(tiny_run: TinyRun) -> dict[int, PreparedSplit]:
+    """Validation data by pair id."""
+    data = PreparedData.load(tiny_run.run("batches"), tiny_run.recipe("batches"))
+    return dict(enumerate(data.split("valid").values()))
+
+
+def test_a_whole_split(valid: dict[int, PreparedSplit]) -> None:
+    batch = whole_split(valid, None)
+    assert len(batch) == sum(map(len, valid.values()))
+    assert batch.target_tokens == sum(int(split.target_lengths.sum()) for split in valid.values())
+    assert np.bincount(batch.pair_ids).tolist() == [len(valid[i]) for i in range(len(PAIRS))]
+    assert len(set(batch.sample_ids.tolist())) == len(batch)
+
+
+def test_a_limit_and_a_missing_pair(valid: dict[int, PreparedSplit]) -> None:
+    batch = whole_split({0: valid[0], 2: valid[2]}, 5)
+    assert batch.pair_ids.tolist() == [0] * 5 + [2] * 5
+    assert batch.indices.tolist() == [*range(5), *range(5)]
+    assert batch.lengths.tolist() == [*valid[0].lengths[:5], *valid[2].lengths[:5]]
+    assert batch.target_tokens_per_pair.tolist() == [
+        valid[0].target_lengths[:5].sum(),
+        0,
+        valid[2].target_lengths[:5].sum(),
+    ]
+    [micro] = packed(batch, {0: valid[0], 2: valid[2]}, 0, 1, 1, CPU)
+    assert set(micro.pair_ids.tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (2, 3), (4, 1), (3, 40)])
+def test_every_example_is_somewhere_once(
+    valid: dict[int, PreparedSplit], ranks: int, micro_batches: int
+) -> None:
+    batch = whole_split(valid, None)
+    found: list[int] = []
+    targets = 0
+    for rank in range(ranks):
+        cuts = list(packed(batch, valid, rank, ranks, micro_batches, CPU))
+        assert len(cuts) == micro_batches, "every rank runs the model equally often"
+        for micro in cuts:
+            real = micro.sample_ids[micro.sample_ids >= 0].tolist()
+            found += real
+            targets += len(micro.targets)
+            if not real:
+                assert micro.pair_ids.tolist() == micro.sample_ids.tolist() == [-1]
+                assert len(micro.targets) == 0
+    assert sorted(found) == list(range(len(batch)))
+    assert targets == batch.target_tokens

@@ -1,0 +1,299 @@
+"""Pipelines train, detect and translate as zero3 does on one rank."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.compare import (
+    assert_same_awareness,
+    assert_same_training,
+    distance,
+    metrics,
+    relative,
+    trained,
+    validations,
+)
+from support.jobs import NOTES, WATCHED, gathered
+from support.tiny_run import NEURONS, PAIRS, SELECTED, WIDTH, TinyRun
+
+from lander_ds.checkpoint import checkpoint
+from lander_ds.method.awareness import Awareness
+from lander_ds.method.selection import Selection
+
+pytestmark = pytest.mark.distributed
+
+TOPOLOGIES = ("pipeline", "pipeline_zero3")
+GRIDS = ("2x1", "2x2", "4x1")
+FLOAT = 4
+ADAM_BYTES = 12
+"""Master, first and second moment of a trained parameter."""
+LAYERS = 4
+
+
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, world_1: TinyRun) -> TinyRun:
+    """The world of the test's parameter `grid` has run, and that of one rank; two stages of one rank without one."""
+    stages, data_ranks = _sizes(request.node.callspec.params.get("grid", "2x1"))
+    world: TinyRun = request.getfixturevalue(f"stages_{stages * data_ranks}")
+    assert world.root == world_1.root
+    return world
+
+
+def _sizes(grid: str) -> tuple[int, int]:
+    stages, data_ranks = grid.split("x")
+    return int(stages), int(data_ranks)
+
+
+def name_of(topology: str, grid: str, what: str) -> str:
+    stages, data_ranks = _sizes(grid)
+    return f"{topology}-{grid}-{what}-{stages * data_ranks}"
+
+
+def summary(runs: TinyRun, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(runs.run(name).training_summary.read_text())
+    return found
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_sgd_without_clipping(runs: TinyRun, topology: str, grid: str) -> None:
+    """On 2x1 with other micro-batches and packing, and with validations on the way."""
+    assert_same_training(runs.run(name_of(topology, grid, "sgd")), runs.run("sgd-1"), 1e-5)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_adamw_with_clipping_that_bites(runs: TinyRun, topology: str, grid: str) -> None:
+    assert_same_training(runs.run(name_of(topology, grid, "adamw")), runs.run("adamw-1"), 1e-4)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("what", "tolerance"),
+    [("none", 1e-4), ("output", 1e-5), ("layers", 1e-4), ("lora", 1e-4), ("full", 1e-4), ("lower", 1e-4)],
+)
+def test_every_method_and_gate(runs: TinyRun, topology: str, what: str, tolerance: float) -> None:
+    """`lower` trains one layer of the first stage: the last stage has nothing to train but the loss."""
+    assert_same_training(runs.run(name_of(topology, "2x1", what)), runs.run(f"{what}-1"), tolerance)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("grid", ["2x2"])
+def test_data_parallel_ranks_without_an_example(runs: TinyRun, topology: str, grid: str) -> None:
+    assert min(record["examples"] for record in metrics(runs.run("few-1"))) < 2
+    assert_same_training(runs.run(name_of(topology, grid, "few")), runs.run("few-1"), 1e-4)
+
+
+def test_recomputation_changes_nothing_on_one_rank(world_1: TinyRun) -> None:
+    assert_same_training(world_1.run("recompute-1"), world_1.run("adamw-1"), 1e-6)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("grid", ["2x1", "2x2"])
+def test_recomputation_changes_nothing_in_a_pipeline(runs: TinyRun, topology: str, grid: str) -> None:
+    found, expected = (runs.run(name_of(topology, grid, what)) for what in ("recompute", "adamw"))
+    assert_same_training(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_awareness(runs: TinyRun, topology: str, grid: str) -> None:
+    assert_same_awareness(runs.run(name_of(topology, grid, "detect")), runs.run("detect-1"))
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_validating_on_the_way(runs: TinyRun, topology: str) -> None:
+    run = runs.run(name_of(topology, "2x1", "sgd"))
+    assert [record["step"] for record in validations(run)] == [7, 14, 20]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_rank_holds_its_part(runs: TinyRun, topology: str, grid: str) -> None:
+    stages, data_ranks = _sizes(grid)
+    found = summary(runs, name_of(topology, grid, "adamw"))
+    assert (found["topology"], found["ranks"]) == (topology, stages * data_ranks)
+    spans = found["layers_per_rank"]
+    assert [span[0] for span in spans[::data_ranks]] == [0, *(span[1] for span in spans[::data_ranks][:-1])]
+    assert spans == [span for span in spans[::data_ranks] for _ in range(data_ranks)]
+    assert spans[-1][1] == LAYERS
+    base = load_file(runs.model / "model.safetensors")
+    gates = found["groups"]["gates"] // len(SELECTED)
+    banked = {
+        layer.layer: 3 * WIDTH * sum(bank.size for bank in layer.banks if bank.kind != "frozen")
+        for layer in runs.selection().layers
+    }
+    assert sum(banked.values()) + gates * len(SELECTED) == found["trained_parameters"]
+    shards = data_ranks if topology == "pipeline_zero3" else 1
+    for rank, (start, stop) in enumerate(spans):
+        names = [f"model.layers.{layer}." for layer in range(start, stop)]
+        names += ["model.embed_tokens."] if start == 0 or stop == LAYERS else []
+        names += ["model.norm."] if stop == LAYERS else []
+        whole = sum(tensor.numel() for name, tensor in base.items() if name.startswith(tuple(names)))
+        routed = [layer for layer in SELECTED if start <= layer < stop]
+        weights = whole + len(routed) * gates
+        learned = sum(banked[layer] + gates for layer in routed)
+        assert found["weight_bytes_per_rank"][rank] == pytest.approx(FLOAT * weights / shards, rel=0.05)
+        share = learned if topology == "pipeline" else learned / shards
+        assert found["gradient_bytes_per_rank"][rank] == pytest.approx(FLOAT * share, rel=0.03)
+        states = ADAM_BYTES * learned / data_ranks
+        assert found["optimizer_bytes_per_rank"][rank] == pytest.approx(states, rel=0.03)
+    assert found["frozen_unchanged"] is True
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("grid", ["4x1"])
+def test_stages_that_train_nothing_hold_no_optimizer(runs: TinyRun, topology: str, grid: str) -> None:
+    for what in ("sgd", "adamw"):
+        found = summary(runs, name_of(topology, grid, what))
+        assert found["layers_per_rank"] == [[layer, layer + 1] for layer in range(LAYERS)]
+        for name in ("gradient_bytes_per_rank", "optimizer_bytes_per_rank"):
+            assert [held > 0 for held in found[name]] == [layer in SELECTED for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_cut_by_hand(runs: TinyRun, topology: str) -> None:
+    found = summary(runs, name_of(topology, "2x1", "lower"))
+    assert found["layers_per_rank"] == [[0, 2], [2, 4]]
+    assert found["optimizer_bytes_per_rank"][1] == found["gradient_bytes_per_rank"][1] == 0
+    assert found["frozen_unchanged"] is True
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_layers_are_balanced_by_compute(runs: TinyRun, topology: str) -> None:
+    """The last stage has the head, which weighs nearly a layer; without a backward pass layer 0 is cheap."""
+    assert summary(runs, name_of(topology, "2x1", "adamw"))["layers_per_rank"] == [[0, 3], [3, 4]]
+    assert summary(runs, name_of(topology, "2x1", "full"))["layers_per_rank"] == [[0, 2], [2, 4]]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_frozen_weights_stay_bitwise_what_they_were(runs: TinyRun, topology: str) -> None:
+    name = name_of(topology, "2x1", "output")
+    base, after = load_file(runs.model / "model.safetensors"), gathered(runs.run(name))
+    assert torch.equal(after["lm_head.weight"], base["model.embed_tokens.weight"]), "the head's own copy"
+    for tensor, value in base.items():
+        if not any(f"layers.{layer}.mlp" in tensor for layer in SELECTED):
+            assert torch.equal(after[tensor], value), tensor
+    roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    moved, same = set(), set()
+    for layer in runs.selection().layers:
+        prefix, neurons = f"model.layers.{layer.layer}.mlp", layer.slices()
+        assert sum(map(len, neurons)) == NEURONS
+        for number, bank in enumerate(layer.banks):
+            for role, projection in roles.items():
+                weight = base[f"{prefix}.{projection}.weight"]
+                before = weight[:, neurons[number]] if role == "down" else weight[neurons[number]]
+                equal = torch.equal(after[f"{prefix}.banks.{number}.{role}"], before)
+                (same if equal else moved).add(bank.kind)
+    assert (same, moved) == ({"frozen", "general"}, {"specific"})
+    assert summary(runs, name)["frozen_unchanged"] is True
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_layers_trains_the_whole_ffns_and_nothing_else(runs: TinyRun, topology: str) -> None:
+    base = load_file(runs.model / "model.safetensors")
+    after = gathered(runs.run(name_of(topology, "2x1", "layers")))
+    assert {name for name in base if not torch.equal(after[name], base[name])} == {
+        f"model.layers.{layer}.mlp.{projection}.weight"
+        for layer in SELECTED
+        for projection in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert summary(runs, name_of(topology, "2x1", "layers"))["groups"] == {"dense": 2 * 3 * WIDTH * NEURONS}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_frozen_weight_that_changes_by_one_bit_is_noticed(runs: TinyRun, topology: str) -> None:
+    assert summary(runs, name_of(topology, "2x1", "nudged"))["frozen_unchanged"] is False
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_inactive_groups_stay_bitwise(runs: TinyRun, topology: str) -> None:
+    """Both stages have a part of every group."""
+    notes = json.loads((runs.run(name_of(topology, "2x1", "watched")).path / WATCHED).read_text())
+    used: set[str] = set()
+    idle_after_use = 0
+    for note in notes:
+        assert note["changed"] == note["active"]
+        idle_after_use += len((set(note["groups"]) - set(note["changed"])) & used)
+        used |= set(note["changed"])
+    assert idle_after_use > 0
+    assert used == set(notes[0]["groups"])
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_bfloat16_weights_float32_optimizer(runs: TinyRun, topology: str) -> None:
+    name = name_of(topology, "2x1", "bfloat16")
+    found = summary(runs, name)
+    assert sum(found["optimizer_bytes_per_rank"]) == pytest.approx(
+        ADAM_BYTES * found["trained_parameters"], rel=0.03
+    )
+    copied_head = 480 * WIDTH
+    assert sum(found["weight_bytes_per_rank"]) == pytest.approx(
+        2 * (found["total_parameters"] + copied_head), rel=0.05
+    )
+    assert found["frozen_unchanged"] is True
+    run, expected = runs.run(name), runs.run("bfloat16-1")
+    for key in ("loss", "grad_norm"):
+        assert relative([r[key] for r in metrics(run)], [r[key] for r in metrics(expected)]) < 0.02, key
+    assert distance(trained(run), trained(expected)) < 0.02
+    # Steps smaller than bfloat16 can hold are in the float32 masters.
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in trained(run).values())
+    notes = json.loads((runs.run(name_of(topology, "2x1", "looked-into")).path / NOTES).read_text())
+    assert notes["parameters"] == ["torch.bfloat16"]
+    assert notes["rotary"] == ["torch.float32"], "in bfloat16 far positions would move"
+    assert set(notes["all"]) == set(PAIRS)
+    assert set(notes["one"]) == set(notes["few"]) == {"en-es"}
+    assert notes["one"]["en-es"] == pytest.approx(notes["all"]["en-es"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("topology", "grid"), [("pipeline", "2x1"), ("pipeline_zero3", "2x1"), ("pipeline_zero3", "2x2")]
+)
+def test_every_stage_in_one_process_group_ends_in_the_same_translations(
+    runs: TinyRun, topology: str, grid: str
+) -> None:
+    """From data to report without a stop: with sharded weights in the pipelines of two ranks, with whole ones in
+    that of four and on one rank."""
+    run, expected = runs.run(name_of(topology, grid, "whole")), runs.run("whole-1")
+    assert_same_awareness(run, expected)
+    one, other = Selection.load(run.selection), Selection.load(expected.selection)
+    assert [layer.banks for layer in one.layers] == [layer.banks for layer in other.layers]
+    assert_same_training(run, expected, 1e-4)
+    for system in ("base", "trained"):
+        for pair in PAIRS:
+            texts = [(r.translations / system / f"{pair}.jsonl").read_text() for r in (run, expected)]
+            assert texts[0] == texts[1]
+    assert (run.translations / "trained" / "en-de.jsonl").read_text() != (
+        run.translations / "base" / "en-de.jsonl"
+    ).read_text()
+    assert Awareness.load(run.awareness).pairs == PAIRS
+    tensors = load_file(run.path / "export" / "dense" / "model.safetensors")
+    for name, value in load_file(expected.path / "export" / "dense" / "model.safetensors").items():
+        torch.testing.assert_close(tensors[name], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_divergence_ends_with_an_error_on_every_rank(runs: TinyRun, topology: str) -> None:
+    run = runs.run(name_of(topology, "2x1", "diverged"))
+    for rank in range(2):
+        message = (run.path / f"{rank}-{NOTES}").read_text()
+        assert re.search(
+            r"the loss of .*en-.* is not finite at step \d+, after 10 skipped steps: lower train\.lr", message
+        )
+    assert checkpoint.newest(run.checkpoints).trained()
+    assert not run.training_summary.exists()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_trained_tensor_is_in_the_checkpoint_once(runs: TinyRun, topology: str) -> None:
+    for what in ("adamw", "lower", "lora"):
+        run = runs.run(name_of(topology, "2x1", what))
+        path = checkpoint.newest(run.checkpoints).path
+        names = [name for part in path.glob("trained-*.safetensors") for name in load_file(part)]
+        assert len(set(names)) == len(names)
+        assert set(names) == set(trained(runs.run(f"{what}-1")))

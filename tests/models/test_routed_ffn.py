@@ -1,0 +1,172 @@
+"""The routed FFN's forward against the formulas of the method, written out token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_ffn import BANKS, PAIRS, D, bank_by_hand, c_by_hand, small_ffn, tokens, whole_by_hand
+
+from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN
+
+
+def by_hand(ffn: RoutedFFN, x: torch.Tensor, pair_ids: torch.Tensor) -> torch.Tensor:
+    """out = FFN_G(c_G x) + FFN_S(m)(c_S x) + FFN_rest(x), one token and one bank at a time."""
+    options = ffn.options
+    out = torch.zeros_like(x)
+    for t in range(len(x)):
+        token, pair = x[t : t + 1], int(pair_ids[t])
+        c = c_by_hand(ffn, token).item() if ffn.router is not None else None
+        for bank in ffn.banks:
+            assert isinstance(bank, BankFFN)
+            scale = 1.0
+            if c is not None and pair in bank.owners:
+                factor = 2.0 if options["gate_init"] == "preserve" else 1.0
+                scale = factor * (c if bank.kind == "general" else 1.0 - c)
+            if bank.kind == "specific" and pair not in bank.owners and options["other_pairs"] == "mask":
+                continue
+            if options["gate"] == "output":
+                out[t] += scale * bank_by_hand(bank, token)[0]
+            else:
+                out[t] += bank_by_hand(bank, scale * token)[0]
+    return out if ffn.output_bias is None else out + ffn.output_bias
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate", ["none", "input", "output"])
+@pytest.mark.parametrize("gate_init", ["preserve", "paper"])
+@pytest.mark.parametrize("other_pairs", ["keep", "mask"])
+def test_forward_is_the_formula(gated: bool, gate: str, gate_init: str, other_pairs: str) -> None:
+    ffn = small_ffn(gated, gate, gate_init, other_pairs=other_pairs)
+    x, pair_ids = tokens()
+    ffn.state.begin(pair_ids)
+    torch.testing.assert_close(ffn(x), by_hand(ffn, x, pair_ids), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_banks_sum_to_the_ffn_with_the_output_bias_once(gated: bool) -> None:
+    ffn = small_ffn(gated, "none")
+    x, pair_ids = tokens()
+    ffn.state.begin(pair_ids)
+    torch.testing.assert_close(ffn(x), whole_by_hand(ffn, x))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gate_at_its_starting_point_scales_by_exactly_one(gated: bool) -> None:
+    ffn, plain = small_ffn(gated, "input"), small_ffn(gated, "none")
+    assert ffn.router is not None
+    ffn.router.w2.data.zero_()
+    ffn.router.b2.data.zero_()
+    x, pair_ids = tokens()
+    for each in (ffn, plain):
+        each.state.begin(pair_ids)
+    assert torch.equal(ffn(x), plain(x))
+
+
+def test_a_general_bank_that_some_pairs_do_not_own_is_unscaled_and_unmasked_for_them() -> None:
+    banks = (("general", (0, 1), 5), ("specific", (0,), 3), ("frozen", (), 2))
+    ffn = small_ffn(banks=banks, other_pairs="mask")
+    x, _ = tokens()
+    pair_ids = torch.full((len(x),), 2)
+    ffn.state.begin(pair_ids)
+    expected = bank_by_hand(ffn.banks[0], x) + bank_by_hand(ffn.banks[2], x)  # type: ignore[arg-type]
+    torch.testing.assert_close(ffn(x), expected)
+
+
+def test_hard_gates_hold_in_evaluation_only() -> None:
+    ffn = small_ffn(gate_init="paper", gate_eval="hard")
+    x, pair_ids = tokens(30)
+    ffn.state.begin(pair_ids)
+    torch.testing.assert_close(ffn(x), by_hand(ffn, x, pair_ids), rtol=1e-6, atol=1e-6)
+    c = c_by_hand(ffn, x)
+    assert 0 < (c >= 0.5).sum() < len(c)
+    expected = []
+    for t, token in enumerate(x):
+        kept = "general" if c[t] >= 0.5 else "specific"
+        expected.append(
+            sum(
+                bank_by_hand(bank, token[None])[0]  # type: ignore[arg-type]
+                for bank in ffn.banks
+                if int(pair_ids[t]) not in bank.owners or bank.kind == kept  # type: ignore[operator, union-attr]
+            )
+        )
+    torch.testing.assert_close(ffn.eval()(x), torch.stack(expected))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pair_ids", "shape"),
+    [
+        (torch.tensor(1), (2, 4)),
+        (torch.tensor([1]), (1, 8)),
+        (torch.tensor([0, 2]), (2, 4)),
+        (torch.tensor([[0], [2]]), (2, 4)),
+        (torch.tensor([0, 2]), (8,)),  # OPT flattens [B, T]
+        (torch.tensor([0, 2]), (2, 1)),  # decoding with a cache
+        (torch.tensor([0, 2]), (6, 2)),  # three beams each
+        (torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), (8,)),
+        (torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), (1, 8)),
+        (torch.tensor([[0, 1, 2, 0], [1, 2, 0, 1]]), (2, 4)),
+    ],
+)
+def test_forms_of_pair_ids(pair_ids: torch.Tensor, shape: tuple[int, ...]) -> None:
+    ffn = small_ffn()
+    count = torch.Size(shape).numel()
+    x, _ = tokens(count)
+    ffn.state.begin(pair_ids)
+    per_token = pair_ids.reshape(-1).repeat_interleave(count // pair_ids.numel())
+    found = ffn(x.reshape(*shape, D))
+    assert found.shape == (*shape, D)
+    torch.testing.assert_close(found.reshape(-1, D), by_hand(ffn, x, per_token), rtol=1e-6, atol=1e-6)
+
+
+def test_one_begin_serves_passes_of_different_length() -> None:
+    ffn = small_ffn(other_pairs="mask")
+    x, _ = tokens(8)
+    ffn.state.begin(torch.tensor([0, 1]))
+    whole = ffn(x.reshape(2, 4, D))
+    last = ffn(x.reshape(2, 4, D)[:, 3:])
+    torch.testing.assert_close(last, whole[:, 3:])
+
+
+def test_a_missing_pair_is_an_error_that_names_the_pairs() -> None:
+    ffn = small_ffn()
+    with pytest.raises(RuntimeError, match=f"language pair is not set.*{', '.join(PAIRS)}"):
+        ffn(tokens()[0])
+
+
+def test_pair_ids_that_do_not_fit_are_an_error() -> None:
+    ffn = small_ffn()
+    ffn.state.begin(torch.tensor([0, 1, 2]))
+    with pytest.raises(RuntimeError, match="3 pair ids do not fit 8 tokens"):
+        ffn(tokens(8)[0])
+
+
+def test_padding_owns_no_specific_bank() -> None:
+    ffn = small_ffn(other_pairs="mask", gate="none")
+    x, _ = tokens(4)
+    ffn.state.begin(torch.tensor(-1))
+    expected = bank_by_hand(ffn.banks[0], x) + bank_by_hand(ffn.banks[4], x)  # type: ignore[arg-type]
+    torch.testing.assert_close(ffn(x), expected)
+
+
+def test_bfloat16_stays_bfloat16_and_close() -> None:
+    x, pair_ids = tokens()
+    results: dict[torch.dtype, Any] = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        ffn = small_ffn(dtype=dtype)
+        ffn.state.begin(pair_ids)
+        out = ffn(x.to(dtype))
+        out.sum().backward()
+        first = ffn.banks[0]
+        assert isinstance(first, BankFFN)
+        assert isinstance(ffn.router, Gate)
+        results[dtype] = (out, first.up.grad, ffn.router.w2.grad)
+    for exact, rounded in zip(results[torch.float64], results[torch.bfloat16], strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded.double() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_made_up_ffn_has_every_kind_of_bank() -> None:
+    assert {kind for kind, _, _ in BANKS} == {"general", "specific", "frozen"}
+    assert any(kind == "specific" and len(owners) > 1 for kind, owners, _ in BANKS)
