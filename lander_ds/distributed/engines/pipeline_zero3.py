@@ -148,12 +148,12 @@ def _compare_within(group: Any) -> None:
 def _barriers_within(group: Any) -> Iterator[None]:
     """Within this context DeepSpeed's barriers are for the ranks of a stage: ZeRO-3's optimizer has some in its
     constructor, and stages that train nothing have no optimizer."""
-    of_world = deepspeed.collectives.barrier
-    deepspeed.collectives.barrier = lambda *_, **__: of_world(group)
+    of_world = deepspeed.comm.barrier
+    deepspeed.comm.barrier = lambda *_, **__: of_world(group)
     try:
         yield
     finally:
-        deepspeed.collectives.barrier = of_world
+        deepspeed.comm.barrier = of_world
 
 
 def _align_numbers() -> None:

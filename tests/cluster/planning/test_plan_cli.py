@@ -53,7 +53,7 @@ def test_json_and_plot(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         "--nodes",
         "2",
     ]
-    assert cli.main(arguments) == 0
+    assert cli(arguments) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     names = {plan["name"] for plan in found["plans"]}
     assert names == {"zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
@@ -72,7 +72,7 @@ def test_what_is_missing_is_said(recipe: str, tmp_path: Path, capsys: pytest.Cap
     assert cli(["plan", "--recipe", recipe, "--cluster", CLUSTER, "--plot", "plan"]) == 2
     assert ".png, .svg or .pdf" in capsys.readouterr().err
     gone = ["plan", "--recipe", recipe, "--cluster", CLUSTER, "--set", f"model.path={tmp_path}/gone"]
-    assert cli.main(gone) == 2
+    assert cli(gone) == 2
     assert "gone" in capsys.readouterr().err
 
 
