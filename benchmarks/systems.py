@@ -26,6 +26,7 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     """This trainer: routed FFNs with gates in the chosen layers, one bank per pair."""
     from lander_ds.common.run_directory import RunDirectory
     from lander_ds.distributed import collectives, process_group
+    from lander_ds.distributed.start import Start
     from lander_ds.training.metrics_logger import MetricsLogger
     from lander_ds.training.session import open_session
     from lander_ds.training.trainer import Trainer
@@ -48,7 +49,7 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     if process_group.rank() == 0:
         _save_selection(workload, recipe, run)
     collectives.barrier()
-    session = open_session(recipe, run)
+    session = open_session(Start(recipe, run))
     journal = TurnJournal()
     loop = Trainer(session, workload.data(), journal, save=lambda progress, valid_loss: None)
     turns.next()

@@ -25,7 +25,7 @@ import torch
 
 from lander_ds.checkpoint.checkpoint import DIGEST, FORMAT, OPTIMIZER, SELECTION, STATE, TRAINED, steps
 from lander_ds.checkpoint.retention import Retention, superfluous
-from lander_ds.common.errors import LanderError
+from lander_ds.common.errors import ExitCode, LanderError
 from lander_ds.common.files import file_hash, flush, json_hash, write_json
 from lander_ds.common.run_directory import versions
 from lander_ds.common.tensor_file import save_tensors
@@ -41,7 +41,7 @@ REPORT_SECONDS = 1800.0
 class SaveFailed(LanderError):
     """The last checkpoint of a training could not be written."""
 
-    exit_code = 74
+    exit_code = ExitCode.NOT_SAVED
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.batching.micro_batches import micro_batch_tokens, micro_batches_for
 from lander_ds.distributed.engines.engine import Engine
 from lander_ds.distributed.parallel_dims import ParallelDims, layout, open_engine, reads_weights, span_of
+from lander_ds.distributed.start import Start
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import Placement, build, fill, tied_parameters
@@ -22,7 +22,7 @@ from lander_ds.models.parameter_groups import mark_trained, prepare_model
 from lander_ds.models.routed_ffn import RoutingState
 from lander_ds.models.span import units
 from lander_ds.models.translation_model import Objective, TranslationModel
-from lander_ds.models.weights import BaseWeights, base_fingerprint
+from lander_ds.models.weights import BaseWeights
 from lander_ds.training.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -89,19 +89,18 @@ def load_selection(recipe: Recipe, run: RunDirectory, fingerprint: str) -> Selec
     return selection
 
 
-def open_session(recipe: Recipe, run: RunDirectory, found: Checkpoint | None = None) -> Session:
+def open_session(start: Start, found: Checkpoint | None = None) -> Session:
     """Build, fill and spread the model and make the engine (collective).
 
     Args:
-        recipe: what to train.
-        run: where the selection lies.
+        start: what to train, and the run directory in which the selection lies.
         found: checkpoint to go on from; its selection is that of the run.
     """
+    recipe, run = start.recipe, start.run
     grid = layout(recipe)
-    fingerprint = base_fingerprint(recipe.model.path)
-    selection = load_selection(recipe, run, fingerprint)
+    selection = load_selection(recipe, run, start.base_fingerprint)
     per_rank = micro_batches(recipe, grid.data_ranks)
-    config = resolve_deepspeed_config(recipe, world_size=grid.data_ranks, micro_batches=per_rank)
+    config = start.deepspeed_config(grid.data_ranks, per_rank)
     config.setdefault(
         "tensorboard", {"enabled": True, "output_path": str(run.path), "job_name": "tensorboard"}
     )
@@ -146,4 +145,4 @@ def open_session(recipe: Recipe, run: RunDirectory, found: Checkpoint | None = N
     engine = open_engine(recipe, config, make_model, make_optimizer)
     if found is not None:
         engine.restore(found.trained(), found.optimizer(), found.state["group_steps"])
-    return Session(recipe, engine, grid, family, state, sizes, total, per_rank, fingerprint)
+    return Session(recipe, engine, grid, family, state, sizes, total, per_rank, start.base_fingerprint)

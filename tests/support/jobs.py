@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lander_ds.cli.main import STAGES
 from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
@@ -19,8 +18,10 @@ from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.engines import zero3
 from lander_ds.distributed.engines.engine import held
+from lander_ds.distributed.start import Start
 from lander_ds.models.parameter_groups import active_groups
 from lander_ds.stages import prepare, train
+from lander_ds.stages.catalogue import STAGES
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.session import Session, open_session
 from lander_ds.training.trainer import Outcome, Trainer
@@ -107,7 +108,7 @@ def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
 
 def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     """Train; note after every step which groups changed on this rank, in weights or in optimizer state."""
-    session, data = open_session(recipe, run), PreparedData.load(run, recipe)
+    session, data = open_session(Start(recipe, run)), PreparedData.load(run, recipe)
     loop = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, valid_loss: None)
     notes = []
     before = _states(session)
@@ -133,7 +134,7 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
 
 def look_into_session(recipe: Recipe, run: RunDirectory) -> None:
     """Note types of parameters and buffers, and validation losses of all pairs, of one alone and of few sentences."""
-    session, data = open_session(recipe, run), PreparedData.load(run, recipe)
+    session, data = open_session(Start(recipe, run)), PreparedData.load(run, recipe)
     valid = dict(enumerate(data.split("valid").values()))
     few = replace(session, recipe=replace(recipe, train=replace(recipe.train, valid_examples=1)))
     notes = {
