@@ -18,7 +18,7 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Check:
-    """The recipe, the stage about to run, and where to put what is found.
+    """The recipe, the stage about to run, and the problems so far.
 
     Keys are dotted: `data.corpora.0.limit`.
     """
@@ -53,7 +53,7 @@ class Check:
         """Tell that `key` has no effect or is risky."""
         if launch.rank() == 0:
             path = key_path(key)
-            logger.warning("%s: %s: %s", self.problems.document.place(path), dotted(path), message)
+            logger.warning("%s: %s: %s", self.problems.document.origin(path), dotted(path), message)
 
 
 def key_path(key: str) -> KeyPath:

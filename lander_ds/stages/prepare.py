@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from lander_ds.common.console import progress, stderr
 from lander_ds.common.errors import ArtefactError, ConfigError, DataError
-from lander_ds.common.files import file_hash, json_hash, write_json
+from lander_ds.common.files import file_hash, json_hash, write_json, writing
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.build import build, entry_hash
@@ -117,9 +116,8 @@ def _content_hashes(corpora: list[Corpus]) -> dict[str, str]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with writing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _log_statistics(statistics: dict[str, dict[str, dict[str, Any]]]) -> None:

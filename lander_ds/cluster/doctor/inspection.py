@@ -38,7 +38,7 @@ def inspect(
     if recipe is not None:
         parts["recipe"] = ("recipe_parts:facts", (recipe, overrides))
         parts["disk"] = ("recipe_parts:disk", (recipe, overrides))
-        parts["topology"] = ("recipe_parts:topology", (recipe, overrides))
+        parts["topology"] = ("recipe_parts:topology", ())
         if world is not None:
             parts["need"] = ("recipe_parts:need", (recipe, overrides, world))
     return {name: _look(target, arguments) for name, (target, arguments) in parts.items()}

@@ -116,8 +116,8 @@ def _disk(looks: Looks, need: Mapping[str, Any]) -> Iterable[Finding]:
     wanted = need["checkpoint"] * need["checkpoints"] + need["exports"]
     detail = (
         f"{'about ' if need['estimated'] else ''}{readable(wanted)} needed ({need['checkpoints']} checkpoints of "
-        f"{readable(need['checkpoint'])}, exports {readable(need['exports'])}), {readable(place['free'])} free in "
-        f"{place['run_dir']}"
+        f"{readable(need['checkpoint'])}, exports {readable(need['exports'])}), {readable(disk['free'])} free in "
+        f"{disk['run_dir']}"
     )
     if wanted > disk["free"]:
         cure = "make room, choose another run_dir, or set train.keep_last to keep fewer checkpoints"

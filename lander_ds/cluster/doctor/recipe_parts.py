@@ -10,7 +10,7 @@ from lander_ds.cluster.doctor.shared import free_bytes
 from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe, read_recipe
-from lander_ds.distributed.engines.pipeline_zero3 import check_deepspeed
+from lander_ds.distributed.engines.deepspeed_internals import check_deepspeed
 from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
 from lander_ds.preflight.recipe import check_recipe
@@ -43,14 +43,13 @@ def disk(path: Path, overrides: list[str]) -> Part:
     return {"run_dir": str(run_dir.resolve()), "free": free_bytes(run_dir)}
 
 
-def topology(path: Path, overrides: list[str]) -> Part:
-    """Whether the installed DeepSpeed fits the recipe's topology.
+def topology() -> Part:
+    """Whether the installed DeepSpeed fits.
 
     Raises:
         ConfigError: it does not.
     """
-    if load_recipe(path, overrides).topology == "pipeline_zero3":
-        check_deepspeed()
+    check_deepspeed()
     return {}
 
 
