@@ -38,7 +38,7 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
     A block in the background ends when its checkpoint is there: what does not fit behind ten steps counts.
     """
     session, data = open_session(recipe, run), PreparedData.load(run, recipe)
-    loop = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, loss: None)
+    trainer = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, loss: None)
     savers = {}
     for kind in KINDS[1:]:
         own = RunDirectory(run.path / kind)
@@ -58,7 +58,7 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
                 savers[kind](Progress(done=step), None)
             copied = time.perf_counter()
             for _ in range(BLOCK):
-                loop._step(step, False)
+                trainer._step(step, False)
                 step += 1
             if kind in savers:
                 savers[kind].finish()

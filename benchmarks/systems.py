@@ -30,7 +30,7 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     from lander_ds.training.session import open_session
     from lander_ds.training.trainer import Trainer
 
-    class TurnJournal(MetricsLogger):
+    class TurnMetrics(MetricsLogger):
         """Takes the next turn where the real one writes figures down."""
 
         first_loss = 0.0
@@ -49,11 +49,11 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
         _save_selection(workload, recipe, run)
     collectives.barrier()
     session = open_session(recipe, run)
-    journal = TurnJournal()
-    loop = Trainer(session, workload.data(), journal, save=lambda progress, valid_loss: None)
+    metrics = TurnMetrics()
+    trainer = Trainer(session, workload.data(), metrics, save=lambda progress, valid_loss: None)
     turns.next()
-    loop.run()
-    turns.finish(session.trained_parameters, session.total_parameters, journal.first_loss)
+    trainer.run()
+    turns.finish(session.trained_parameters, session.total_parameters, metrics.first_loss)
     process_group.stop()
 
 

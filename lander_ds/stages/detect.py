@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 
-from lander_ds.common import console
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.batching.micro_batches import micro_batches_for, packed, whole_split
-from lander_ds.data.batching.packing import PackedBatch
-from lander_ds.data.batching.plan import GlobalBatch
-from lander_ds.data.prepared import PreparedData, PreparedSplit
+from lander_ds.data.batching.micro_batches import whole_split
+from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import collectives, process_group
-from lander_ds.distributed.parallel_dims import layout, open_engine, reads_weights, span_of
 from lander_ds.distributed.watchdog import Watchdog
 from lander_ds.method.awareness import AwarenessMetadata
-from lander_ds.method.collector import StatisticsCollector
-from lander_ds.models.loading import Placement, build, fill
-from lander_ds.models.translation_model import BatchTotals, TranslationModel
-from lander_ds.models.weights import BaseWeights, base_fingerprint
+from lander_ds.models.weights import base_fingerprint
+from lander_ds.training.detection import collect
 
 logger = logging.getLogger(__name__)
 
@@ -65,55 +57,3 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
             batch.target_tokens,
         )
     collectives.barrier()
-
-
-def collect(
-    recipe: Recipe, splits: list[PreparedSplit], batch: GlobalBatch, watchdog: Watchdog | None = None
-) -> StatisticsCollector:
-    """Run the frozen base over `batch` and sum the statistics over all ranks (collective).
-
-    Args:
-        recipe: model, topology, DeepSpeed JSON and tokens per micro-batch.
-        splits: detection data by pair id.
-        batch: which examples.
-        watchdog: told of every micro-batch.
-    """
-    grid = layout(recipe)
-    count = micro_batches_for(int(batch.lengths.sum()), recipe.detect.batch_tokens, grid.data_ranks)
-    config = resolve_deepspeed_config(recipe, world_size=grid.data_ranks, micro_batches=1)
-    model, family = build(recipe.model)
-    projections = family.down_projections(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    span = span_of(recipe, model, family, grid, everything=True)
-
-    def make_model(place: Placement) -> TranslationModel:
-        weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
-        fill(model, family, weights, place, span=span, reads=reads_weights(recipe, grid))
-        return TranslationModel(model, family, len(splits), span=span, input_gradients=True)
-
-    engine = open_engine(recipe, config, make_model, lambda: None)
-    # The loss is summed, not averaged: then awareness does not depend on how the data was cut.
-    norm = BatchTotals(target_tokens=1, examples=1)
-    own = {layer: projections[layer] for layer in range(span.start, span.stop)}
-    with (
-        StatisticsCollector(
-            own, len(projections), pairs=len(splits), device=process_group.device()
-        ) as collector,
-        console.progress("detect", count) as bar,
-    ):
-        micro_batches = itertools.count(1)
-
-        def announce(micro: PackedBatch) -> None:
-            collector.set_pairs(micro.pair_ids)
-            bar.advance()
-            if watchdog is not None:
-                watchdog.beat(f"micro-batch {next(micro_batches)} of {count}")
-
-        engine.model.announce = announce
-        engine.differentiate(
-            list(packed(batch, splits, grid.data_rank, grid.data_ranks, count, process_group.device())), norm
-        )
-        collector.reduce(collectives.sum_over_ranks)
-    engine.destroy()
-    return collector

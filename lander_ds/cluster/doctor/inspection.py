@@ -52,7 +52,7 @@ def inspect(
     if recipe is not None:
         parts["recipe"] = lambda: recipe_facts(recipe, overrides)
         parts["places"] = lambda: places(recipe, overrides)
-        parts["topology"] = lambda: topology(recipe, overrides)
+        parts["topology"] = topology
         if world is not None:
             parts["need"] = lambda: need(recipe, overrides, world)
     return {name: _guarded(look) for name, look in parts.items()}
@@ -220,18 +220,15 @@ def _free(path: Path) -> int | None:
         return None
 
 
-def topology(path: Path, overrides: list[str]) -> Part:
-    """Whether the installed DeepSpeed fits the recipe's topology.
+def topology() -> Part:
+    """Whether the installed DeepSpeed fits.
 
     Raises:
         ConfigError: it does not.
     """
-    from lander_ds.config.loading import load_recipe
+    from lander_ds.distributed.engines.deepspeed_internals import check_deepspeed
 
-    if load_recipe(path, overrides).topology == "pipeline_zero3":
-        from lander_ds.distributed.engines.pipeline_zero3 import check_deepspeed
-
-        check_deepspeed()
+    check_deepspeed()
     return {}
 
 

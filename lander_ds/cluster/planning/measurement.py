@@ -88,9 +88,9 @@ def _measure(recipe: Recipe) -> None:
     run, data = RunDirectory(recipe.run_dir), _Data(recipe.data.pairs)
     session = open_session(recipe, run)
     saver = Saver(session, run, identity_of(recipe, {"data": "made up", "base": session.fingerprint}))
-    journal = MetricsLogger(run.metrics, None, log_every=recipe.train.steps + 1)
-    Trainer(session, data, journal, saver).run()
-    journal.close()
+    metrics = MetricsLogger(run.metrics, None, log_every=recipe.train.steps + 1)
+    Trainer(session, data, metrics, saver).run()
+    metrics.close()
     saver.finish()
     held = collectives.gather_objects(asdict(session.engine.rank_bytes()))
     # Last, because no backward pass follows.
