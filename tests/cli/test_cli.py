@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from support.workspace import Workspace
 
-from lander_ds.cli.main import STAGES, main
+from lander_ds.cli.main import main
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
+from lander_ds.stages.catalogue import STAGES
 from lander_ds.version import __version__
 
 ROOT = Path(__file__).parents[2]
