@@ -53,7 +53,8 @@ def discover() -> None:
     started = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE")
     if "RANK" in os.environ or started is None:
         raise ConfigError(f"{', '.join(sorted(missing))} not set: start all ranks with one of the launchers")
-    from mpi4py import MPI
+    # Importing it initialises MPI.
+    from mpi4py import MPI  # noqa: PLC0415
 
     world = MPI.COMM_WORLD
     if world.size != int(started):

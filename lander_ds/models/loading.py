@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -81,8 +82,6 @@ def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[P
     Raises:
         ModelError: see `hf_config`; or config.json has values no model can be made of.
     """
-    from accelerate import init_empty_weights
-
     config, family = hf_config(model)
     arguments: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
     if attention is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -161,8 +162,6 @@ AttentionInterface.register(FUSED, _fused)
 @contextmanager
 def _linear(sharded: bool) -> Iterator[None]:
     """Within this context linear layers are DeepSpeed's or torch's own, whatever ZeRO-3 has left behind before."""
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
     before = functional.linear
     functional.linear = zero3_linear_wrap if sharded else torch._C._nn.linear
     try:

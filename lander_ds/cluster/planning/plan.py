@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from lander_ds.cluster.planning.activations import Activations, trace
 from lander_ds.cluster.planning.anatomy import Anatomy, anatomy
 from lander_ds.cluster.planning.cluster import Cluster
@@ -202,8 +204,6 @@ def sharding_of(recipe: Recipe, stages: int, data_ranks: int, micro_batches: int
     Raises:
         ConfigError: the JSON is wrong.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     config = resolve_deepspeed_config(replace(recipe, pipeline_stages=stages), data_ranks, micro_batches)
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
     return Sharding(zero, data_ranks, GRADIENT_BYTES[config["data_types"]["grad_accum_dtype"]], stages > 1)

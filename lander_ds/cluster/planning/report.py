@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from lander_ds.cluster.planning.cluster import Cluster
@@ -98,9 +100,6 @@ def model_lines(planner: Planner, plans: Sequence[Plan]) -> list[str]:
 
 def save_plot(found: Mapping[int, Sequence[Plan]], cluster: Cluster, path: Path) -> None:
     """Tokens per second and bytes on the fullest GPU over the number of machines, one line per DeepSpeed JSON."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     speed, memory = figure.subplots(1, 2)
