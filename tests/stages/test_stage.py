@@ -12,7 +12,7 @@ from support.workspace import Workspace
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config import deepspeed_json
+from lander_ds.config.deepspeed_strict import read_deepspeed_json
 from lander_ds.config.loading import load_recipe
 from lander_ds.distributed.start import Start
 from lander_ds.models.weights import base_fingerprint
@@ -89,11 +89,9 @@ def test_a_part_that_fails_leaves_no_record_and_those_before_it_stay(kitchen: Ki
 
 def test_a_start_reads_its_files_once(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[str] = []
-    read = deepspeed_json.read_deepspeed_json
     monkeypatch.setattr(
-        deepspeed_json,
-        "read_deepspeed_json",
-        lambda *words, **options: (counted.append("json"), read(*words, **options))[1],
+        "lander_ds.config.deepspeed_json.read_deepspeed_json",
+        lambda path: (counted.append("json"), read_deepspeed_json(path))[1],
     )
     monkeypatch.setattr(
         "lander_ds.distributed.start.base_fingerprint",
