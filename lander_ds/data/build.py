@@ -107,7 +107,7 @@ def build(
         }
         write_json(temporary / "manifest.json", manifest)
         temporary.chmod(0o755)
-        _move_into_place(temporary, entry, anew)
+        _publish(temporary, entry, anew)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_manifest(entry)
@@ -120,7 +120,7 @@ def _complete(entry: Path) -> dict[str, Any] | None:
         return None
 
 
-def _move_into_place(temporary: Path, entry: Path, anew: bool) -> None:
+def _publish(temporary: Path, entry: Path, anew: bool) -> None:
     # Another process may have built the same entry meanwhile; it has the same content.
     if anew or _complete(entry) is None:
         with tempfile.TemporaryDirectory(

@@ -48,7 +48,7 @@ def mean_gates(metrics: Path, step: int) -> dict[str, dict[str, float]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a crash may have cut a line short
     return {
-        layer: {pair: sum(found[-STEPS:]) / len(found[-STEPS:]) for pair, found in of_layer.items()}
+        layer: {pair: sum(means[-STEPS:]) / len(means[-STEPS:]) for pair, means in of_layer.items()}
         for layer, of_layer in values.items()
     }
 

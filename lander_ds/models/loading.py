@@ -1,7 +1,7 @@
 """From a model directory to an HF model whose parameters are placed one decoder layer at a time.
 
 `build` makes the model with all parameters on meta (no memory); surgery may follow; `fill` reads each unit
-(embedding, layer, norm, head) from disk and hands it to `place`, which under ZeRO-3 partitions it at once. No
+(embedding, layer, norm, head) from disk and hands it to `placement`, which under ZeRO-3 partitions it at once. No
 rank ever holds more than its share and one unit.
 """
 
@@ -108,7 +108,7 @@ def fill(
     model: PreTrainedModel,
     family: Family,
     weights: BaseWeights,
-    place: Placement,
+    placement: Placement,
     trained: Mapping[str, torch.Tensor] | None = None,
     span: Span | None = None,
     reads: bool = True,
@@ -122,10 +122,10 @@ def fill(
         model: from `build`, perhaps after surgery.
         family: its family.
         weights: the files.
-        place: called with each unit once it is real; ZeRO-3 partitions here.
+        placement: called with each unit once it is real; ZeRO-3 partitions here.
         trained: values that replace the base's, by parameter name.
         span: the part to fill; the rest stays on meta. Default: the whole model.
-        reads: False: leave the values to `place`, which gets them from another rank.
+        reads: False: leave the values to `placement`, which gets them from another rank.
 
     Raises:
         ModelError: a tensor is missing on disk, has another shape, or holds NaN.
@@ -156,7 +156,7 @@ def fill(
             _set(unit, local, parameter, values)
         source.forget()
         if not any(parameter.is_meta for parameter in unit.parameters()):
-            place(unit)
+            placement(unit)
     for name, original in tied.items():
         _tie(model, name, original)
 
