@@ -14,6 +14,7 @@ def test_a_new_training_has_done_nothing() -> None:
         "without_gain": 0,
         "skipped": 0,
         "skipped_in_a_row": 0,
+        "gates": {},
     }
 
 
