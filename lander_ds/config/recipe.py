@@ -8,7 +8,7 @@ and ranges whenever one of these classes is built. `lander_ds.config.loading` bu
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -326,8 +326,9 @@ class TranslateConfig:
     """Exponent of the length in beam search."""
     batch_size: PositiveInt = 16
     """Sentences decoded together on a rank."""
-    max_new_tokens: PositiveInt = 128
-    """Longest translation in tokens."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest translation in tokens; longer ones are cut short and counted as `truncated`. Default: `data.max_length`,
+    which no prepared example exceeds."""
     weights: Literal["replicated", "sharded"] = "replicated"
     """Every rank holds the model, or ZeRO-3 shards it (for models that do not fit on one device)."""
 
@@ -406,3 +407,9 @@ class Recipe:
     """Options of stage score."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Options of stage export."""
+
+    @property
+    def decoding(self) -> TranslateConfig:
+        """`translate` with the longest translation filled in."""
+        longest = self.translate.max_new_tokens or self.data.max_length
+        return replace(self.translate, max_new_tokens=longest)

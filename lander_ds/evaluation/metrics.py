@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 BOOTSTRAPPED = ("bleu", "chrf", "chrfpp")
 """Metrics with confidence intervals and p-values. `chrf` is chrF2, `chrfpp` chrF2++ (word order 2)."""
 
-_DEFAULT_TOKENIZERS = {"zh": "zh", "yue": "zh", "cmn": "zh", "zho": "zh", "ja": "ja-mecab", "jpn": "ja-mecab"}
+_CHINESE = ("zh", "zho", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
+_JAPANESE = ("ja", "jpn")
 _KOREAN = ("ko", "kor")
 # Written without spaces between words, and no segmenter is installed: characters are the words.
-_WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "tha", "lao", "khm", "mya", "bod", "dzo")
+_WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "tha", "lao", "khm", "mya", "bod", "dzo", "shn")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def bleu_tokenizer(language: str, overrides: Mapping[str, str]) -> str:
         return _korean_tokenizer()
     if bare in _WITHOUT_SPACES:
         return "char"
-    return _DEFAULT_TOKENIZERS.get(bare, "13a")
+    if bare in _CHINESE:
+        return "zh"
+    return "ja-mecab" if bare in _JAPANESE else "13a"
 
 
 def check_tokenizers(overrides: Mapping[str, str]) -> None:
@@ -120,11 +123,30 @@ def evaluate(
     }
 
 
-def translation_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, str]:
-    """Corpus TER in percent (lower is better) and its sacreBLEU signature."""
-    metric = TER()
+def translation_error_rate(
+    references: Sequence[str], hypotheses: Sequence[str], language: str
+) -> tuple[float, str]:
+    """Corpus TER in percent (lower is better) and its sacreBLEU signature.
+
+    Into Chinese and Japanese with sacreBLEU's support for Asian languages, which needs its normalisation; into other
+    languages written without spaces over characters, which the signature calls `tok:char`. Otherwise a sentence would
+    be one word.
+
+    Args:
+        references: N texts.
+        hypotheses: N texts.
+        language: target language, as in the recipe.
+    """
+    bare = normalise_code(language).partition("-")[0]
+    asian, characters = bare in (*_CHINESE, *_JAPANESE), bare in _WITHOUT_SPACES
+    metric = TER(normalized=asian, asian_support=asian)
+    if characters:
+        references, hypotheses = (
+            [" ".join("".join(t.split())) for t in texts] for texts in (references, hypotheses)
+        )
     score = metric.corpus_score(list(hypotheses), [list(references)])
-    return float(score.score), str(metric.get_signature())
+    signature = str(metric.get_signature())
+    return float(score.score), signature.replace("tok:tercom", "tok:char") if characters else signature
 
 
 def _checked_tokenizer(tokenizer: str, language: str) -> str:

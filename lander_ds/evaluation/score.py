@@ -2,7 +2,8 @@
 
 Per pair and system: BLEU, chrF2 (`chrf`), chrF2++ (`chrfpp`) and TER, bootstrap mean and half-width of the
 95 % interval (`*_mean`, `*_ci`), the p-value of the difference to the baseline (`p_*`), the share of
-translations in another language than the target (`off_target`) and the share of empty ones (`empty`).
+translations in another language than the target (`off_target`) the share of empty ones (`empty`)
+and of those cut short at `translate.max_new_tokens` (`truncated`).
 The baseline is the system `baseline`, read from the file of `score.baseline`, or else the untouched base.
 """
 
@@ -30,7 +31,7 @@ GIVEN = "baseline"
 BASE = "base"
 TRAINED = "trained"
 FEWSHOT = "fewshot"
-MEANS = (*BOOTSTRAPPED, "ter", "off_target")
+MEANS = (*BOOTSTRAPPED, "ter", "off_target", "empty", "truncated")
 
 Translations = Mapping[str, Sequence[Translation]]
 """System -> its translations of one pair."""
@@ -69,9 +70,10 @@ def score_pair(
     for system, texts in hypotheses.items():
         figures = _figures(estimates[system], compared=baseline not in (None, system))
         if config.ter:
-            figures["ter"], signatures["ter"] = translation_error_rate(references, texts)
+            figures["ter"], signatures["ter"] = translation_error_rate(references, texts, language)
         figures["off_target"] = identifier.off_target(texts, language)
         figures["empty"] = sum(not text for text in texts) / len(texts)
+        figures["truncated"] = sum(one.truncated for one in translations[system]) / len(texts)
         systems[system] = figures
     entry = {
         "sentences": len(references),

@@ -15,7 +15,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.export.writer import Form
 from lander_ds.models.weights import base_fingerprint, base_name
-from lander_ds.report.summary import METRICS, SYSTEM_NAMES, pair_scores
+from lander_ds.report.summary import METRICS, SYSTEM_NAMES, pair_scores, remarks
 
 Facts = Mapping[str, Any]
 """What is known of a training, as JSON values; a delta carries it along."""
@@ -227,6 +227,7 @@ def _scores(facts: Facts) -> str:
     return (
         "## Scores\n\nOf the trained model, not of this export where it is an approximation.\n\n"
         + _table(header, rows)
+        + "".join(f"\n{line}.\n" for line in remarks(scores))
         + _signatures(flat)
     )
 

@@ -92,14 +92,15 @@ def _translate(
     requests: Sequence[Request],
 ) -> list[str]:
     """Hypotheses in the order of the requests; sentences of like length are decoded together."""
-    decoder, size = Decoder(model.model, tokenizer, recipe.translate), recipe.translate.batch_size
+    decoder, size = Decoder(model.model, tokenizer, recipe.decoding), recipe.translate.batch_size
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
     texts = [""] * len(requests)
     with model.pair(pair), console.progress(f"measure folding ({pair})", len(requests)) as bar:
         prefix = decoder.shared_prefix([request.prompt for request in requests])
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            hypotheses = decoder.decode([requests[index].prompt for index in batch], prefix)
+            prompts = [requests[index].prompt for index in batch]
+            hypotheses = decoder.decode(prompts, prefix, requests[0].stop)
             for index, hypothesis in zip(batch, hypotheses, strict=True):
                 texts[index] = hypothesis.text
             bar.advance(len(batch))

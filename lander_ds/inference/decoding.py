@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from lander_ds.config.recipe import TranslateConfig
 
@@ -27,9 +34,11 @@ class Hypothesis:
     """What the model wrote after a prompt."""
 
     text: str
-    """First line, without surrounding white space."""
+    """What stands before the first line end or other stop, without surrounding white space."""
     tokens: int
     """Generated tokens, the closing one included."""
+    truncated: bool
+    """Whether the model was cut short: it had written `max_new_tokens` and not come to a stop."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,7 @@ class Decoder:
         model: a causal language model in eval mode.
         tokenizer: its tokenizer, with end-of-sequence and padding tokens.
         config: beams, length penalty, longest translation.
-        synced: keep calling the model until every rank has finished its batch (ZeRO-3 needs all ranks in
-        every
-            call).
+        synced: keep calling the model until every rank has finished its batch (ZeRO-3 needs all ranks in every call).
     """
 
     def __init__(
@@ -65,7 +72,8 @@ class Decoder:
         synced: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._synced = model, tokenizer, synced
-        self._stops = stop_tokens(tokenizer)
+        self._ends = end_tokens(model, tokenizer)
+        self._lines = line_end_tokens(tokenizer)
         self._pad = int(tokenizer.pad_token_id)
         self._config = GenerationConfig(
             do_sample=False,
@@ -73,7 +81,7 @@ class Decoder:
             length_penalty=config.length_penalty,
             early_stopping=False,
             max_new_tokens=config.max_new_tokens,
-            eos_token_id=self._stops,
+            eos_token_id=list(dict.fromkeys([*self._ends, *self._lines])),
             pad_token_id=self._pad,
             use_cache=True,
         )
@@ -96,12 +104,15 @@ class Decoder:
         return SharedPrefix(length, cache) if isinstance(cache, DynamicCache) else NO_PREFIX
 
     @torch.no_grad()
-    def decode(self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix = NO_PREFIX) -> list[Hypothesis]:
-        """Continue every prompt up to the end of its line.
+    def decode(
+        self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix = NO_PREFIX, stop: str = ""
+    ) -> list[Hypothesis]:
+        """Continue every prompt up to the end of its line, an end token, or `stop`.
 
         Args:
             prompts: B token id sequences; all begin with the prefix.
             prefix: from `shared_prefix`.
+            stop: text that ends a translation too; empty: none.
 
         Returns:
             B hypotheses in the order of the prompts.
@@ -118,6 +129,8 @@ class Decoder:
         for row, pad in enumerate(padding):
             mask[row, shared : shared + pad] = 0
         arguments: dict[str, Any] = {}
+        if stop:
+            arguments["stopping_criteria"] = StoppingCriteriaList([_StopText(self._tokenizer, stop, longest)])
         if prefix.cache is not None:
             cache = copy.deepcopy(prefix.cache)
             cache.batch_repeat_interleave(len(prompts) * int(self._config.num_beams))
@@ -130,17 +143,56 @@ class Decoder:
                 synced_gpus=self._synced,
                 **arguments,
             )
-        return [self._hypothesis(row) for row in sequences[:, longest:].tolist()]
+        return [self._hypothesis(row, stop) for row in sequences[:, longest:].tolist()]
 
-    def _hypothesis(self, ids: list[int]) -> Hypothesis:
-        end = next((index + 1 for index, token in enumerate(ids) if token in self._stops), len(ids))
-        text = self._tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # The closing token may hold text before the line end ('.\n' in byte-level vocabularies).
-        return Hypothesis(str(text).partition("\n")[0].strip(), end)
+    def _hypothesis(self, ids: list[int], stop: str) -> Hypothesis:
+        closing = (index for index, token in enumerate(ids) if token in self._ends or token in self._lines)
+        last = next(closing, None)
+        # The closing token may hold text before the line end ('.\n' in byte-level vocabularies); an end token has none.
+        written = ids if last is None else ids[: last + (ids[last] not in self._ends)]
+        text = str(
+            self._tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+        stopped = last is not None or "\n" in text or (bool(stop) and stop in text)
+        text = text.partition("\n")[0]
+        text = text.partition(stop)[0] if stop else text
+        tokens = len(ids) if last is None else last + 1
+        return Hypothesis(text.strip(), tokens, not stopped)
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a translation: end of sequence first, then every token that holds a line end."""
+class _StopText(StoppingCriteria):
+    """Ends a row once it has written `stop`. (Transformers' own criterion fails with tokenizers that cannot spell a
+    certain word.)"""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, begin: int) -> None:
+        self._tokenizer, self._stop, self._begin = tokenizer, stop, begin
+        # A token is at least a byte. More would do no harm; all would take time that grows with the square of the length.
+        self._last = len(stop.encode()) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.BoolTensor:
+        begin = max(self._begin, input_ids.shape[1] - self._last)
+        texts = self._tokenizer.batch_decode(
+            input_ids[:, begin:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        stopped = [self._stop in text for text in texts]
+        return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a text: the tokenizer's, and those that the model's configurations name (several in chat models)."""
+    config = model.config
+    named = (
+        tokenizer.eos_token_id,
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(config, "eos_token_id", None),
+        getattr(config.get_text_config(), "eos_token_id", None),
+    )
+    ids = [id_ for ids in named for id_ in (ids if isinstance(ids, Sequence) else [ids])]
+    return list(dict.fromkeys(int(id_) for id_ in ids if id_ is not None))
+
+
+def line_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that hold a line end."""
     # '\n', its byte-level spelling, and its byte-fallback spelling; decoding each of 262k tokens would be
     # slow.
     spellings = ("\n", "\u010a", "<0x0A>")
@@ -149,8 +201,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         for token, index in tokenizer.get_vocab().items()
         if any(spelling in token for spelling in spellings)
     ]
-    newlines = sorted(index for index in candidates if "\n" in tokenizer.decode([index]))
-    return [int(tokenizer.eos_token_id), *(index for index in newlines if index != tokenizer.eos_token_id)]
+    return sorted(index for index in candidates if "\n" in tokenizer.decode([index]))
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:

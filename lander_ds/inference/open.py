@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.checkpoint import Checkpoint
-from lander_ds.common.errors import ArtefactError
+from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_inference_config
 from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
@@ -52,8 +54,10 @@ def open_for_inference(
 
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another base model.
+        ModelError: the base cannot be read.
     """
     model, family = build(recipe.model, attention=None)
+    model.generation_config = generation_config(model, Path(recipe.model.path))
     trained: Mapping[str, torch.Tensor] = {}
     if system == "trained":
         newest = checkpoint.newest(run.checkpoints)
@@ -72,6 +76,22 @@ def open_for_inference(
     # per sentence (gigabytes) instead of by the head.
     model.requires_grad_(True)
     return InferenceModel(model)
+
+
+def generation_config(model: PreTrainedModel, path: Path) -> GenerationConfig:
+    """The one beside the weights, whose end tokens may be others than those of config.json; else the model's.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if not (path / GENERATION_CONFIG_NAME).exists():
+        return model.generation_config
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{path / GENERATION_CONFIG_NAME} cannot be read ({error}): repair or delete it"
+        ) from None
 
 
 def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, trained: Checkpoint) -> None:

@@ -31,7 +31,7 @@ def is_up_to_date(start: Start, data: PreparedData, system: System) -> bool:
 
 def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
     """What in the recipe a system's translations depend on; batch size and sharding only change the speed."""
-    options = asdict(recipe.translate)
+    options = asdict(recipe.decoding)
     wanted = ["split", "limit", "beams", "length_penalty", "max_new_tokens"]
     if system == "fewshot":
         wanted.append("shots")

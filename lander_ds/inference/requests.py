@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
-from lander_ds.data.tokens.prompt import choose_shots, render_prompt, shots_for
+from lander_ds.data.tokens.prompt import choose_shots, next_example, render_prompt, shots_for
 from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.inference.provenance import System
 from lander_ds.inference.translate import Request
@@ -45,8 +45,10 @@ def requests_for(
             prompts = _fewshot_prompts(recipe, data, pair, sentences, tokenizer)
         else:
             prompts = [_own_prompt(split, index) for index in indices]
+        shots = config.shots if system == "fewshot" else recipe.data.prompt.shots
+        stop = next_example(recipe.data.prompt, pair) if shots else ""
         requests[pair] = [
-            Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt))
+            Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop)
             for sentence, prompt in zip(sentences, prompts, strict=True)
         ]
     return requests

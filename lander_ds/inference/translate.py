@@ -50,6 +50,8 @@ class Request:
     """Reference translation."""
     prompt: tuple[int, ...]
     """Token ids that the model continues."""
+    stop: str = ""
+    """Text that ends the translation, beside line ends and end tokens; the same for every request of a pair."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Work:
     """Sentences translated now; those found finished do not count."""
     tokens: int
     """Tokens generated for them."""
+    truncated: int
+    """How many of them were cut short at `max_new_tokens`."""
     seconds: float
     """Wall time."""
 
@@ -100,7 +104,7 @@ def translate(
     sharded = config.weights == "sharded" and process_group.world_size() > 1
     decoder = Decoder(model.model, tokenizer, config, synced=sharded)
     mine = sum(len(collectives.share(pair_requests)) for pair_requests in remaining.values())
-    counts = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(3, dtype=torch.int64)
     with progress(f"translate {directory.name}", mine) as bar:
         for pair, pair_requests in remaining.items():
             if not pair_requests:
@@ -108,19 +112,22 @@ def translate(
             with model.pair(pair), partial.appender(pair, process_group.rank()) as appender:
                 prefix = decoder.shared_prefix([request.prompt for request in pair_requests])
                 for batch in batches(pair_requests, config.batch_size, fill=sharded):
-                    hypotheses = decoder.decode([request.prompt for request in batch.requests], prefix)
+                    prompts = [request.prompt for request in batch.requests]
+                    hypotheses = decoder.decode(prompts, prefix, batch.requests[0].stop)
                     translations = [
-                        Translation(request.id, request.src, request.ref, hypothesis.text, hypothesis.tokens)
-                        for request, hypothesis in zip(batch.requests, hypotheses, strict=True)
+                        Translation(r.id, r.src, r.ref, h.text, h.tokens, h.truncated)
+                        for r, h in zip(batch.requests, hypotheses, strict=True)
                     ][: batch.wanted]
                     appender.append(translations)
-                    counts += torch.tensor([len(translations), sum(t.tokens for t in translations)])
+                    tokens, truncated = (t.tokens for t in translations), (t.truncated for t in translations)
+                    counts += torch.tensor([len(translations), sum(tokens), sum(truncated)])
                     bar.advance(len(translations), pair)
     collectives.sum_over_ranks(counts)
     if process_group.rank() == 0:
         _merge(partial, requests, directory)
     collectives.barrier()
-    return Work(int(counts[0]), int(counts[1]), time.monotonic() - started)
+    sentences, tokens, truncated = counts.tolist()
+    return Work(sentences, tokens, truncated, time.monotonic() - started)
 
 
 @dataclass(frozen=True)

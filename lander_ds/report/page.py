@@ -19,7 +19,7 @@ from lander_ds.method.relevance import relevance
 from lander_ds.report import plots
 from lander_ds.report.artefacts import Artefacts, load_artefacts
 from lander_ds.report.figures import data_uri
-from lander_ds.report.summary import SYSTEM_NAMES, summarise
+from lander_ds.report.summary import SYSTEM_NAMES, remarks, summarise
 
 EXAMPLES_PER_PAIR = 5
 
@@ -39,7 +39,7 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
     Raises:
         ArtefactError: no stage has run, or an artefact is damaged.
     """
-    artefacts = load_artefacts(run, recipe.data.pairs)
+    artefacts, summary = load_artefacts(run, recipe.data.pairs), summarise(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -53,7 +53,8 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
         recipe_text=dump_recipe(recipe),
         versions=versions(),
         written=time.strftime("%Y-%m-%d %H:%M"),
-        summary=summarise(run),
+        summary=summary,
+        remarks=remarks(summary["scores"]),
         artefacts=artefacts,
         gain=_mean_gain(artefacts.scores),
         system_names=SYSTEM_NAMES,

@@ -26,6 +26,8 @@ TRAINING_FIGURES = (
     "frozen_unchanged",
 )
 METRICS = ("bleu", "chrf", "chrfpp", "ter")
+SHARES = {"empty": "are empty", "truncated": "were cut short at translate.max_new_tokens"}
+"""Of the translations of a system; a system's scores say little where they are large."""
 P_VALUES = ("p_bleu", "p_chrf", "p_chrfpp")
 SYSTEM_NAMES = {"baseline": "baseline", "base": "base", "fewshot": "few-shot", "trained": "trained"}
 """System of `scores.json` -> its name for a person, in the order of tables and plots."""
@@ -35,9 +37,10 @@ STAGES = ("prepare", "detect", "select", "train", "translate", "score", "export"
 def summarise(run: RunDirectory) -> dict[str, Any]:
     """The figures of a finished or unfinished run, as JSON values; null where a stage has not run.
 
-    `scores` holds per pair `base_bleu`, `fewshot_bleu`, `bleu` (the trained system) and so on for chrF2
-    (`chrf`), chrF2++ (`chrfpp`) and TER, and the p-values of the trained system against the `baseline`: the
-    base, or the system that `score.baseline` gave, whose scores are then there as `baseline_bleu` and so on.
+    `scores` holds per pair `base_bleu`, `fewshot_bleu`, `bleu` (the trained system) and so on for chrF2 (`chrf`),
+    chrF2++ (`chrfpp`) and TER, the shares of `empty` and `truncated` translations, and the p-values of the trained
+    system against the `baseline`: the base, or the system that `score.baseline` gave, whose scores are then there as
+    `baseline_bleu` and so on.
 
     Raises:
         ArtefactError: the directory does not exist, no stage has run in it, or an artefact is damaged.
@@ -118,6 +121,17 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def remarks(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What stands beside the scores of pairs: which systems left translations empty, or were cut short."""
+    lines = []
+    for pair, figures in scores.items():
+        for system, title in SYSTEM_NAMES.items():
+            for share, what in SHARES.items():
+                if value := figures.get(f"{_prefix(system)}{share}"):
+                    lines.append(f"{pair}, {title}: {100 * value:.1f} % of the translations {what}")
+    return lines
+
+
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Everything `summarise` returns for a person: the figures, and the table of scores below them."""
     table = Table.grid(padding=(0, 2))
@@ -135,6 +149,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     outer.add_row(table)
     if summary["scores"]:
         outer.add_row(score_table(summary["scores"]))
+        for line in remarks(summary["scores"]):
+            outer.add_row(line)
     return outer
 
 
@@ -144,7 +160,7 @@ def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
         # Most runs have no other system to compare with, while the others are null until they are scored.
         if system != "baseline" or system in entry["systems"]:
             scores = entry["systems"].get(system, {})
-            figures |= {f"{_prefix(system)}{metric}": scores.get(metric) for metric in METRICS}
+            figures |= {f"{_prefix(system)}{metric}": scores.get(metric) for metric in (*METRICS, *SHARES)}
     return {**figures, **{name: entry.get(name) for name in P_VALUES}, "sentences": entry.get("sentences")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from lander_ds.evaluation.metrics import check_tokenizers
 from lander_ds.evaluation.score import GIVEN, baseline_of, means, score_pair
 from lander_ds.inference.provenance import System, is_up_to_date, record_name
 from lander_ds.inference.translations import Translation, read_translations
-from lander_ds.report.summary import pair_scores, score_table
+from lander_ds.report.summary import pair_scores, remarks, score_table
 from lander_ds.stages.stage import Part, Result, Stage
+
+logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
@@ -55,7 +58,10 @@ def _parts(start: Start) -> list[Part]:
 
     def show() -> None:
         scores = read_json(run.scores, "run stage score again")
-        stdout.print(score_table(pair_scores(scores)))
+        figures = pair_scores(scores)
+        stdout.print(score_table(figures))
+        for line in remarks(figures):
+            logger.warning(line)
 
     options = {**section(recipe, "score", "seed"), "systems": list(systems), "pairs": list(pairs)}
     inputs = {run.relative(path): file_hash(path) for of_pair in paths.values() for path in of_pair.values()}

@@ -83,8 +83,19 @@ def _translate(start: Start, data: PreparedData, model: InferenceModel, system: 
     collectives.barrier()
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     requests = requests_for(system, recipe, data, tokenizer)
-    work = translate(model, tokenizer, requests, recipe.translate, directory, key)
+    work = translate(model, tokenizer, requests, recipe.decoding, directory, key)
     rate = work.tokens / work.seconds
     logger.info("translate %s: %d sentences, %.1f tokens/s", system, work.sentences, rate)
-    figures = {"sentences": work.sentences, "tokens": work.tokens, "tokens_per_second": round(rate, 1)}
+    if work.truncated:
+        logger.warning(
+            "translate %s: %d of %d translations were cut short at translate.max_new_tokens=%d: raise it, unless the "
+            "model does not come to an end anyway",
+            *(system, work.truncated, work.sentences, recipe.decoding.max_new_tokens),
+        )
+    figures = {
+        "sentences": work.sentences,
+        "tokens": work.tokens,
+        "truncated": work.truncated,
+        "tokens_per_second": round(rate, 1),
+    }
     return Result([directory / f"{pair}.jsonl" for pair in requests], figures)

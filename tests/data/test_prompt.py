@@ -9,7 +9,7 @@ import pytest
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import PromptConfig
 from lander_ds.data.tokens.languages import LANGUAGE_NAMES, language_name, split_pair
-from lander_ds.data.tokens.prompt import check_prompt, choose_shots, render_prompt, shots_for
+from lander_ds.data.tokens.prompt import check_prompt, choose_shots, next_example, render_prompt, shots_for
 
 
 def test_default_prompt() -> None:
@@ -79,3 +79,17 @@ def test_a_prompt_does_not_show_its_own_answer() -> None:
     chosen = [("a", "b"), ("c", "d"), ("e", "f")]
     assert shots_for(chosen, ("x", "y"), 2) == [("a", "b"), ("c", "d")]
     assert shots_for(chosen, ("a", "b"), 2) == [("c", "d"), ("e", "f")]
+
+
+@pytest.mark.parametrize(
+    ("separator", "template", "expected"),
+    [
+        ("\n\n", "{src} =", ""),
+        (" ### ", "{src} =", " ### "),
+        ("  ", "English: {src} {tgt_name}:", "  English: "),
+        (" ", "{src} =", ""),
+        (" ", "English:\n{src} =", ""),
+    ],
+)
+def test_by_what_a_further_example_begins(separator: str, template: str, expected: str) -> None:
+    assert next_example(PromptConfig(template=template, separator=separator), "en-de") == expected

@@ -45,7 +45,7 @@ def test_scores_and_signatures_are_sacrebleus(language: str, tokenizer: str) -> 
         assert str(metric.get_signature()).removeprefix("nrefs:1|") in signatures[name]
     ter = TER()
     score = ter.corpus_score(hyps, [refs]).score
-    assert translation_error_rate(refs, hyps) == (pytest.approx(score), str(ter.get_signature()))  # type: ignore[comparison-overlap]
+    assert translation_error_rate(refs, hyps, "de") == (pytest.approx(score), str(ter.get_signature()))  # type: ignore[comparison-overlap]
 
 
 def test_an_improvement_is_significant_and_equality_is_not() -> None:
@@ -87,7 +87,7 @@ def test_empty_hypotheses_are_scored() -> None:
     estimates, _ = evaluate(refs, {"base": [""] * 10, "trained": [*refs[:5], *[""] * 5]}, "13a", CONFIG, 1)
     assert estimates["base"]["bleu"].score == 0.0
     assert estimates["trained"]["chrf"].score > 10
-    assert translation_error_rate(refs, [""] * 10)[0] == pytest.approx(100.0)
+    assert translation_error_rate(refs, [""] * 10, "de")[0] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize(
@@ -126,3 +126,39 @@ def test_an_unknown_tokenizer_is_refused() -> None:
         check_tokenizers({"de": "moses"})
     with pytest.raises(ConfigError, match=r"score\.tokenizers\.de"):
         bleu_tokenizer("de", {"de": "moses"})
+
+
+CHINESE, JAPANESE = "我们在学校里学习中文和英文。", "彼は毎日学校で日本語を勉強する。"
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "changed", "expected"),
+    [
+        ("zh", CHINESE, "大", 100 / 14),
+        ("zho_Hans", CHINESE, "大", 100 / 14),
+        ("yue-HK", CHINESE, "大", 100 / 14),
+        # Runs of kana count as one word: 彼 は 毎 日 学 校 で 日 本 語 を 勉 強 する 。
+        ("ja", JAPANESE, "大", 100 / 15),
+        ("jpn_Jpan", JAPANESE, "大", 100 / 15),
+        ("th", "ผมเรียนภาษาไทย", "ก", 100 / 14),
+        ("lo", "ຂ້ອຍຮຽນພາສາລາວ", "ກ", 100 / 14),
+        ("khm_Khmr", "ខ្ញុំរៀនភាសាខ្មែរ", "ក", 100 / 17),
+        ("mya", "ကျွန်တော်မြန်မာစာ", "ခ", 100 / 17),
+    ],
+)
+def test_ter_into_languages_without_spaces_counts_characters(
+    language: str, text: str, changed: str, expected: float
+) -> None:
+    references, hypotheses = [text] * 20, [text[:4] + changed + text[5:]] * 20
+    score, signature = translation_error_rate(references, hypotheses, language)
+    assert score == pytest.approx(expected)
+    assert translation_error_rate(references, references, language)[0] == 0.0
+    assert "asian:yes" in signature or "tok:char" in signature
+
+
+def test_ter_with_spaces_is_what_it_was() -> None:
+    references = ["Ein Satz mit f\u00fcnf W\u00f6rtern."] * 3
+    score, signature = translation_error_rate(references, ["Ein Satz mit vier W\u00f6rtern."] * 3, "deu_Latn")
+    assert score == pytest.approx(20.0)
+    assert "asian:no" in signature
+    assert "tok:tercom" in signature

@@ -11,6 +11,7 @@ from lander_ds.config.recipe import ScoreConfig
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.score import means, score_pair
 from lander_ds.inference.translations import Translation
+from lander_ds.report.summary import pair_scores, remarks
 
 CONFIG = ScoreConfig(bootstrap_samples=50)
 REFERENCES = [
@@ -116,3 +117,15 @@ def test_means_over_pairs(identifier: LanguageIdentifier) -> None:
     assert mean["chrf"] == pytest.approx(
         (low["systems"]["base"]["chrf"] + high["systems"]["base"]["chrf"]) / 2
     )
+
+
+def test_translations_cut_short_are_counted_and_told(identifier: LanguageIdentifier) -> None:
+    cut = [replace(one, truncated=number < 5) for number, one in enumerate(system(0.9))]
+    entry, _ = score_pair("en-de", {"base": system(0.3), "trained": cut}, CONFIG, 1, identifier)
+    assert entry["systems"]["trained"]["truncated"] == 0.25
+    assert entry["systems"]["base"]["truncated"] == 0.0
+    figures = pair_scores({"pairs": {"en-de": entry}})
+    assert (figures["en-de"]["truncated"], figures["en-de"]["base_truncated"]) == (0.25, 0.0)
+    assert remarks(figures) == [
+        "en-de, trained: 25.0 % of the translations were cut short at translate.max_new_tokens"
+    ]

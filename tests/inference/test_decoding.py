@@ -8,7 +8,13 @@ from support.tiny_translator import requests, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig
 
 from lander_ds.config.recipe import TranslateConfig
-from lander_ds.inference.decoding import Decoder, common_prefix_length, stop_tokens
+from lander_ds.inference.decoding import (
+    Decoder,
+    Hypothesis,
+    common_prefix_length,
+    end_tokens,
+    line_end_tokens,
+)
 
 
 def prompts(count: int, shared: int = 0) -> list[tuple[int, ...]]:
@@ -72,7 +78,8 @@ def test_the_models_own_generation_config_does_not_leak_in() -> None:
 
 def test_a_translation_ends_at_the_line_end_and_at_the_end_of_sequence() -> None:
     tokenizer = tiny_tokenizer()
-    assert stop_tokens(tokenizer) == [2, 3]
+    assert line_end_tokens(tokenizer) == [3]
+    assert end_tokens(tiny_llama(), tokenizer) == [2]
     decoder = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=40))
     found = decoder.decode(prompts(12))
     ended = [hypothesis for hypothesis in found if hypothesis.tokens < 40]
@@ -80,6 +87,66 @@ def test_a_translation_ends_at_the_line_end_and_at_the_end_of_sequence() -> None
     assert all("\n" not in hypothesis.text and "</s>" not in hypothesis.text for hypothesis in found)
     # The closing token is counted, and is no word of the translation.
     assert all(len(hypothesis.text.split()) < hypothesis.tokens for hypothesis in ended)
+
+
+def written(decoder: Decoder, number: int, stop: str = "") -> tuple[list[str], Hypothesis]:
+    hypothesis = decoder.decode([prompts(number + 1)[number]], stop=stop)[0]
+    return hypothesis.text.split(), hypothesis
+
+
+def long_prompt(decoder: Decoder) -> int:
+    """A prompt after which the model writes a long line."""
+    return next(number for number in range(60) if len(written(decoder, number)[0]) >= 8)
+
+
+@pytest.mark.parametrize("where", ["generation config", "config", "both"])
+@pytest.mark.parametrize("several", [False, True])
+def test_end_tokens_of_the_models_own_configurations_end_a_translation(where: str, several: bool) -> None:
+    tokenizer, config = tiny_tokenizer(), TranslateConfig(max_new_tokens=40)
+    number = long_prompt(Decoder(tiny_llama(), tokenizer, config))
+    words, _ = written(Decoder(tiny_llama(), tokenizer, config), number)
+    end = tokenizer.convert_tokens_to_ids(words[4])
+    model = tiny_llama()
+    if where != "config":
+        model.generation_config.eos_token_id = [2, end] if several else end
+    if where != "generation config":
+        model.config.eos_token_id = [end, 2] if several else end
+    expected = words[: words.index(words[4])]
+    got, hypothesis = written(Decoder(model, tokenizer, config), number)
+    assert got == expected
+    assert (hypothesis.tokens, hypothesis.truncated) == (len(expected) + 1, False)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_separator_of_examples_ends_a_translation_across_tokens(beams: int) -> None:
+    decoder = Decoder(tiny_llama(), tiny_tokenizer(), TranslateConfig(max_new_tokens=40, beams=beams))
+    number = long_prompt(decoder)
+    words, whole = written(decoder, number)
+    # It begins inside one token and ends inside another.
+    stop = f"{words[4][-1]} {words[5][:2]}"
+    text = whole.text
+    _, hypothesis = written(decoder, number, stop)
+    assert stop not in hypothesis.text
+    assert not hypothesis.truncated
+    if beams == 1:
+        assert hypothesis.text == text.partition(stop)[0].strip()
+        assert hypothesis.tokens < whole.tokens
+    together = decoder.decode([prompts(number + 1)[number], *prompts(6)], stop=stop)
+    assert together[0].text == hypothesis.text
+
+
+def test_translations_that_are_cut_short_are_marked() -> None:
+    tokenizer = tiny_tokenizer()
+    decoder = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=40))
+    number = long_prompt(decoder)
+    words, whole = written(decoder, number)
+    short = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=5))
+    got, hypothesis = written(short, number)
+    assert (got, hypothesis.truncated, hypothesis.tokens) == (words[:5], True, 5)
+    # One that ends with its last allowed token is whole.
+    if not whole.truncated:
+        exact = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=whole.tokens))
+        assert written(exact, number)[1] == whole
 
 
 def test_common_prefix_leaves_a_token_of_every_prompt() -> None:

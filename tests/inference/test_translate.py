@@ -39,7 +39,7 @@ def test_files_hold_every_sentence_in_corpus_order(reference: Path) -> None:
         found = read_translations(reference / f"{pair}.jsonl")
         assert [(t.id, t.src, t.ref) for t in found] == [(r.id, r.src, r.ref) for r in wanted]
         lines = (reference / f"{pair}.jsonl").read_text().splitlines()
-        assert set(json.loads(lines[0])) == {"id", "src", "ref", "hyp", "tokens"}
+        assert set(json.loads(lines[0])) == {"id", "src", "ref", "hyp", "tokens", "truncated"}
 
 
 def test_the_model_is_told_every_pair(tmp_path: Path) -> None:

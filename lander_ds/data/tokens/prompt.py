@@ -71,6 +71,14 @@ def target_text(config: PromptConfig, tgt: str) -> str:
     return prefix[len(prefix.rstrip(" ")) :] + tgt
 
 
+def next_example(config: PromptConfig, pair: str) -> str:
+    """The text by which a model that has seen few-shot examples begins one of its own: the separator, with the first
+    words of the template where the separator is blank. Empty where a line end stands in it, which ends every
+    translation, or where it would be blank."""
+    text = config.separator if config.separator.strip() else config.separator + _fill(config, pair)[0]
+    return "" if "\n" in text or not text.strip() else text
+
+
 def choose_shots(
     examples: Iterable[tuple[str, str]], count: int, seed: int, pair: str
 ) -> list[tuple[str, str]]:
