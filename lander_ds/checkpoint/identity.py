@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -129,14 +129,8 @@ def _decide(
 
 def _compare(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another training; say what else has changed."""
-    before = flatten(_plain({key: saved.state.get(key) for key in identity}))
-    now = flatten(_plain(identity))
-    if SELECTION not in saved.state["files"]:
-        before["selection_hash"] = now["selection_hash"]
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key in FREE:
-            continue
-        change = f"{key} was {before.get(key)}, now it is {now.get(key)}"
+    for key, before, now in changes(saved, identity):
+        change = f"{key} was {before}, now it is {now}"
         if key in FIXED:
             cure = CURES.get(key, "change it back")
             raise ArtefactError(
@@ -144,6 +138,18 @@ def _compare(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
                 "--force, which deletes the checkpoints)"
             )
         logger.warning("going on with another option than before: %s", change)
+
+
+def changes(saved: Checkpoint, identity: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What a checkpoint was trained with otherwise than `identity` says: key, value of then, value of now."""
+    before = flatten(_plain({key: saved.state.get(key) for key in identity}))
+    now = flatten(_plain(identity))
+    if SELECTION not in saved.state["files"]:
+        before.pop("selection_hash", None)
+        now.pop("selection_hash", None)
+    for key in sorted((before.keys() | now.keys()) - set(FREE)):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
 
 
 def _plain(value: Any) -> Any:

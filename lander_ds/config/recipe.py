@@ -8,10 +8,11 @@ and ranges whenever one of these classes is built. `lander_ds.config.loading` bu
 
 from __future__ import annotations
 
+import re
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from lander_ds.config.strict import STRICT
@@ -27,6 +28,15 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
+
+
+def _checkpoint_choice(text: str) -> str:
+    if not re.fullmatch(r"last|best|step-[0-9]+", text):
+        raise ValueError("expected last, best or step-N")
+    return text
+
+
+CheckpointChoice = Annotated[str, AfterValidator(_checkpoint_choice)]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
 
@@ -316,6 +326,8 @@ class TranslateConfig:
     """Untouched base zero-shot, base with examples in the prompt, the trained model."""
     split: Split = "test"
     """Which split is translated."""
+    checkpoint: CheckpointChoice = "last"
+    """What the system `trained` is: `last`, `best` (lowest mean validation loss) or `step-N`."""
     limit: Limit | None = None
     """At most this many sentences per pair (the first ones)."""
     shots: Count = 4
@@ -356,6 +368,8 @@ class ExportConfig:
     formats: tuple[Literal["dense", "routed", "delta"], ...] = ("routed",)
     """`routed`: exact, ships its own modelling file. `dense`: standard architecture, exact without gates. `delta`:
     only what differs from the base, for `lander delta`; exact both ways."""
+    checkpoint: CheckpointChoice = "last"
+    """What is exported: `last`, `best` (lowest mean validation loss) or `step-N`."""
     fold: tuple[str, ...] = ()
     """Pairs, or `mean`, for each of which `dense-PAIR` is written too: a standard architecture with that pair's mean
     gates folded into the weights (I). An approximation."""

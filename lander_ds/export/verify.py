@@ -37,9 +37,8 @@ def compare(
     Returns: `max_logit_difference` (absolute), `max_logit` (largest absolute logit), `same_greedy` (None unless
     `generate`) and `sentences`.
     """
-    ours = open_for_inference(
-        replace(recipe, translate=replace(recipe.translate, weights="replicated")), run, "trained"
-    )
+    whole = replace(recipe.translate, weights="replicated", checkpoint=recipe.export.checkpoint)
+    ours = open_for_inference(replace(recipe, translate=whole), run, "trained")
     exported = AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=True, dtype=getattr(torch, recipe.model.dtype)
     )

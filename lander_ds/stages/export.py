@@ -13,6 +13,7 @@ import torch
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.checkpoint import Checkpoint
+from lander_ds.checkpoint.choice import chosen, warn_of_changes
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, write_json
 from lander_ds.common.run_directory import RunDirectory
@@ -40,7 +41,9 @@ RELATIVE_TOLERANCE = 1e-5
 def _parts(start: Start) -> list[Part]:
     """One part: every format and fold of the recipe, written, verified and described."""
     recipe, run = start.recipe, start.run
-    newest = checkpoint.newest(run.checkpoints)
+    newest = chosen(run.checkpoints, recipe.export.checkpoint, "export.checkpoint")
+    if run.record_path("prepare").exists():
+        warn_of_changes(newest, recipe, run, PreparedData.load(run, recipe).hash)
     inputs = {"base": start.base_fingerprint, "checkpoint": file_hash(newest.path / checkpoint.STATE)}
     if run.scores.exists():
         inputs["scores"] = file_hash(run.scores)  # they stand in the model cards
