@@ -13,7 +13,7 @@ import torch
 
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.files import is_inside, replacing, write_text
-from lander_ds.export.card import CARD, Exactness, render, write_card
+from lander_ds.export.card import Exactness, write_card
 from lander_ds.export.delta import META, Delta, Flipped
 from lander_ds.export.delta_write import write_delta
 from lander_ds.export.dense import export_dense
@@ -69,9 +69,9 @@ def apply_delta(base: Path, delta_path: Path, out: Path, options: Options, force
             delta_path,
         )
     name, exactness, write = _result(delta, weights, options)
-    card = render(delta.meta["facts"], name, exactness)
-    write(out, options.form)
-    write_text(out / CARD, card)
+    with replacing(out) as new:
+        write(new, options.form)
+        write_card(new, delta.meta["facts"], name, exactness)
     logger.info("wrote %s", out)
 
 
@@ -160,7 +160,7 @@ def diff_models(base: Path, model: Path, out: Path, force: bool, allow_pickle: b
     with replacing(out) as new:
         description = {"method": "diff", "routing": None, "dtype": None, "gate_means": {}, "facts": facts}
         write_delta(_Other(weights, other), {}, new, description)
-    write_card(out, facts, "delta", Exactness.exact())
+        write_card(new, facts, "delta", Exactness.exact())
     if not Delta.open(out).changes:
         logger.warning("%s and %s have the same weights: the delta is empty", base, model)
     logger.info("wrote %s", out)
