@@ -19,6 +19,7 @@ from lander_ds.data.tokens.languages import split_pair
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.evaluation.metrics import bleu_tokenizer, evaluate
 from lander_ds.export.fold import MEAN
+from lander_ds.export.verify import decode_neutrally
 from lander_ds.inference.decoding import Decoder
 from lander_ds.inference.open import InferenceModel, open_for_inference
 from lander_ds.inference.requests import requests_for
@@ -59,6 +60,7 @@ def folding_loss(
     losses: dict[str, dict[str, Any]] = {}
     for fold, directory in folds.items():
         exported = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, recipe.model.dtype))
+        decode_neutrally(exported)
         folded = InferenceModel(exported.to(device).eval())
         losses[fold] = {}
         for pair, (split, wanted) in requests.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lander_ds.common import console
 from lander_ds.common.run_directory import RunDirectory
@@ -34,8 +34,8 @@ def compare(
         prompts: token ids of prompts by pair.
         generate: compare greedy translations too.
 
-    Returns: `max_logit_difference` (absolute), `max_logit` (largest absolute logit), `same_greedy` (None unless
-    `generate`) and `sentences`.
+    Returns: `max_logit_difference` (absolute; NaN where a logit is not finite), `max_logit` (largest absolute logit),
+    `same_greedy` (None unless `generate`) and `sentences`.
     """
     ours = open_for_inference(
         replace(recipe, translate=replace(recipe.translate, weights="replicated")), run, "trained"
@@ -46,8 +46,10 @@ def compare(
     # Both hold the weights in the type they were trained in; float32 arithmetic keeps rounding out of the comparison.
     ours.model.float()
     exported.to(ours.model.device).float().eval()
+    for model in (ours.model, exported):
+        decode_neutrally(model)
     routed = exported.config.model_type == "lander"
-    difference, largest, same = 0.0, 0.0, True
+    differences, largest, same = [0.0], [0.0], True
     greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     cases = [(pair, prompt) for pair, batch in prompts.items() for prompt in batch]
     with console.progress(f"verify {directory.name} export", len(cases)) as bar:
@@ -61,12 +63,19 @@ def compare(
                 if generate:
                     translation = ours.model.generate(ids, **options)
                     same = same and torch.equal(translation, exported.generate(ids, **options, **arguments))
-            difference = max(difference, float((found - expected).abs().max()))
-            largest = max(largest, float(expected.abs().max()))
+            differences.append(float((found - expected).abs().max()))
+            largest.append(float(expected.abs().max()))
             bar.advance(1, pair)
     return {
-        "max_logit_difference": difference,
-        "max_logit": largest,
+        # Unlike Python's, torch's maximum of numbers with a NaN among them is NaN.
+        "max_logit_difference": float(torch.tensor(differences, dtype=torch.float64).max()),
+        "max_logit": float(torch.tensor(largest, dtype=torch.float64).max()),
         "same_greedy": same if generate else None,
         "sentences": len(cases),
     }
+
+
+def decode_neutrally(model: PreTrainedModel) -> None:
+    """Forget what the base's generation_config.json says (penalties, beams, suppressed or forced tokens, sampling):
+    `generate` would add it to the configuration that it is given, and only an export comes with that file."""
+    model.generation_config = GenerationConfig()
