@@ -26,7 +26,7 @@ from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, inside, read_json
 from lander_ds.config.recipe import ModelConfig, RoutingConfig
 from lander_ds.export.bits import Place, flipped, tensor_hash
-from lander_ds.export.sources import Tensors, kind_of
+from lander_ds.export.sources import Tensors, kind_of, rounded
 from lander_ds.export.trained import TrainedModel, is_gate
 from lander_ds.method.selection import Selection
 from lander_ds.models.loading import build
@@ -200,7 +200,7 @@ class Flipped:
         """See `TensorSource`."""
         base = self.weights.read(stored)
         values = self.delta.flip(stored, base) if stored in self.delta.changes else base
-        return values.to(kind_of(base, dtype))
+        return rounded(stored, values, kind_of(base, dtype))
 
 
 def _changes(meta: Mapping[str, Any]) -> dict[str, Change]:
