@@ -30,7 +30,7 @@ from lander_ds.export.writer import (
     write_weights,
 )
 from lander_ds.models.files import INDEX
-from lander_ds.models.weights import BaseWeights, base_fingerprint, base_name, read_config
+from lander_ds.models.weights import BaseWeights, base_fingerprint, base_name, is_base, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def apply_delta(base: Path, delta_path: Path, out: Path, options: Options, force
     delta = Delta.open(delta_path)
     weights = _plain(base, options.allow_pickle)
     delta.check(weights, base, back=False)
-    if base_fingerprint(base) != delta.fingerprint:
+    if not is_base(delta.fingerprint, base_fingerprint(base), base):
         logger.warning(
             "%s is not the base that %s was made from, but every tensor that it touches is the same",
             base,
@@ -133,7 +133,7 @@ def revert_delta(model: Path, delta_path: Path, out: Path, force: bool) -> None:
             if base["index"] is not None:
                 write_text(new / INDEX, base["index"])
         copy_companions(model, new)
-    if base["files"] is not None and base_fingerprint(out) != delta.fingerprint:
+    if base["files"] is not None and not is_base(delta.fingerprint, base_fingerprint(out), out):
         logger.warning(
             "%s: what the delta touches is the base's again, but other tensors are not: %s holds further changes",
             out,
