@@ -167,7 +167,9 @@ class Delta:
         routing = self.routing()
         if routing is None:
             raise ArtefactError(f"{self.path} has no gates or banks: it has only a dense form")
-        model_config = ModelConfig(str(weights.directory), dtype=self.meta["dtype"])
+        model_config = ModelConfig(
+            str(weights.directory), dtype=self.meta["dtype"], allow_pickle=weights.layout.pickled
+        )
         model, family = build(model_config, attention=None)
         selection, gates = self.selection(), self.gates()
         install(model, family, selection, routing, seed=0)

@@ -16,7 +16,7 @@ from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
 from lander_ds.data.sources.corpus import Corpus, resolve
 from lander_ds.evaluation.baseline import baseline_path
-from lander_ds.models.loading import hf_config
+from lander_ds.models.loading import build, tied_parameters
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
@@ -212,11 +212,11 @@ def _check_tied_embeddings(check: Check) -> None:
         return
     try:
         # Transformers is asked because many families tie by default.
-        config, _ = hf_config(recipe.model)
+        model, _ = build(recipe.model)
     except ModelError as error:
         check.refuse("model.path", str(error))
         return
-    if config.tie_word_embeddings:
+    if tied_parameters(model):
         check.refuse(
             "train.method",
             f"full trains the embedding, which is also the model's head (tied): topology: {recipe.topology} has "
