@@ -53,11 +53,12 @@ def write_base_layout(source: TensorSource, directory: Path, form: Form, title: 
     write_files(directory, headers, lambda name: source.tensor(name, form.dtype), title)
     if weights.layout.index is not None:
         index = weights.layout.index
-        if same:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        # Without metadata transformers cannot read an index.
+        if same and "metadata" in content:
             shutil.copyfile(index, directory / index.name)
         else:
             total = sum(spec.bytes for header in headers.values() for spec in header.specs.values())
-            content = json.loads(index.read_text(encoding="utf-8"))
             write_json(directory / index.name, {**content, "metadata": {"total_size": total}})
 
 
