@@ -14,6 +14,7 @@ import torch
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.files import is_inside, replacing, write_text
 from lander_ds.export.card import Exactness, write_card
+from lander_ds.export.companions import companions, copy_companions
 from lander_ds.export.delta import META, Delta, Flipped
 from lander_ds.export.delta_write import write_delta
 from lander_ds.export.dense import export_dense
@@ -22,10 +23,8 @@ from lander_ds.export.routed import export_routed
 from lander_ds.export.stream import Header, Spec
 from lander_ds.export.unrouted import Unrouted
 from lander_ds.export.writer import (
-    COMPANIONS,
     DEFAULT_SHARD_BYTES,
     Form,
-    copy_companions,
     write_files,
     write_weights,
 )
@@ -132,7 +131,7 @@ def revert_delta(model: Path, delta_path: Path, out: Path, force: bool) -> None:
             write_files(new, headers, tensor_of, "revert")
             if base["index"] is not None:
                 write_text(new / INDEX, base["index"])
-        copy_companions(model, new)
+        copy_companions(model, new, code=tensors is weights and "auto_map" in read_config(new))
     if base["files"] is not None and not is_base(delta.fingerprint, base_fingerprint(out), out):
         logger.warning(
             "%s: what the delta touches is the base's again, but other tensors are not: %s holds further changes",
@@ -238,9 +237,8 @@ def _tell_other_differences(base: Path, model: Path) -> None:
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key) and key not in _INCIDENTAL]
     files = [
         name
-        for name in COMPANIONS
-        if (model / name).is_file()
-        and (not (base / name).is_file() or (base / name).read_bytes() != (model / name).read_bytes())
+        for name in sorted(companions(model))
+        if not (base / name).is_file() or (base / name).read_bytes() != (model / name).read_bytes()
     ]
     if keys:
         logger.warning(

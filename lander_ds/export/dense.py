@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.files import replacing, write_json
+from lander_ds.export.companions import copy_companions
 from lander_ds.export.sources import TensorSource, kind_of
 from lander_ds.export.stream import Header, Spec
-from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, copy_companions, write_files, write_weights
+from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, write_files, write_weights
 from lander_ds.models.weights import read_config
 
 

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from lander_ds.common import console
+from lander_ds.common.errors import ModelError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.inference.open import open_for_inference
@@ -40,9 +49,7 @@ def compare(
     ours = open_for_inference(
         replace(recipe, translate=replace(recipe.translate, weights="replicated")), run, "trained"
     )
-    exported = AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=True, dtype=getattr(torch, recipe.model.dtype)
-    )
+    exported = open_exported(directory, getattr(torch, recipe.model.dtype))
     # Both hold the weights in the type they were trained in; float32 arithmetic keeps rounding out of the comparison.
     ours.model.float()
     exported.to(ours.model.device).float().eval()
@@ -73,6 +80,27 @@ def compare(
         "same_greedy": same if generate else None,
         "sentences": len(cases),
     }
+
+
+def open_exported(directory: Path, dtype: torch.dtype) -> Any:
+    """A dense or routed export as transformers opens it, a multimodal one by its own class.
+
+    Raises:
+        ModelError: transformers has no class for it.
+    """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    ):
+        opener: Any = AutoModelForCausalLM
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        opener = AutoModelForImageTextToText
+    else:
+        raise ModelError(
+            f"{directory}: transformers opens {config.model_type} neither as a causal language model nor as an "
+            "image-text-to-text model, so this export cannot be compared: set export.verify: 0"
+        )
+    return opener.from_pretrained(directory, trust_remote_code=True, dtype=dtype)
 
 
 def decode_neutrally(model: PreTrainedModel) -> None:
