@@ -9,6 +9,7 @@ alone for the pair, and neurons that are masked for it, are treated exactly.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def mean_gates(metrics: Path, step: int) -> dict[str, dict[str, float]]:
                 continue
             for layer, of_layer in record.get("gates", {}).items():
                 for pair, value in of_layer.items():
-                    values.setdefault(layer, {}).setdefault(pair, []).append(float(value))
+                    # A skipped step may have had NaN for its gates.
+                    if math.isfinite(value):
+                        values.setdefault(layer, {}).setdefault(pair, []).append(float(value))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a crash may have cut a line short
     return {
