@@ -68,9 +68,12 @@ def _export(recipe: Recipe, run: RunDirectory, newest: Checkpoint) -> Result:
         facts = facts_of(recipe, run, newest.state)
         for name, directory in new.items():
             write_card(directory, facts, name, _exactness(name, trained, recipe, losses))
+    proof = run.export / "verification.json"
+    # What proved the exports before proves nothing of these.
+    proof.unlink(missing_ok=True)
     if results:
-        outputs.append(run.export / "verification.json")
-        write_json(outputs[-1], results)
+        outputs.append(proof)
+        write_json(proof, results)
     for path in outputs:
         logger.info("wrote %s", path)
     return Result(outputs)

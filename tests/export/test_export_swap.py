@@ -56,6 +56,12 @@ def test_what_fails_after_writing_replaces_nothing(
     golden.export(FORMATS, "export.verify=2")
 
 
+def test_the_proof_of_other_exports_does_not_stay(golden: GoldenRun) -> None:
+    golden.export("export.formats=[routed]")
+    export.run(golden.recipe("export.formats=[routed]", "export.verify=0"), golden.run)
+    assert not (golden.run.export / "verification.json").exists()
+
+
 def test_a_first_export_that_fails_leaves_nothing(golden: GoldenRun, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_weights(monkeypatch)
     message = r"routed does not compute what was trained.*was deleted.*unchanged; please report"
