@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationConfig,
-    PreTrainedModel,
 )
 
 from lander_ds.common import console
@@ -53,8 +52,9 @@ def compare(
     # Both hold the weights in the type they were trained in; float32 arithmetic keeps rounding out of the comparison.
     ours.model.float()
     exported.to(ours.model.device).float().eval()
-    for model in (ours.model, exported):
-        decode_neutrally(model)
+    # `generate` adds to the configuration that it is given what the model's own says (penalties, beams, suppressed or
+    # forced tokens, sampling), and only an export comes with the base's generation_config.json.
+    ours.model.generation_config = exported.generation_config = GenerationConfig()
     routed = exported.config.model_type == "lander"
     differences, largest, same = [0.0], [0.0], True
     greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
@@ -101,9 +101,3 @@ def open_exported(directory: Path, dtype: torch.dtype) -> Any:
             "image-text-to-text model, so this export cannot be compared: set export.verify: 0"
         )
     return opener.from_pretrained(directory, trust_remote_code=True, dtype=dtype)
-
-
-def decode_neutrally(model: PreTrainedModel) -> None:
-    """Forget what the base's generation_config.json says (penalties, beams, suppressed or forced tokens, sampling):
-    `generate` would add it to the configuration that it is given, and only an export comes with that file."""
-    model.generation_config = GenerationConfig()

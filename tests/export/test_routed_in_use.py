@@ -46,7 +46,8 @@ def greedy(model: Any, ids: torch.Tensor, pair: str) -> torch.Tensor:
         "min_new_tokens": 8,
         "do_sample": False,
     }
-    return model.generate(ids, pair=pair, **options)
+    translation: torch.Tensor = model.generate(ids, pair=pair, **options)
+    return translation
 
 
 def outputs(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -63,23 +64,22 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(other, translation), pair
 
 
-def embedding_of(model: Any) -> str:
-    embedding = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
+def name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
+    names: dict[torch.nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[wanted]
 
 
 def test_modules_offloaded_to_disk_and_to_memory(directory: Path, tmp_path: Path) -> None:
     """Also the embedding, whose weight is then on no device at all."""
     plain = load(directory)
-    decoder = embedding_of(plain).rpartition(".")[0]
+    decoder, _, embedding = name_of(plain, plain.get_input_embeddings()).rpartition(".")
     places: dict[str, str] = {}
     for name, module in plain.get_submodule(decoder).named_children():
         if isinstance(module, torch.nn.ModuleList):
             places.update({f"{decoder}.{name}.{i}": "disk" if i % 2 else "cpu" for i in range(len(module))})
         else:
-            places[f"{decoder}.{name}"] = "disk" if name == embedding_of(plain).rpartition(".")[2] else "cpu"
-    head = plain.get_output_embeddings()
-    places[next(name for name, module in plain.named_modules() if module is head)] = "disk"
+            places[f"{decoder}.{name}"] = "disk" if name == embedding else "cpu"
+    places[name_of(plain, plain.get_output_embeddings())] = "disk"
     spread = load(directory, device_map=places, offload_folder=str(tmp_path / "offload"))
     assert any(parameter.is_meta for parameter in spread.parameters())
     assert_same(spread, plain)
