@@ -192,7 +192,7 @@ def _loading(form: str, pairs: Sequence[str]) -> str:
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained(directory{code})\n"
-        "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(directory{code})\n"
         f'model.generate(**tokenizer(prompt, return_tensors="pt"){argument})\n'
         "```\n"
         + (

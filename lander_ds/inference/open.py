@@ -25,7 +25,7 @@ from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import prepare_model
 from lander_ds.models.routed_ffn import Routing, routed
 from lander_ds.models.surgery import routed_ffns
-from lander_ds.models.weights import BaseWeights, base_fingerprint
+from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base
 
 
 class InferenceModel:
@@ -100,7 +100,7 @@ def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, traine
         ArtefactError: the checkpoint belongs to another base model, or is damaged.
     """
     fingerprint = base_fingerprint(recipe.model.path)
-    if trained.state["base_fingerprint"] != fingerprint:
+    if not is_base(trained.state["base_fingerprint"], fingerprint, recipe.model.path):
         raise ArtefactError(
             f"{trained.path} was trained from another base model ({trained.state['base_fingerprint']}) than "
             f"{recipe.model.path} ({fingerprint}): correct model.path, or train again"

@@ -62,7 +62,7 @@ run = STAGE.run
 def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Result:
     recipe, run, started = start.recipe, start.run, time.monotonic()
     identity = identity_of(recipe, inputs)
-    checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume)
+    checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume, start.is_base)
     with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog:
         session = open_session(start, checkpoint)
         _announce(session)

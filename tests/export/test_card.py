@@ -16,6 +16,7 @@ from lander_ds.checkpoint.identity import identity_of
 from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
+from lander_ds.config.recipe import Recipe
 from lander_ds.export.card import Exactness, facts_of, render
 from lander_ds.export.writer import Form
 
