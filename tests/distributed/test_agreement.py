@@ -20,10 +20,12 @@ import pytest
 from torch.distributed import TCPStore
 
 from lander_ds.common.errors import ConfigError
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
 from lander_ds.distributed import agreement
 from lander_ds.distributed.agreement import Report, alike, compare, exchange
 from lander_ds.distributed.process_group import free_port
+from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def test_many_differences_are_cut_off() -> None:
 
 
 def test_facts_tell_what_is_missing_or_damaged_as_a_value(tiny_run: TinyRun, tmp_path: Path) -> None:
-    whole = collect(tiny_run.recipe("prepared"))
+    whole = collect(Start(tiny_run.recipe("prepared"), RunDirectory(tiny_run.root / "prepared")))
     assert whole["recipe"]["train.lr.general"] == "0.01"
     assert whole["deepspeed"]["zero_optimization.stage"] == "3"
     assert whole["package"]["torch"]
@@ -104,14 +106,15 @@ def test_facts_tell_what_is_missing_or_damaged_as_a_value(tiny_run: TinyRun, tmp
     shutil.copytree(tiny_run.model, broken)
     (broken / "model.safetensors").write_bytes(b"short")
     recipe = tiny_run.recipe("damaged", f"model.path={broken}")
-    facts = collect(recipe)
+    start = Start(recipe, RunDirectory(recipe.run_dir))
+    facts = collect(start)
     assert facts["base"]["model"].startswith("unreadable (")
     assert facts["run_dir"]["prepared data"] == "missing"
     pointer = Path(recipe.run_dir) / "data" / "prepared.json"
     pointer.parent.mkdir(parents=True)
     for damaged in ("{", "[]", "{}", '{"entry": "gone"}'):
         pointer.write_text(damaged)
-        assert collect(recipe)["run_dir"]["prepared data"].startswith("unreadable (")
+        assert collect(start)["run_dir"]["prepared data"].startswith("unreadable (")
     assert facts["base"]["tokenizer.model"] == whole["base"]["tokenizer.model"]
 
 
@@ -182,7 +185,7 @@ def test_one_rank_gathers_nothing(tiny_run: TinyRun, two_ranks: int) -> None:
 
 
 @dataclass(frozen=True)
-class Start:
+class RankStart:
     """How a rank is started."""
 
     place: Path
@@ -201,7 +204,7 @@ class Ended:
     errors: str
 
 
-def launch(stage: str, starts: Mapping[int, Start], ranks: int) -> list[Ended]:
+def launch(stage: str, starts: Mapping[int, RankStart], ranks: int) -> list[Ended]:
     """`lander STAGE` as some of `ranks` ranks, by hand; all must end by themselves."""
     meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
@@ -269,8 +272,10 @@ def test_wrong_ranks_are_named_and_all_end(tiny_run: TinyRun, tmp_path: Path) ->
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: sacrebleu\nVersion: 2.0.0\n")
 
-    other = Start(right, ("train.clip=0.25",), str(tmp_path / "old"))
-    ended = launch("train", {0: Start(right), 1: other, 2: Start(wrong), 3: Start(right)}, ranks=4)
+    other = RankStart(right, ("train.clip=0.25",), str(tmp_path / "old"))
+    ended = launch(
+        "train", {0: RankStart(right), 1: other, 2: RankStart(wrong), 3: RankStart(right)}, ranks=4
+    )
     assert [rank.code for rank in ended] == [2, 2, 2, 2], ended[0].errors
     told = ended[0].errors
     host = socket.gethostname()
@@ -290,7 +295,7 @@ def test_wrong_ranks_are_named_and_all_end(tiny_run: TinyRun, tmp_path: Path) ->
 @pytest.mark.distributed
 def test_ranks_that_are_alike_start(tiny_run: TinyRun, tmp_path: Path) -> None:
     place = own_directory(tiny_run, tmp_path / "place")
-    ended = launch("prepare", {0: Start(place), 1: Start(place)}, ranks=2)
+    ended = launch("prepare", {0: RankStart(place), 1: RankStart(place)}, ranks=2)
     assert [rank.code for rank in ended] == [0, 0], ended
     assert (place / "run" / "data" / "prepared.json").exists()
 
@@ -299,7 +304,7 @@ def test_ranks_that_are_alike_start(tiny_run: TinyRun, tmp_path: Path) -> None:
 def test_a_rank_with_a_broken_recipe_tells_all_of_it(tiny_run: TinyRun, tmp_path: Path) -> None:
     """A launcher ends the others; here there are none."""
     place = own_directory(tiny_run, tmp_path / "place")
-    [ended] = launch("train", {1: Start(place, ("train.steps=0", "train.clip=-1"))}, ranks=2)
+    [ended] = launch("train", {1: RankStart(place, ("train.steps=0", "train.clip=-1"))}, ranks=2)
     assert ended.code == 2
     assert "rank 1 stopped: recipe.yaml has 2 problems" in ended.errors
     assert "train.steps: must be at least 1, found 0" in ended.errors

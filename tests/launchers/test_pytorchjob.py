@@ -13,7 +13,7 @@ import yaml
 from support.tiny_run import TinyRun
 from torch.distributed.run import get_args_parser
 
-from lander_ds.cli.main import _parser
+from lander_ds.cli.parser import make_parser
 from lander_ds.config.loading import load_recipe
 from lander_ds.distributed.process_group import free_port
 
@@ -53,7 +53,7 @@ def test_the_command_is_one_that_torchrun_and_lander_know(replica: str) -> None:
     known = get_args_parser().parse_args([*before[1:], *arguments])
     assert (known.training_script, known.no_python) == ("launchers/rank.sh", True)
     assert os.access(ROOT / known.training_script, os.X_OK)
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     assert options.auto_resume
     load_recipe(ROOT / options.recipe, options.overrides)
 

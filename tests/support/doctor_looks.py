@@ -39,7 +39,7 @@ SOUND: dict[str, Any] = {
             "code": {"run.py": "cc"},
         },
     },
-    "places": {"run_dir": "/shared/run", "free": 100 * GIGABYTE},
+    "disk": {"run_dir": "/shared/run", "free": 100 * GIGABYTE},
     "topology": {},
     "need": {
         "device": 2 * GIGABYTE,

@@ -200,7 +200,7 @@ def test_offloading_needs_a_compiler_and_ninja(run: Run, tool: str) -> None:
 
 def test_a_full_disk_is_told_with_what_is_needed(run: Run) -> None:
     looks = with_fault()
-    looks["node1"]["places"]["free"] = GIGABYTE
+    looks["node1"]["disk"]["free"] = GIGABYTE
     failed = [finding for finding in judged(run, looks) if finding.status == "fail"]
     assert [(finding.check, finding.host) for finding in failed] == [("disk", "node1")]
     assert (
@@ -244,9 +244,7 @@ def test_a_slow_connection_is_told() -> None:
 
 
 def test_without_a_recipe_hosts_are_still_judged(tmp_path: Path) -> None:
-    bare = {
-        key: value for key, value in look(1).items() if key not in ("recipe", "places", "topology", "need")
-    }
+    bare = {key: value for key, value in look(1).items() if key not in ("recipe", "disk", "topology", "need")}
     findings = judged(Run([Host("node1", 4)], False), {"node1": bare})
     assert {"slots", "open_files", "packages"} <= {finding.check for finding in findings}
     assert not any(finding.status == "fail" for finding in findings)
