@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
 from lander_ds.distributed.start import Start
+from lander_ds.stages import score
 from lander_ds.stages.catalogue import STAGES
-from lander_ds.stages.stage import Stage
 from lander_ds.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def test_the_local_rank_of_the_launcher_is_taken(workspace: Workspace) -> None:
 
 def test_a_stage_runs_on_the_resolved_recipe(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, bool]] = []
-    monkeypatch.setattr(Stage, "perform", lambda self, start: ran.append((start.recipe.run_dir, start.force)))
+    monkeypatch.setattr(score.STAGE, "perform", lambda start: ran.append((start.recipe.run_dir, start.force)))
     assert main(["score", "--recipe", "recipe.yaml", "--set", "run_dir=other", "--force"]) == 0
     assert ran == [("other", True)]
     written = load_recipe(workspace.path / "other" / "recipe.resolved.yaml")
@@ -142,21 +143,19 @@ def test_all_runs_every_stage_in_order_in_one_group(
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    ran: list[tuple[str, bool, Start]] = []
-    monkeypatch.setattr(
-        Stage,
-        "perform",
-        lambda self, start: ran.append((self.description.name, dist.is_initialized(), start)),
-    )
+    ran: list[tuple[str, bool, bool]] = []
+    for stage in STAGES:
+        monkeypatch.setattr(
+            import_module(f"lander_ds.stages.{stage}").STAGE,
+            "perform",
+            lambda start, stage=stage: ran.append((stage, dist.is_initialized(), start.auto_resume)),
+        )
     try:
         assert main(["all", "--recipe", "recipe.yaml", "--auto-resume"]) == 0
     finally:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-    assert [(name, in_group) for name, in_group, _ in ran] == [(name, True) for name in STAGES]
-    # All are given the same.
-    assert {id(start) for _, _, start in ran} == {id(ran[0][2])}
-    assert ran[0][2].auto_resume
+    assert ran == [(stage, True, True) for stage in STAGES]
     assert not dist.is_initialized()
 
 
@@ -164,10 +163,10 @@ def test_errors_of_a_stage(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(error: BaseException) -> None:
-        def perform(*_: object) -> None:
+        def perform(start: Start) -> None:
             raise error
 
-        monkeypatch.setattr(Stage, "perform", perform)
+        monkeypatch.setattr(score.STAGE, "perform", perform)
 
     fail(DataError("corpus.txt, line 3: broken; repair it"))
     assert main(["score", "--recipe", "recipe.yaml"]) == 2

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.common.run_directory import RunDirectory
@@ -30,6 +30,8 @@ from lander_ds.preflight.facts import collect
 
 if TYPE_CHECKING:
     from support.tiny_run import TinyRun
+
+    from lander_ds.config.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 120.0
@@ -92,8 +94,12 @@ def test_many_differences_are_cut_off() -> None:
     assert lines[-1].startswith("code: ")
 
 
+def facts_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    return collect(Start(recipe, RunDirectory(recipe.run_dir)))
+
+
 def test_facts_tell_what_is_missing_or_damaged_as_a_value(tiny_run: TinyRun, tmp_path: Path) -> None:
-    whole = collect(Start(tiny_run.recipe("prepared"), RunDirectory(tiny_run.root / "prepared")))
+    whole = facts_of(tiny_run.recipe("prepared"))
     assert whole["recipe"]["train.lr.general"] == "0.01"
     assert whole["deepspeed"]["zero_optimization.stage"] == "3"
     assert whole["package"]["torch"]
@@ -106,15 +112,14 @@ def test_facts_tell_what_is_missing_or_damaged_as_a_value(tiny_run: TinyRun, tmp
     shutil.copytree(tiny_run.model, broken)
     (broken / "model.safetensors").write_bytes(b"short")
     recipe = tiny_run.recipe("damaged", f"model.path={broken}")
-    start = Start(recipe, RunDirectory(recipe.run_dir))
-    facts = collect(start)
+    facts = facts_of(recipe)
     assert facts["base"]["model"].startswith("unreadable (")
     assert facts["run_dir"]["prepared data"] == "missing"
     pointer = Path(recipe.run_dir) / "data" / "prepared.json"
     pointer.parent.mkdir(parents=True)
     for damaged in ("{", "[]", "{}", '{"entry": "gone"}'):
         pointer.write_text(damaged)
-        assert collect(start)["run_dir"]["prepared data"].startswith("unreadable (")
+        assert facts_of(recipe)["run_dir"]["prepared data"].startswith("unreadable (")
     assert facts["base"]["tokenizer.model"] == whole["base"]["tokenizer.model"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_translator import requests, tiny_llama, tiny_tokenizer
+from support.tiny_translator import requests, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig
 
 from lander_ds.config.recipe import TranslateConfig

@@ -7,7 +7,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from tiny_translator import FailsAfter, TinyTranslator, requests, tiny_tokenizer, translate_as_rank
+from support.tiny_translator import FailsAfter, TinyTranslator, requests, tiny_tokenizer, translate_as_rank
 
 from lander_ds.config.recipe import TranslateConfig
 from lander_ds.distributed import process_group

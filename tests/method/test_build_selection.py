@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fabricate import PAIRS, awareness, random_awareness
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fabricate import PAIRS, awareness, random_awareness
 
 from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig
 from lander_ds.method.control import random_control

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fabricate import PAIRS, awareness, random_awareness
+from support.fabricate import PAIRS, awareness, random_awareness
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import LayerChoice

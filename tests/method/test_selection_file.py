@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fabricate import PAIRS, random_awareness
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.fabricate import PAIRS, random_awareness
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig

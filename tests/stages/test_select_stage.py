@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fabricate import PAIRS, random_awareness
+from support.fabricate import PAIRS, random_awareness
 
 from lander_ds.common.errors import ArtefactError, ConfigError
 from lander_ds.common.run_directory import RunDirectory

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_translator import WORDS, tiny_llama, tiny_tokenizer
+from support.tiny_translator import WORDS, tiny_llama, tiny_tokenizer
 
 from lander_ds.common.errors import ArtefactError, ConfigError, DataError
 from lander_ds.common.run_directory import RunDirectory
