@@ -22,12 +22,13 @@ from types import FrameType
 from rank import codes, exit_code, forget_codes
 from tethers import Tethers
 
-WRONG_INPUT, NOT_SAVED, PREEMPTED, STALLED, INTERRUPTED, LOST = 2, 74, 75, 76, 130, 255
-FINAL = (0, WRONG_INPUT, NOT_SAVED, INTERRUPTED)
-"""Exit codes after which starting again cannot help."""
+from lander_ds.common.errors import ExitCode
+from lander_ds.stages import catalogue
 
-RESUMING = ("train", "all")
-"""What knows --auto-resume; other stages begin again."""
+LOST = 255
+"""Exit code of a launch that lost a host, as ssh's."""
+FINAL = (0, ExitCode.WRONG_INPUT, ExitCode.NOT_SAVED, ExitCode.INTERRUPTED)
+"""Exit codes after which starting again cannot help."""
 
 NEWS_SECONDS = 3.0
 """How long exit codes of ranks may take through a network file system."""
@@ -70,7 +71,7 @@ class Requests:
 def resumed(arguments: Sequence[str]) -> list[str]:
     """Arguments of lander_ds that go on where an earlier attempt ended."""
     kept = [argument for argument in arguments if argument != "--force"]
-    return [*kept, "--auto-resume"] if kept[0] in RESUMING and "--auto-resume" not in kept else kept
+    return [*kept, "--auto-resume"] if catalogue.resumes(kept[0]) and "--auto-resume" not in kept else kept
 
 
 def resume(launch_dir: Path) -> None:
@@ -86,12 +87,12 @@ def cause(found: Mapping[int, int]) -> int:
     What the others say may be the consequence: they lost a neighbour, or were asked to end.
     """
     failed = set(found.values()) - {0}
-    for telling in (WRONG_INPUT, NOT_SAVED, STALLED):
+    for telling in (ExitCode.WRONG_INPUT, ExitCode.NOT_SAVED, ExitCode.STALLED):
         if telling in failed:
             return telling
     if killed := {code for code in failed if code > 128}:
         return max(killed)
-    return max(failed - {PREEMPTED}, default=PREEMPTED if failed else 0)
+    return max(failed - {ExitCode.PREEMPTED}, default=ExitCode.PREEMPTED if failed else 0)
 
 
 def attempt(plan: Plan, requests: Requests) -> int:
@@ -143,7 +144,7 @@ def _judge(plan: Plan, requests: Requests, returned: int, first: int) -> int:
     if len(found) == plan.ranks and not any(found.values()):
         return 0
     if requests.numbers and requests.numbers[0] == signal.SIGINT:
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     if first:
         return first
     if requests.numbers:

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-STAGES = ("prepare", "detect", "select", "train", "translate", "score", "export", "report")
+from lander_ds.common.files import write_json
+from lander_ds.stages.catalogue import STAGES
 
 
 def part(text: str) -> tuple[str, int]:
@@ -70,10 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stages": stages,
         "total": sum(parts.values()),
     }
-    target = options.run_dir / "timing.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(timing, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    write_json(options.run_dir / "timing.json", timing)
     print("\n".join(table(parts, stages)))
     return 0
 

@@ -287,9 +287,9 @@ def _positive_number(text: str) -> int:
 def _add_plan(commands: Commands[Any]) -> None:
     example = "lander plan --recipe recipes/7b.yaml --cluster examples/clusters/8xa100-80g.yaml"
     parser = _command(commands, "plan", OTHER_COMMANDS["plan"], example)
-    _add_recipe(parser, required=False)
+    _add_recipe(parser)
     add = parser.add_argument
-    add("--cluster", type=Path, metavar="FILE", help="the machines (examples/clusters/*.yaml)")
+    add("--cluster", type=Path, required=True, metavar="FILE", help="the machines (examples/clusters/*.yaml)")
     add("--json", action="store_true", help="as JSON, for programs, with every stage of every plan")
     add("--all", action="store_true", help="every number of stages, not only the best of each JSON")
     add("--plot", type=Path, metavar="FILE", help="draw speed and memory over 1, 2, 4, ... machines")
@@ -313,13 +313,7 @@ def _add_plan(commands: Commands[Any]) -> None:
         metavar="SHARE",
         help="target tokens over all tokens (default: 0.5)",
     )
-    add(
-        "--validate",
-        action="store_true",
-        help="instead: train small models on CPU ranks in every topology and compare predictions with real tensors",
-    )
-    add("--model", type=Path, metavar="DIR", help="with --validate: a model of yours, with weights")
-    parser.set_defaults(target="lander_ds.cli.plan:run", parser=parser)
+    parser.set_defaults(target="lander_ds.cli.plan:run")
 
 
 def _count(text: str) -> int:

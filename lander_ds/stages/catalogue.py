@@ -71,8 +71,8 @@ ALL = "all"
 
 
 def names(command: str) -> tuple[str, ...]:
-    """The stages that `lander COMMAND` runs."""
-    return tuple(STAGES) if command == ALL else (command,)
+    """The stages that `lander COMMAND` runs; none for a command that is not a stage."""
+    return tuple(name for name in STAGES if command in (name, ALL))
 
 
 def is_collective(command: str) -> bool:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from plan_ranks import saved_bytes
 from planned import recipe_of
 from support.tiny_models import CONFIGS
 
 from lander_ds.cluster.planning.activations import Activations, _linear, trace
 from lander_ds.cluster.planning.anatomy import anatomy
-from lander_ds.cluster.planning.measurement import saved_bytes
 from lander_ds.cluster.planning.workload import MicroBatch
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.batching.packing import PackedBatch

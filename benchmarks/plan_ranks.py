@@ -1,4 +1,4 @@
-"""One rank of a validation: trains two steps of made-up data and notes what it held."""
+"""What the ranks of benchmarks/plan.py run: two steps on made-up data, and a note of what was in memory."""
 
 from __future__ import annotations
 
@@ -93,13 +93,15 @@ def _measure(recipe: Recipe) -> None:
     Trainer(session, data, metrics, saver).run()
     metrics.close()
     saver.finish()
-    held = collectives.gather_objects(asdict(session.engine.rank_bytes()))
+    bytes_of_ranks = collectives.gather_objects(asdict(session.engine.rank_bytes()))
     # Last, because no backward pass follows.
     activations = _activations(session, data) if process_group.world_size() == 1 else None
     if process_group.rank() == 0:
         files = (run.checkpoints / f"step-{recipe.train.steps}").glob("*.safetensors")
         size = sum(path.stat().st_size for path in files)
-        write_json(run.path / MEASURED, {"ranks": held, "checkpoint": size, "activations": activations})
+        write_json(
+            run.path / MEASURED, {"ranks": bytes_of_ranks, "checkpoint": size, "activations": activations}
+        )
     session.engine.destroy()
     collectives.barrier()
 

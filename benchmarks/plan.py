@@ -1,9 +1,16 @@
-"""Predicted bytes against real tensors: small models are trained for two steps on CPU ranks in every topology."""
+#!/usr/bin/env python
+"""Are the bytes that `lander plan` predicts those of real tensors?
+
+Small models, or one of yours, are trained for two steps on CPU ranks in every topology; what each rank held and what
+lay on disk is compared with the prediction. docs/plan.md has the figures.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +20,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import processor  # noqa: F401 - before DeepSpeed is imported
+import torch
+from plan_ranks import EXAMPLE_TOKENS, MEASURED, TARGET_SHARE, Job, rank_process
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PretrainedConfig
+
 from lander_ds.cluster.planning.activations import trace
 from lander_ds.cluster.planning.anatomy import anatomy, estimated_selection
-from lander_ds.cluster.planning.measurement import EXAMPLE_TOKENS, MEASURED, TARGET_SHARE, Job, rank_process
 from lander_ds.cluster.planning.memory import (
     checkpoint_bytes,
     gradient_bytes,
@@ -50,7 +63,7 @@ WORLDS: dict[int, tuple[tuple[int, int], ...]] = {
 }
 """Ranks -> grids of pipeline stages and data-parallel ranks."""
 Worlds = Mapping[int, Sequence[tuple[int, int]]]
-PRELOADED = ("deepspeed", "transformers", "peft", "lander_ds.cluster.planning.measurement")
+PRELOADED = ("deepspeed", "transformers", "peft", "plan_ranks")
 TIMEOUT_SECONDS = 900.0
 THRESHOLD = 1000
 """Parameters up to this size stay whole under ZeRO-3: in the small models some, in large ones norms."""
@@ -113,8 +126,6 @@ _ZERO: dict[str, dict[str, Any]] = {
 
 def _gated(path: Path) -> Path:
     """A small LLaMA: gated FFN, no biases, untied head."""
-    from transformers import LlamaConfig
-
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=64,
@@ -130,15 +141,10 @@ def _gated(path: Path) -> Path:
 
 def _plain(path: Path) -> Path:
     """A small BLOOM: plain FFN with biases, tied head, attention over the whole row."""
-    from transformers import BloomConfig
-
     return _save(BloomConfig(vocab_size=1000, hidden_size=64, n_layer=6, n_head=4), path)
 
 
-def _save(config: Any, path: Path) -> Path:
-    import torch
-    from transformers import AutoModelForCausalLM
-
+def _save(config: PretrainedConfig, path: Path) -> Path:
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     return path
@@ -173,9 +179,9 @@ def _recipe(root: Path, model: Path, method: Any, topology: Any, stages: int, ca
 def _save_selection(recipe: Recipe) -> None:
     model, family = build(recipe.model)
     layers, neurons = len(family.layers_of(model)), family.neurons(model)
-    made = estimated_selection(recipe.select, PAIRS, layers, neurons)
+    estimated = estimated_selection(recipe.select, PAIRS, layers, neurons)
     metadata = {"base_fingerprint": base_fingerprint(recipe.model.path)}
-    replace(made, metadata=metadata).save(RunDirectory(recipe.run_dir).selection)
+    replace(estimated, metadata=metadata).save(RunDirectory(recipe.run_dir).selection)
 
 
 def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
@@ -212,9 +218,9 @@ def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
                 process.kill()
             process.join()
     if any(process.exitcode for process in processes):
-        told = [path.read_text(encoding="utf-8") for path in sorted(root.glob(f"failure-{ranks}-*.txt"))]
+        failures = [path.read_text(encoding="utf-8") for path in sorted(root.glob(f"failure-{ranks}-*.txt"))]
         raise LanderError(
-            "the measurement failed: " + ("\n".join(told) or f"it did not end in {TIMEOUT_SECONDS:.0f} s")
+            "the measurement failed: " + ("\n".join(failures) or f"it did not end in {TIMEOUT_SECONDS:.0f} s")
         )
 
 
@@ -232,29 +238,64 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 def _compare(job: Job, ranks: int) -> Iterator[Case]:
     recipe, run = job.recipe, RunDirectory(job.recipe.run_dir)
-    found = read_json(run.path / MEASURED, "validate again")
+    measured = read_json(run.path / MEASURED, "validate again")
     stages = recipe.pipeline_stages
-    made = anatomy(recipe)
+    model = anatomy(recipe)
     batch, count = micro_batch(recipe, Workload(EXAMPLE_TOKENS, TARGET_SHARE), ranks // stages)
     sharding = sharding_of(recipe, stages, ranks // stages, count)
-    for stage, span in enumerate(made.stage_spans(stages)):
-        tensors = made.tensors(span)
+    for stage, span in enumerate(model.stage_spans(stages)):
+        tensors = model.tensors(span)
         predicted = {
-            "weights": weight_bytes(tensors, sharding, made.item_bytes),
+            "weights": weight_bytes(tensors, sharding, model.item_bytes),
             "gradients": gradient_bytes(tensors, sharding),
             "optimizer": state_bytes("adamw") * optimizer_elements(tensors, sharding),
         }
         for data_rank in range(ranks // stages):
             rank = stage * (ranks // stages) + data_rank
             for quantity, value in predicted.items():
-                yield Case(f"{job.name} rank {rank}", quantity, value, found["ranks"][rank][quantity])
-    yield Case(job.name, "checkpoint", checkpoint_bytes(made), found["checkpoint"])
-    if found["activations"] is not None:
+                yield Case(f"{job.name} rank {rank}", quantity, value, measured["ranks"][rank][quantity])
+    yield Case(job.name, "checkpoint", checkpoint_bytes(model), measured["checkpoint"])
+    if measured["activations"] is not None:
         kept = trace(recipe, batch, sharding.sharded, fused=False)
-        everything = kept.kept(0, made.layers, True, made.first_trained, recompute=False)
-        yield Case(job.name, "activations", everything, found["activations"])
+        everything = kept.kept(0, model.layers, True, model.first_trained, recompute=False)
+        yield Case(job.name, "activations", everything, measured["activations"])
 
 
-def as_json(cases: Sequence[Case]) -> str:
-    """`{"cases": [{case, quantity, predicted, measured}]}`."""
-    return json.dumps({"cases": [vars(case) for case in cases]}, indent=2)
+def case_table(cases: Sequence[Case]) -> Table:
+    """One row per figure."""
+    table = Table(title="Bytes, predicted and measured")
+    table.add_column("case")
+    table.add_column("quantity")
+    for heading in ("predicted", "measured", "off by"):
+        table.add_column(heading, justify="right")
+    for case in cases:
+        colour = "" if case.within else "[red]"
+        figures = (f"{case.predicted:,}", f"{case.measured:,}", f"{colour}{100 * case.error:.2f} %")
+        table.add_row(case.case, case.quantity, *figures)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 1 when a prediction is more than TOLERANCE off, 2 when a rank failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="a model with weights (default: two small random ones)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help='print {"cases": [{case, quantity, predicted, measured}]}'
+    )
+    options = parser.parse_args(arguments)
+    try:
+        cases = validate(options.model)
+    except LanderError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    if options.json:
+        print(json.dumps({"cases": [vars(case) for case in cases]}, indent=2))
+    else:
+        Console(highlight=False, width=110).print(case_table(cases))
+    return 0 if all(case.within for case in cases) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
