@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from plan_ranks import saved_bytes
-from planned import recipe_of
+from support.planned import recipe_of
 from support.tiny_models import CONFIGS
 
 from lander_ds.cluster.planning.activations import Activations, _linear, trace

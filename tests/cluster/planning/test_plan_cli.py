@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import ROOT, recipe_of
+from support.planned import ROOT, recipe_of
 
 from lander_ds.cli.main import main as cli
 from lander_ds.config.loading import dump_recipe
@@ -68,7 +68,7 @@ def test_what_is_missing_is_said(recipe: str, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as stopped:
         cli(["plan", "--recipe", recipe])
     assert stopped.value.code == 2
-    assert "--cluster FILE are needed" in capsys.readouterr().err
+    assert "the following arguments are required: --cluster" in capsys.readouterr().err
     assert cli(["plan", "--recipe", recipe, "--cluster", CLUSTER, "--plot", "plan"]) == 2
     assert ".png, .svg or .pdf" in capsys.readouterr().err
     gone = ["plan", "--recipe", recipe, "--cluster", CLUSTER, "--set", f"model.path={tmp_path}/gone"]

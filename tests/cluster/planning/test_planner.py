@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned import ROOT, recipe_of
+from support.planned import ROOT, recipe_of
 from support.selections import random_selection
 
 from lander_ds.cluster.planning.anatomy import anatomy, estimated_selection

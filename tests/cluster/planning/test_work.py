@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned import recipe_of
+from support.planned import recipe_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from lander_ds.cluster.planning.anatomy import anatomy

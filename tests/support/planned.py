@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.tiny_models import CONFIGS
-
 from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
+from support.tiny_models import CONFIGS
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def recipe_of(folder: Path, case: str, *overrides: str, size: str = "7b") -> Recipe:
