@@ -16,7 +16,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 types: setup
-	$(BIN)/mypy --strict lander_ds
+	$(BIN)/mypy --strict
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -52,7 +52,7 @@ def signal_while_saving(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         finish(self)
 
-    writer._write_part = slowly
+    writer._write_part = slowly  # type: ignore[assignment]
     Saver.finish = interrupted  # type: ignore[method-assign]
 
 
@@ -77,7 +77,7 @@ def bad_pair(rank: int) -> None:
     forward, head = TranslationModel.forward, LossHead.forward
     pairs: list[torch.Tensor] = []
 
-    def telling(self: TranslationModel, batch: PackedBatch, *rest: object, **options: object) -> object:
+    def telling(self: TranslationModel, batch: PackedBatch, *rest: Any, **options: Any) -> object:
         pairs[:] = [batch.pair_ids[batch.target_positions]]
         return forward(self, batch, *rest, **options)
 

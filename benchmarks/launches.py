@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 from lab import HEAD, Lab
-from miniature import ROOT, TinyRun, make_tiny_run
+from miniature import ROOT
+from support.tiny_run import TinyRun, make_tiny_run
 
 LEASE_SECONDS = 12.0
 """LANDER_LEASE_SECONDS: when a silent host counts as lost."""

@@ -214,7 +214,7 @@ def measure_export(work: Path, name: str) -> Measured:
     from lander_ds.export.writer import Form
 
     recipe, run, out = recipe_of(work), RunDirectory(work / "run"), work / name
-    means = mean_gates(run.metrics, 1)
+    means = mean_gates(checkpoint.newest(run.checkpoints).state, run.metrics)
     facts = {"base": {"name": "random", "fingerprint": "none"}, "method": "lander"}
 
     def opened() -> TrainedModel:

@@ -113,8 +113,8 @@ def matrix(made: TinyRun, places: Sequence[Placement], optimizers: Sequence[str]
     """Train everywhere, resume everywhere, compare."""
     for place in places:
         say(f"training in {place.name}")
-        whole = [job(source(place, name), place, name, "lander_ds.stages.train:run") for name in optimizers]
-        run_world(made.root, place.ranks, whole)
+        jobs = [job(source(place, name), place, name, "lander_ds.stages.train:run") for name in optimizers]
+        run_world(made.root, place.ranks, jobs)
     cases = []
     for place in places:
         say(f"resuming in {place.name}")

@@ -175,15 +175,15 @@ def newest(directory: Path) -> Checkpoint:
     Raises:
         ArtefactError: there is none.
     """
-    found = steps(directory)
-    for step in reversed(found):
+    saved = steps(directory)
+    for step in reversed(saved):
         try:
             return load(directory / f"step-{step}").verified()
         except ArtefactError as error:
             logger.warning("%s; looking for an earlier one", error)
-    if not found:
+    if not saved:
         raise ArtefactError(f"no checkpoint in {directory}: run stage train first")
     raise ArtefactError(
-        f"none of the {len(found)} checkpoints in {directory} is whole: bring one back from a backup, or train again "
+        f"none of the {len(saved)} checkpoints in {directory} is whole: bring one back from a backup, or train again "
         "in another run_dir (or with --force, which deletes them)"
     )

@@ -90,21 +90,21 @@ def starting_point(
         ArtefactError: it is not said what to do with the checkpoints there are, or the newest belongs to something
             else.
     """
-    found: Checkpoint | None = None
+    newest: Checkpoint | None = None
     refusal: str | None = None
     if process_group.rank() == 0:
         try:
-            found = _decide(directory, identity, force, auto_resume)
+            newest = _decide(directory, identity, force, auto_resume)
         except ArtefactError as error:
             refusal = str(error)
     refusal = collectives.from_rank_zero(refusal)
     if refusal is not None:
         raise ArtefactError(refusal)
-    step = collectives.from_rank_zero(None if found is None else found.step)
+    step = collectives.from_rank_zero(None if newest is None else newest.step)
     if step is None:
         return None
     # Rank 0 has compared the hashes; the others read the same files.
-    return found or replace(checkpoint.load(directory / f"step-{step}"), checked=True)
+    return newest or replace(checkpoint.load(directory / f"step-{step}"), checked=True)
 
 
 def _decide(
@@ -121,29 +121,29 @@ def _decide(
             f"{directory} holds checkpoints of an unfinished or different training (newest: step {present[-1]}): "
             "--auto-resume goes on from there, --force deletes them and starts anew, another run_dir keeps them"
         )
-    found = checkpoint.newest(directory)
-    _compare(found, identity)
-    logger.info("going on from %s", found.path)
-    return found
+    newest = checkpoint.newest(directory)
+    _compare(newest, identity)
+    logger.info("going on from %s", newest.path)
+    return newest
 
 
-def _compare(found: Checkpoint, identity: Mapping[str, Any]) -> None:
+def _compare(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another training; say what else has changed."""
-    before = flatten(_plain({key: found.state.get(key) for key in identity}))
+    before = flatten(_plain({key: saved.state.get(key) for key in identity}))
     now = flatten(_plain(identity))
-    if SELECTION not in found.state["files"]:
+    if SELECTION not in saved.state["files"]:
         before["selection_hash"] = now["selection_hash"]
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or key in FREE:
             continue
-        told = f"{key} was {before.get(key)}, now it is {now.get(key)}"
+        change = f"{key} was {before.get(key)}, now it is {now.get(key)}"
         if key in FIXED:
             cure = CURES.get(key, "change it back")
             raise ArtefactError(
-                f"{found.path} is of another training: {told}: {cure}, or start anew in another run_dir (or with "
+                f"{saved.path} is of another training: {change}: {cure}, or start anew in another run_dir (or with "
                 "--force, which deletes the checkpoints)"
             )
-        logger.warning("going on with another option than before: %s", told)
+        logger.warning("going on with another option than before: %s", change)
 
 
 def _plain(value: Any) -> Any:

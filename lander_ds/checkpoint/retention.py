@@ -26,21 +26,21 @@ def superfluous(directory: Path, retention: Retention, written: int) -> list[Pat
 
     Those of later steps neither count nor go: a resume has passed over them as damaged.
     """
-    found = [step for step in steps(directory) if step <= written]
+    saved = [step for step in steps(directory) if step <= written]
     if retention.last == 0:
         return []
-    kept = set(found[-retention.last :])
+    kept = set(saved[-retention.last :])
     if retention.every:
-        kept |= {step for step in found if step % retention.every == 0}
+        kept |= {step for step in saved if step % retention.every == 0}
     if retention.best:
-        kept |= best(directory, found)
-    return [directory / f"step-{step}" for step in found if step not in kept]
+        kept |= best(directory, saved)
+    return [directory / f"step-{step}" for step in saved if step not in kept]
 
 
-def best(directory: Path, found: list[int]) -> set[int]:
+def best(directory: Path, saved: list[int]) -> set[int]:
     """The step with the lowest mean validation loss, where any was measured; of equal ones the first."""
     losses = {}
-    for step in found:
+    for step in saved:
         try:
             loss = load(directory / f"step-{step}").state.get("valid_loss")
         except ArtefactError:

@@ -30,13 +30,13 @@ RECORDED_PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the libraries that shape results."""
-    found = {"lander_ds": __version__, "python": platform.python_version()}
+    numbers = {"lander_ds": __version__, "python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            numbers[name] = "missing"
+    return numbers
 
 
 class RunDirectory:
@@ -110,12 +110,12 @@ class RunDirectory:
         cure = f"delete it to run stage {stage} again"
         record = read_json(path, cure)
         try:
-            found = (record["options_hash"], dict(record["inputs"]), record["versions"]["lander_ds"])
+            recorded = (record["options_hash"], dict(record["inputs"]), record["versions"]["lander_ds"])
             digests = dict(record["outputs"])
         except (KeyError, TypeError, ValueError):
             raise ArtefactError(f"{path} is no stage record: {cure}") from None
         outputs = {inside(self.path, name, path): digest for name, digest in digests.items()}
-        if found != (json_hash(options), dict(inputs), __version__):
+        if recorded != (json_hash(options), dict(inputs), __version__):
             return False
         return all(output.exists() and file_hash(output) == digest for output, digest in outputs.items())
 

@@ -122,9 +122,9 @@ def check_deepspeed_json(recipe: Recipe) -> dict[str, Any]:
         ),
     )
     for path, wanted, source in expected:
-        found = lookup(config, path)
-        if found not in (None, "auto", wanted):
-            problems.add(path, f'the recipe says {source}, found {json.dumps(found)}; write "auto"')
+        value = lookup(config, path)
+        if value not in (None, "auto", wanted):
+            problems.add(path, f'the recipe says {source}, found {json.dumps(value)}; write "auto"')
     optimizer = lookup(config, ("optimizer", "type"))
     if optimizer and recipe.train.optimizer != "adamw":
         problems.add(

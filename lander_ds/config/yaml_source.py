@@ -69,10 +69,10 @@ def parse_yaml(text: str, name: str) -> Document:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = document.line(mark.line + 1) if mark else name
+        where = document.line(mark.line + 1) if mark else name
         what = ", ".join(part for part in (error.context, error.problem) if part)
         cure = "indent with spaces" if "\\t" in what else "check brackets, quotes, colons and indentation"
-        raise ConfigError(f"{place}: not valid YAML ({what}); {cure}") from None
+        raise ConfigError(f"{where}: not valid YAML ({what}); {cure}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise ConfigError(

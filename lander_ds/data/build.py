@@ -107,7 +107,7 @@ def build(
         }
         write_json(temporary / "manifest.json", manifest)
         temporary.chmod(0o755)
-        _move_into_place(temporary, entry, anew)
+        _publish(temporary, entry, anew)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_manifest(entry)
@@ -120,13 +120,14 @@ def _complete(entry: Path) -> dict[str, Any] | None:
         return None
 
 
-def _move_into_place(temporary: Path, entry: Path, anew: bool) -> None:
+def _publish(temporary: Path, entry: Path, anew: bool) -> None:
     # Another process may have built the same entry meanwhile; it has the same content.
     if anew or _complete(entry) is None:
-        discarded = temporary.with_suffix(".old")
-        publish(temporary, entry, lambda: discarded)
-        # Readers of the old entry keep their memory maps until they close them.
-        shutil.rmtree(discarded, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            dir=entry.parent, prefix=".discarded-", ignore_cleanup_errors=True
+        ) as discarded:
+            # Several may have to go: others can be quicker again and again. Their readers keep their memory maps.
+            publish(temporary, entry, lambda: Path(tempfile.mkdtemp(dir=discarded), entry.name))
 
 
 def _statistics(counts: Counts) -> dict[str, Any]:

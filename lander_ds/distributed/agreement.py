@@ -121,7 +121,7 @@ def compare(reports: Sequence[Report]) -> str:
         for value in dict.fromkeys(values):
             if value == common:
                 continue
-            wrong = [rank for rank, found in enumerate(values) if found == value]
+            wrong = [rank for rank, own in enumerate(values) if own == value]
             deviating.update(wrong)
             kinds.append(kind)
             lines.append(f"  {_who(wrong, reports)}: {kind} {name} is {value}, {holder} {common}")

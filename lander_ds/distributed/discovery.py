@@ -53,7 +53,8 @@ def discover() -> None:
     started = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE")
     if "RANK" in os.environ or started is None:
         raise ConfigError(f"{', '.join(sorted(missing))} not set: start all ranks with one of the launchers")
-    from mpi4py import MPI
+    # Importing it initialises MPI.
+    from mpi4py import MPI  # noqa: PLC0415
 
     world = MPI.COMM_WORLD
     if world.size != int(started):
@@ -95,7 +96,7 @@ def choose_interface() -> None:
     if ip_address(address).is_loopback and _several_hosts():
         # Rank 0's own host, where MASTER_ADDR is a name of this host.
         address = own_address()
-    name = next((found.name for found in interfaces() if found.address == address), None)
+    name = next((interface.name for interface in interfaces() if interface.address == address), None)
     if name is None:
         return
     os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -130,21 +131,21 @@ def own_address() -> str:
     Raises:
         ConfigError: none of these is there.
     """
-    found = [
+    wanted_ones = [
         interface
         for interface in interfaces()
         if not ip_address(interface.address).is_loopback and not interface.name.startswith(VIRTUAL)
     ]
     if wanted := os.environ.get("GLOO_SOCKET_IFNAME"):
-        found = [interface for interface in interfaces() if interface.name == wanted]
-    if len(found) == 1:
-        return found[0].address
+        wanted_ones = [interface for interface in interfaces() if interface.name == wanted]
+    if len(wanted_ones) == 1:
+        return wanted_ones[0].address
     try:
         towards = address_towards(OUTSIDE)
-        return next(interface.address for interface in found if interface.address == towards)
+        return next(interface.address for interface in wanted_ones if interface.address == towards)
     except (ConfigError, StopIteration):
         pass
-    names = ", ".join(f"{interface.name} ({interface.address})" for interface in found) or "none"
+    names = ", ".join(f"{interface.name} ({interface.address})" for interface in wanted_ones) or "none"
     raise ConfigError(
         f"{socket.gethostname()}: which network leads to the other hosts? There are: {names}. Set GLOO_SOCKET_IFNAME "
         "to the name of one of its interfaces"

@@ -39,7 +39,7 @@ def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
     if dist.is_initialized():
         return
     # Stages that need no such group are spared the seconds that importing it takes.
-    import deepspeed
+    import deepspeed  # noqa: PLC0415
 
     if "RANK" not in os.environ and launch.mpi_size() is None:
         os.environ.update(

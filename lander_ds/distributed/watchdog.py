@@ -88,7 +88,7 @@ class Watchdog:
         rank, ranks = process_group.rank(), process_group.world_size()
         write_json(
             self._path(rank),
-            {"rank": rank, "host": os.uname().nodename, "doing": self._doing, **self._place()},
+            {"rank": rank, "host": os.uname().nodename, "doing": self._doing, **self._position()},
         )
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and len(self._reports(ranks)) < ranks:
@@ -97,7 +97,7 @@ class Watchdog:
         if rank == min(reports):
             logger.error("%s", verdict(self._stage, quiet, reports, ranks))
 
-    def _place(self) -> dict[str, Any]:
+    def _position(self) -> dict[str, Any]:
         """Where the main thread is: the innermost collective, and the innermost line of this package."""
         frames = traceback.extract_stack(sys._current_frames()[self._main or 0])
         inside = [name for frame in frames if (name := _collective(frame))]
@@ -109,11 +109,11 @@ class Watchdog:
         }
 
     def _reports(self, ranks: int) -> dict[int, dict[str, Any]]:
-        found = {}
+        notes = {}
         for rank in range(ranks):
             if self._path(rank).exists():
-                found[rank] = json.loads(self._path(rank).read_text(encoding="utf-8"))
-        return found
+                notes[rank] = json.loads(self._path(rank).read_text(encoding="utf-8"))
+        return notes
 
     def _path(self, rank: int) -> Path:
         return self._directory / f"rank-{rank}.json"

@@ -66,13 +66,13 @@ def _by_identifier(path: Path, sentences: Sequence[Translation]) -> list[Transla
         identifier, row = _row(path, number, line)
         if identifier in rows:
             first = rows[identifier].line
-            raise DataError(f"{_place(path, number)} repeats the id {identifier!r} of line {first}: keep one")
+            raise DataError(f"{_line(path, number)} repeats the id {identifier!r} of line {first}: keep one")
         rows[identifier] = row
     known = {sentence.id for sentence in sentences}
     if unknown := [(row.line, identifier) for identifier, row in rows.items() if identifier not in known]:
         number, identifier = unknown[0]
         raise DataError(
-            f"{_place(path, number)}: {len(unknown)} ids are not among the {len(known)} that are scored, first "
+            f"{_line(path, number)}: {len(unknown)} ids are not among the {len(known)} that are scored, first "
             f"{identifier!r}: use the ids of translations/, such as {sentences[0].id!r}"
         )
     if missing := [sentence.id for sentence in sentences if sentence.id not in rows]:
@@ -91,11 +91,11 @@ def _row(path: Path, number: int, line: str) -> tuple[str, _Row]:
     try:
         value: Any = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{_place(path, number)} is not JSON ({error}): correct it") from None
+        raise DataError(f"{_line(path, number)} is not JSON ({error}): correct it") from None
     fields = value if isinstance(value, Mapping) else {}
     identifier, hyp, ref = (fields.get(name) for name in ("id", "hyp", "ref"))
     if not isinstance(identifier, str) or not isinstance(hyp, str) or not isinstance(ref, str | None):
-        raise DataError(f'{_place(path, number)} is no translation: write {{"id": "...", "hyp": "..."}}')
+        raise DataError(f'{_line(path, number)} is no translation: write {{"id": "...", "hyp": "..."}}')
     return identifier, _Row(number, hyp, ref)
 
 
@@ -104,8 +104,8 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError:
-            raise DataError(f"{_place(path, number)} is not UTF-8: convert the file") from None
+            raise DataError(f"{_line(path, number)} is not UTF-8: convert the file") from None
 
 
-def _place(path: Path, number: int) -> str:
+def _line(path: Path, number: int) -> str:
     return f"score.baseline: {path}, line {number}"

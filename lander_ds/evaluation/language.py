@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from py3langid.langid import MODEL_FILE
+from py3langid.langid import LanguageIdentifier as Identifier
+
 from lander_ds.data.tokens.languages import normalise_code
 
 LARGE_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "ru", "tr", "vi", "zh")
@@ -113,7 +116,4 @@ def known_languages() -> frozenset[str]:
 
 
 def _load() -> Any:
-    from py3langid.langid import MODEL_FILE
-    from py3langid.langid import LanguageIdentifier as Identifier
-
     return Identifier.from_model_file(MODEL_FILE)

@@ -26,7 +26,7 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Slices:
     """Rows or columns of a tensor, or all of it."""
 
     dim: int | None
@@ -41,7 +41,7 @@ class Place:
         return tensor.index_select(self.dim, self.index)
 
 
-def difference(old: torch.Tensor, new: torch.Tensor) -> Place | None:
+def difference(old: torch.Tensor, new: torch.Tensor) -> Slices | None:
     """The smallest set of rows or of columns outside of which two tensors are the same; None: they are equal.
 
     Args:
@@ -50,27 +50,27 @@ def difference(old: torch.Tensor, new: torch.Tensor) -> Place | None:
     differ = pattern(old.contiguous()) != pattern(new.contiguous())
     if not differ.any():
         return None
-    best, best_bytes = Place(None, None), old.numel() * old.element_size()
+    best, best_bytes = Slices(None, None), old.numel() * old.element_size()
     for dim in range(min(2, old.dim())):
         others = [other for other in range(old.dim()) if other != dim]
         index = (differ.any(dim=others) if others else differ).nonzero().squeeze(-1).to(INDEX_DTYPE)
         slice_bytes = old.numel() // old.shape[dim] * old.element_size() + INDEX_DTYPE.itemsize
         if len(index) * slice_bytes < best_bytes:
-            best, best_bytes = Place(dim, index), len(index) * slice_bytes
+            best, best_bytes = Slices(dim, index), len(index) * slice_bytes
     return best
 
 
-def exclusive_or(old: torch.Tensor, new: torch.Tensor, place: Place) -> torch.Tensor:
+def exclusive_or(old: torch.Tensor, new: torch.Tensor, slices: Slices) -> torch.Tensor:
     """Bit patterns that lead from `old` to `new` and back, at a place."""
-    return pattern(place.cut(old).contiguous()) ^ pattern(place.cut(new).contiguous())
+    return pattern(slices.cut(old).contiguous()) ^ pattern(slices.cut(new).contiguous())
 
 
-def flipped(tensor: torch.Tensor, bits: torch.Tensor, place: Place) -> torch.Tensor:
+def flipped(tensor: torch.Tensor, bits: torch.Tensor, slices: Slices) -> torch.Tensor:
     """`tensor` with the bits at a place turned over."""
     result = tensor.clone(memory_format=torch.contiguous_format)
     patterns = pattern(result)
-    if place.dim is None or place.index is None:
+    if slices.dim is None or slices.index is None:
         patterns.bitwise_xor_(bits)
     else:
-        patterns.index_copy_(place.dim, place.index.long(), pattern(place.cut(tensor).contiguous()) ^ bits)
+        patterns.index_copy_(slices.dim, slices.index.long(), pattern(slices.cut(tensor).contiguous()) ^ bits)
     return result

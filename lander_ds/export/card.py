@@ -156,14 +156,18 @@ def _loss(loss: Mapping[str, Any] | None) -> str:
     if not loss:
         return "What it loses was not measured.\n"
     rows = []
-    for pair, found in loss.items():
+    for pair, measured in loss.items():
         for metric in ("bleu", "chrf"):
-            routed, folded = found[metric]["routed"], found[metric]["folded"]
+            routed, folded = measured[metric]["routed"], measured[metric]["folded"]
             figures = (f"{routed:.2f}", f"{folded:.2f}", f"{folded - routed:+.2f}")
-            rows.append((pair, found["split"], str(found["sentences"]), _METRIC_NAMES[metric], *figures))
+            rows.append(
+                (pair, measured["split"], str(measured["sentences"]), _METRIC_NAMES[metric], *figures)
+            )
     header = ("pair", "split", "sentences", "metric", "routed", "this export", "difference")
     signatures = {
-        f"{pair} {name}": text for pair, found in loss.items() for name, text in found["signatures"].items()
+        f"{pair} {name}": text
+        for pair, measured in loss.items()
+        for name, text in measured["signatures"].items()
     }
     return "Measured against the routed model:\n\n" + _table(header, rows) + _signatures(signatures)
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, inside, read_json
 from lander_ds.config.recipe import ModelConfig, RoutingConfig
-from lander_ds.export.bits import Place, flipped, tensor_hash
+from lander_ds.export.bits import Slices, flipped, tensor_hash
 from lander_ds.export.sources import Tensors, kind_of
 from lander_ds.export.trained import TrainedModel, is_gate
 from lander_ds.method.selection import Selection
@@ -113,7 +113,7 @@ class Delta:
         try:
             bits = self._file.get_tensor(BITS + name)
             index = None if change.dim is None else self._file.get_tensor(INDEX + name)
-            return flipped(tensor, bits, Place(change.dim, index))
+            return flipped(tensor, bits, Slices(change.dim, index))
         except (SafetensorError, RuntimeError, IndexError) as error:
             raise ArtefactError(f"{self.path}: the change of {name} is damaged ({error}): {_CURE}") from None
 
@@ -135,11 +135,11 @@ class Delta:
                     f"{where} lacks the tensor {name}, which {self.path} changes: {self._wrong(back)}"
                 )
             tensor = tensors.read(name)
-            found = "" if tuple(tensor.shape) != change.shape else tensor_hash(tensor)
-            if found == second:
+            digest = "" if tuple(tensor.shape) != change.shape else tensor_hash(tensor)
+            if digest == second:
                 done = "does not contain this delta" if back else "contains this delta already"
                 raise ArtefactError(f"{where} {done} ({name} says so): there is nothing to do")
-            if found != first:
+            if digest != first:
                 raise ArtefactError(
                     f"{where}: {name} is another tensor than {self.path} expects: {self._wrong(back)}"
                 )

@@ -13,7 +13,7 @@ import torch
 from lander_ds.common import console
 from lander_ds.common.files import file_hash, replacing, write_json
 from lander_ds.common.run_directory import versions
-from lander_ds.export.bits import INDEX_DTYPE, Place, difference, exclusive_or, pattern, tensor_hash
+from lander_ds.export.bits import INDEX_DTYPE, Slices, difference, exclusive_or, pattern, tensor_hash
 from lander_ds.export.delta import BITS, FORMAT, GATE, INDEX, META, SELECTION, WEIGHTS, Change
 from lander_ds.export.fold import GateMeans
 from lander_ds.export.sources import TensorSource
@@ -58,24 +58,24 @@ def write_delta(
     weights = source.weights
     names = [name for name in weights.names() if name in source.changed()]
     changes: dict[str, Change] = {}
-    places: dict[str, Place] = {}
+    places: dict[str, Slices] = {}
     specs = {GATE + name: Spec.like(gate) for name, gate in gates.items()}
     with console.progress("find what changed (tensors)", len(names)) as bar:
         for name in names:
             old, new = weights.read(name), source.tensor(name, None)
-            place = difference(old, new)
+            slices = difference(old, new)
             bar.advance()
-            if place is None:
+            if slices is None:
                 continue
-            places[name] = place
-            count = old.numel() if place.index is None else len(place.index)
+            places[name] = slices
+            count = old.numel() if slices.index is None else len(slices.index)
             changes[name] = Change(
-                *(name, str(old.dtype).removeprefix("torch."), tuple(old.shape), place.dim, count),
+                *(name, str(old.dtype).removeprefix("torch."), tuple(old.shape), slices.dim, count),
                 *(tensor_hash(old), tensor_hash(new)),
             )
             shape = list(old.shape)
-            if place.index is not None and place.dim is not None:
-                shape[place.dim] = count
+            if slices.index is not None and slices.dim is not None:
+                shape[slices.dim] = count
                 specs[INDEX + name] = Spec(INDEX_DTYPE, (count,))
             specs[BITS + name] = Spec(pattern(old).dtype, tuple(shape))
 
@@ -83,11 +83,11 @@ def write_delta(
         kind, _, name = key.partition("/")
         if f"{kind}/" == GATE:
             return gates[name]
-        place = places[name]
+        slices = places[name]
         if f"{kind}/" == INDEX:
-            assert place.index is not None
-            return place.index
-        return exclusive_or(weights.read(name), source.tensor(name, None), place)
+            assert slices.index is not None
+            return slices.index
+        return exclusive_or(weights.read(name), source.tensor(name, None), slices)
 
     Header.make(specs, {"format": "pt", "delta": FORMAT}).write(directory / WEIGHTS, tensor_of)
     meta = {

@@ -11,46 +11,47 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.export.sources import Scale, Scaled
 from lander_ds.export.trained import TrainedModel
 from lander_ds.models.routed_ffn import BankFFN
 from lander_ds.models.surgery import banks_of, routed_ffns
+from lander_ds.training.progress import Progress
 
 MEAN = "mean"
 """In place of a pair: every bank's factor is its mean over all pairs."""
-
-STEPS = 32
-"""The gate values of so many training steps with the pair are averaged."""
 
 GateMeans = Mapping[str, Mapping[str, float]]
 """Layer (as text, for JSON) -> pair -> mean of c, the share of the general banks."""
 
 
-def mean_gates(metrics: Path, step: int) -> dict[str, dict[str, float]]:
-    """Mean gate values at the end of a training, from its journal.
+def mean_gates(state: Mapping[str, Any], metrics: Path) -> dict[str, dict[str, float]]:
+    """Mean gate values at the end of a training.
 
     Args:
-        metrics: metrics.jsonl.
-        step: the checkpoint's; later steps do not count.
+        state: of the checkpoint.
+        metrics: metrics.jsonl, where the values are that checkpoints before version 0.2 do not hold.
     """
-    values: dict[str, dict[str, list[float]]] = {}
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if record["step"] > step:
-                continue
-            for layer, of_layer in record.get("gates", {}).items():
-                for pair, value in of_layer.items():
-                    values.setdefault(layer, {}).setdefault(pair, []).append(float(value))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # a crash may have cut a line short
+    values = state.get("progress", {}).get("gates") or _from_metrics(metrics, state["step"])
     return {
-        layer: {pair: sum(found[-STEPS:]) / len(found[-STEPS:]) for pair, found in of_layer.items()}
+        layer: {pair: sum(means) / len(means) for pair, means in of_layer.items()}
         for layer, of_layer in values.items()
     }
+
+
+def _from_metrics(metrics: Path, step: int) -> dict[str, dict[str, list[float]]]:
+    """What `Progress.gates` would hold at `step`."""
+    progress = Progress()
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+        try:
+            record = json.loads(line)
+            if record["step"] <= step:
+                progress.gated(record.get("gates", {}))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a crash may have cut a line short
+    return progress.gates
 
 
 def folded(trained: TrainedModel, means: GateMeans, pair: str) -> Scaled:
@@ -90,8 +91,8 @@ def _mean(trained: TrainedModel, means: GateMeans, layer: int, pair: str) -> flo
         value = means[str(layer)][pair]
     except KeyError:
         raise ArtefactError(
-            f"metrics.jsonl has no mean gate value of {pair} in layer {layer}: only pairs that were trained can be "
-            "folded; restore the file, or leave the pair out of export.fold"
+            f"the checkpoint has no mean gate value of {pair} in layer {layer}: only pairs that were trained can be "
+            "folded; leave the pair out of export.fold"
         ) from None
     return float(value >= 0.5) if trained.routing.gate_eval == "hard" else value
 

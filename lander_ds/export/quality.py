@@ -46,9 +46,7 @@ def folding_loss(
     """
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     pairs = [pair for pair in recipe.data.pairs if MEAN in folds or pair in folds]
-    requests = {
-        pair: found for pair in pairs if (found := _requests(recipe, data, tokenizer, pair)) is not None
-    }
+    requests = {pair: own for pair in pairs if (own := _requests(recipe, data, tokenizer, pair)) is not None}
     replicated = replace(recipe, translate=replace(recipe.translate, weights="replicated"))
     routed = open_for_inference(replicated, run, "trained")
     ours = {

@@ -120,20 +120,20 @@ class _Changes:
         copies: dict[str, list[str]] = {}
         for tied, original in tied_parameters(self.model).items():
             copies.setdefault(original, []).append(tied)
-        found: dict[str, list[Change]] = {}
+        changes: dict[str, list[Change]] = {}
         for name in self.tensors:
             if name in cuts:
-                found.setdefault(self._stored(cuts[name].tensor), []).append(
+                changes.setdefault(self._stored(cuts[name].tensor), []).append(
                     partial(self._put, name, cuts[name])
                 )
             elif ".lora_A." in name:
                 adapted = name.split(".lora_A.", maxsplit=1)[0] + ".weight"
-                found.setdefault(self._stored(adapted), []).append(partial(self._adapt, name))
+                changes.setdefault(self._stored(adapted), []).append(partial(self._adapt, name))
             elif ".lora_B." not in name and not is_gate(name):
                 # Some files hold tied tensors twice; unequal ones would no longer be tied on loading.
-                for place in {self._stored(name), *filter(None, map(self._find, copies.get(name, [])))}:
-                    found.setdefault(place, []).append(partial(self._replace, name))
-        return found
+                for stored in {self._stored(name), *filter(None, map(self._find, copies.get(name, [])))}:
+                    changes.setdefault(stored, []).append(partial(self._replace, name))
+        return changes
 
     def _find(self, name: str) -> str | None:
         return self.weights.stored_name(name, self.model.base_model_prefix, self.family.renamed)

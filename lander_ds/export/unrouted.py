@@ -49,17 +49,17 @@ class Unrouted:
 
         for name, parameter in model.named_parameters():
             cut: Slice | None = getattr(parameter, "lander_slice", None)
-            place = stored(name if cut is None else cut.tensor)
-            if place is None or is_gate(name):
+            target = stored(name if cut is None else cut.tensor)
+            if target is None or is_gate(name):
                 continue
             if cut is not None:
-                self._parts.setdefault(place, []).append((PREFIX + name, cut))
+                self._parts.setdefault(target, []).append((PREFIX + name, cut))
             else:
-                self._whole[place] = PREFIX + name
+                self._whole[target] = PREFIX + name
         # Some bases hold tied tensors twice.
         for name, original in tied.items():
-            if (place := stored(name)) is not None:
-                self._whole[place] = PREFIX + original
+            if (target := stored(name)) is not None:
+                self._whole[target] = PREFIX + original
 
     def __contains__(self, name: str) -> bool:
         parts = [part for part, _ in self._parts.get(name, [])] or [self._whole.get(name, "")]

@@ -57,11 +57,11 @@ def compare(
             options = {"attention_mask": torch.ones_like(ids), "generation_config": greedy}
             with torch.no_grad(), ours.pair(pair):
                 expected = ours.model(ids).logits
-                found = exported(ids, **arguments).logits
+                logits = exported(ids, **arguments).logits
                 if generate:
                     translation = ours.model.generate(ids, **options)
                     same = same and torch.equal(translation, exported.generate(ids, **options, **arguments))
-            difference = max(difference, float((found - expected).abs().max()))
+            difference = max(difference, float((logits - expected).abs().max()))
             largest = max(largest, float(expected.abs().max()))
             bar.advance(1, pair)
     return {

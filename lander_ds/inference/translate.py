@@ -154,11 +154,11 @@ def batches(requests: Sequence[Request], size: int, fill: bool) -> Iterator[Batc
 
 def _merge(partial: PartialTranslations, requests: Mapping[str, Sequence[Request]], directory: Path) -> None:
     for pair, pair_requests in requests.items():
-        found = partial.finished(pair)
-        if missing := [request.id for request in pair_requests if request.id not in found]:
+        done = partial.finished(pair)
+        if missing := [request.id for request in pair_requests if request.id not in done]:
             raise ArtefactError(
                 f"{directory}: {len(missing)} sentences of {pair} lack a translation, e.g. {missing[0]!r}: "
                 "is run_dir the same, shared directory on every node?"
             )
-        write_translations(directory / f"{pair}.jsonl", [found[request.id] for request in pair_requests])
+        write_translations(directory / f"{pair}.jsonl", [done[request.id] for request in pair_requests])
     partial.discard(every=True)

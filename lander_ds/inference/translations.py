@@ -52,17 +52,17 @@ def read_translations(path: Path) -> list[Translation]:
     """
     if not path.exists():
         raise ArtefactError(f"{path} does not exist: {CURE}")
-    found: dict[str, Translation] = {}
+    by_id: dict[str, Translation] = {}
     for number, line in enumerate(_lines(path), start=1):
         translation = _parse(line)
         if translation is None:
             raise ArtefactError(
                 f"{path}, line {number} is not a translation (id, src, ref, hyp, tokens): {CURE}"
             )
-        if translation.id in found:
+        if translation.id in by_id:
             raise ArtefactError(f"{path}, line {number} repeats the sentence id {translation.id!r}: {CURE}")
-        found[translation.id] = translation
-    return list(found.values())
+        by_id[translation.id] = translation
+    return list(by_id.values())
 
 
 class PartialTranslations:
@@ -82,12 +82,12 @@ class PartialTranslations:
 
         A line that a crash cut short is left out; its sentence is translated again.
         """
-        found: dict[str, Translation] = {}
+        by_id: dict[str, Translation] = {}
         for path in sorted(self._directory.glob(f"{pair}.rank-*.jsonl")):
             for line in _lines(path):
                 if (translation := _parse(line)) is not None:
-                    found[translation.id] = translation
-        return found
+                    by_id[translation.id] = translation
+        return by_id
 
     @contextmanager
     def appender(self, pair: str, rank: int) -> Iterator[Appender]:

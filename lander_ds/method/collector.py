@@ -132,8 +132,8 @@ class StatisticsCollector:
                 )
             # Detached, because a closure over h itself would keep the graph alive; popped, so that the
             # activations are freed as the backward pass goes and not when the caller lets go of the loss.
-            held = [h.detach()]
-            h.register_hook(lambda g: self._record(layer, held.pop(), g, ownership))  # type: ignore[no-untyped-call]
+            kept = [h.detach()]
+            h.register_hook(lambda g: self._record(layer, kept.pop(), g, ownership))  # type: ignore[no-untyped-call]
 
         return before_down_projection
 

@@ -62,18 +62,18 @@ def divide(layer: int, owners: torch.Tensor, pairs: Sequence[str]) -> LayerSelec
         pairs: the M pairs that selected the layer.
     """
     patterns, bank_of = torch.unique(owners, dim=1, return_inverse=True)
-    found = []
+    ordered = []
     for number, pattern in enumerate(patterns.T.tolist()):
         ids = tuple(row for row, owned in enumerate(pattern) if owned)
         general = len(ids) == len(pairs) > 1
-        place = 0 if general else 1 if ids else 2
-        found.append(((place, len(ids), ids), torch.nonzero(bank_of == number).squeeze(1)))
-    found.sort(key=lambda item: item[0])
+        kind = 0 if general else 1 if ids else 2
+        ordered.append(((kind, len(ids), ids), torch.nonzero(bank_of == number).squeeze(1)))
+    ordered.sort(key=lambda item: item[0])
     banks = tuple(
-        Bank(("general", "specific", "frozen")[place], tuple(pairs[row] for row in ids), len(neurons))
-        for (place, _, ids), neurons in found
+        Bank(("general", "specific", "frozen")[kind], tuple(pairs[row] for row in ids), len(neurons))
+        for (kind, _, ids), neurons in ordered
     )
-    return LayerSelection(layer, torch.cat([neurons for _, neurons in found]), banks)
+    return LayerSelection(layer, torch.cat([neurons for _, neurons in ordered]), banks)
 
 
 def _remarks(

@@ -138,19 +138,19 @@ def _fault(selection: Selection, bank_of: Sequence[torch.Tensor]) -> str | None:
     if indices != sorted(set(indices)):
         return "layers are not in ascending order"
     for layer, stored in zip(selection.layers, bank_of, strict=True):
-        place = f"layer {layer.layer}"
+        where = f"layer {layer.layer}"
         if not torch.equal(layer.permutation.sort().values, everyone):
-            return f"{place}: the permutation does not hold each of {selection.neurons} neurons once"
+            return f"{where}: the permutation does not hold each of {selection.neurons} neurons once"
         if (
             min(bank.size for bank in layer.banks) < 1
             or sum(b.size for b in layer.banks) != selection.neurons
         ):
-            return f"{place}: the bank sizes do not sum to {selection.neurons} neurons"
+            return f"{where}: the bank sizes do not sum to {selection.neurons} neurons"
         if not torch.equal(layer.bank_of(), stored):
-            return f"{place}: bank_of contradicts the permutation"
+            return f"{where}: bank_of contradicts the permutation"
         for bank in layer.banks:
             if bank.kind not in get_args(BankKind) or (bank.kind == "frozen") != (not bank.owners):
-                return f"{place}: {bank.kind} bank with {len(bank.owners)} owners"
+                return f"{where}: {bank.kind} bank with {len(bank.owners)} owners"
             if not set(bank.owners) <= set(selection.pairs):
-                return f"{place}: a bank is owned by {', '.join(bank.owners)}, not all of them selected pairs"
+                return f"{where}: a bank is owned by {', '.join(bank.owners)}, not all of them selected pairs"
     return None

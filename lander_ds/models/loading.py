@@ -1,7 +1,7 @@
 """From a model directory to an HF model whose parameters are placed one decoder layer at a time.
 
 `build` makes the model with all parameters on meta (no memory); surgery may follow; `fill` reads each unit
-(embedding, layer, norm, head) from disk and hands it to `place`, which under ZeRO-3 partitions it at once. No
+(embedding, layer, norm, head) from disk and hands it to `placement`, which under ZeRO-3 partitions it at once. No
 rank ever holds more than its share and one unit.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -81,8 +82,6 @@ def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[P
     Raises:
         ModelError: see `hf_config`; or config.json has values no model can be made of.
     """
-    from accelerate import init_empty_weights
-
     config, family = hf_config(model)
     arguments: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
     if attention is not None:
@@ -109,7 +108,7 @@ def fill(
     model: PreTrainedModel,
     family: Family,
     weights: BaseWeights,
-    place: Placement,
+    placement: Placement,
     trained: Mapping[str, torch.Tensor] | None = None,
     span: Span | None = None,
     reads: bool = True,
@@ -123,10 +122,10 @@ def fill(
         model: from `build`, perhaps after surgery.
         family: its family.
         weights: the files.
-        place: called with each unit once it is real; ZeRO-3 partitions here.
+        placement: called with each unit once it is real; ZeRO-3 partitions here.
         trained: values that replace the base's, by parameter name.
         span: the part to fill; the rest stays on meta. Default: the whole model.
-        reads: False: leave the values to `place`, which gets them from another rank.
+        reads: False: leave the values to `placement`, which gets them from another rank.
 
     Raises:
         ModelError: a tensor is missing on disk, has another shape, or holds NaN.
@@ -157,7 +156,7 @@ def fill(
             _set(unit, local, parameter, values)
         source.forget()
         if not any(parameter.is_meta for parameter in unit.parameters()):
-            place(unit)
+            placement(unit)
     for name, original in tied.items():
         _tie(model, name, original)
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from .routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, routed, take_place
+from .routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, routed, substitute
 
 
 class LanderConfig(PretrainedConfig):
@@ -60,7 +60,7 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         layers = self.model.get_submodule(routing["layers_path"])
         for entry in routing["layers"]:
             layer = layers[entry["layer"]]
-            take_place(layer, routing["ffn"], self._routed_ffn(layer, entry))
+            substitute(layer, routing["ffn"], self._routed_ffn(layer, entry))
         self.post_init()
 
     def _routed_ffn(self, layer: torch.nn.Module, entry: dict[str, Any]) -> RoutedFFN:

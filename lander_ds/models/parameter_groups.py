@@ -38,7 +38,7 @@ def prepare_model(
 
 def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
     # Here, because it takes two seconds that only LoRA needs.
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415
 
     lora = recipe.train.lora
     head = model.get_output_embeddings()

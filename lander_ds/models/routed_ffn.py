@@ -369,7 +369,7 @@ class RoutedFFN(nn.Module):
         return bank(x, self.activation, owned, scale, keep)  # type: ignore[no-any-return]
 
 
-def take_place(layer: nn.Module, paths: Mapping[str, str | None], routed: RoutedFFN) -> None:
+def substitute(layer: nn.Module, paths: Mapping[str, str | None], routed: RoutedFFN) -> None:
     """Put a routed FFN where a decoder layer's FFN is.
 
     Args:

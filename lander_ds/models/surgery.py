@@ -19,7 +19,7 @@ from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.config.recipe import RoutingConfig
 from lander_ds.method.selection import LayerSelection, Selection
 from lander_ds.models.family import Family, FFNPaths
-from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, replace, take_place
+from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, replace, substitute
 
 OPTIONS = ("gate", "gate_init", "gate_eval", "other_pairs")
 
@@ -140,7 +140,7 @@ def _put_in(layer: nn.Module, paths: FFNPaths, routed: RoutedFFN) -> None:
         routed.replaced = (layer.get_submodule(paths.block),)
         for path in filter(None, (paths.up, paths.gate, paths.down)):
             replace(layer, path, nn.Identity())
-    take_place(layer, asdict(paths), routed)
+    substitute(layer, asdict(paths), routed)
 
 
 def _new_gate(like: torch.Tensor, hidden: int, seed: int, layer: int) -> Gate:

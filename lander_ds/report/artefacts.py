@@ -105,17 +105,17 @@ def _metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, An
             raise ArtefactError(
                 f"{path}, line {number} is not a metrics record: run stage train again"
             ) from None
-    ordered = (tuple(found[step] for step in sorted(found)) for found in (steps, validations))
+    ordered = (tuple(records[step] for step in sorted(records)) for records in (steps, validations))
     return next(ordered), next(ordered)
 
 
 def _translations(run: RunDirectory, pairs: Sequence[str]) -> dict[str, dict[str, list[Translation]]]:
-    found: dict[str, dict[str, list[Translation]]] = {}
+    by_pair: dict[str, dict[str, list[Translation]]] = {}
     for pair in pairs:
         paths = {
             system: run.translations / system / f"{pair}.jsonl" for system in ("base", "fewshot", "trained")
         }
         of_pair = {system: read_translations(path) for system, path in paths.items() if path.exists()}
         if of_pair:
-            found[pair] = of_pair
-    return found
+            by_pair[pair] = of_pair
+    return by_pair

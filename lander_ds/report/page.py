@@ -39,7 +39,7 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
     Raises:
         ArtefactError: no stage has run, or an artefact is damaged.
     """
-    found = load_artefacts(run, recipe.data.pairs)
+    artefacts = load_artefacts(run, recipe.data.pairs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -52,16 +52,16 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
         recipe=recipe,
         recipe_text=dump_recipe(recipe),
         versions=versions(),
-        made=time.strftime("%Y-%m-%d %H:%M"),
+        written=time.strftime("%Y-%m-%d %H:%M"),
         summary=summarise(run),
-        found=found,
-        gain=_mean_gain(found.scores),
+        artefacts=artefacts,
+        gain=_mean_gain(artefacts.scores),
         system_names=SYSTEM_NAMES,
-        score_plots=[_plot(*entry) for entry in _score_plots(found)],
-        awareness_plots=[_plot(*entry) for entry in _awareness_plots(found)],
-        training_plots=[_plot(*entry) for entry in _training_plots(found, recipe.data.pairs)],
+        score_plots=[_plot(*entry) for entry in _score_plots(artefacts)],
+        awareness_plots=[_plot(*entry) for entry in _awareness_plots(artefacts)],
+        training_plots=[_plot(*entry) for entry in _training_plots(artefacts, recipe.data.pairs)],
         splits=("train", "detect", "valid", "test"),
-        examples={pair: examples(of_pair) for pair, of_pair in found.translations.items()},
+        examples={pair: examples(of_pair) for pair, of_pair in artefacts.translations.items()},
         languages={pair: split_pair(pair) for pair in recipe.data.pairs},
     )
 
@@ -75,7 +75,7 @@ def examples(systems: Mapping[str, Sequence[Translation]]) -> list[dict[str, Any
         {
             "src": item.src,
             "ref": item.ref,
-            "hyps": {SYSTEM_NAMES[system]: found.get(item.id, "") for system, found in by_id.items()},
+            "hyps": {SYSTEM_NAMES[system]: artefacts.get(item.id, "") for system, artefacts in by_id.items()},
         }
         for item in reference[step // 2 :: step][:EXAMPLES_PER_PAIR]
     ]
@@ -88,23 +88,23 @@ def _plot(title: str, caption: str, figure: Any) -> Plot:
     return Plot(title, caption, data_uri(figure))
 
 
-def _score_plots(found: Artefacts) -> Iterator[Entry]:
-    if found.scores is not None:
+def _score_plots(artefacts: Artefacts) -> Iterator[Entry]:
+    if artefacts.scores is not None:
         yield (
             "chrF2 per pair",
             "Whiskers: 95 % confidence interval of the bootstrap.",
-            plots.scores(found.scores["pairs"]),
+            plots.scores(artefacts.scores["pairs"]),
         )
 
 
-def _awareness_plots(found: Artefacts) -> Iterator[Entry]:
-    selected = [layer.layer for layer in found.selection.layers] if found.selection else []
-    if found.awareness is not None:
-        phi, pairs = found.awareness.phi().numpy(), found.awareness.pairs
+def _awareness_plots(artefacts: Artefacts) -> Iterator[Entry]:
+    selected = [layer.layer for layer in artefacts.selection.layers] if artefacts.selection else []
+    if artefacts.awareness is not None:
+        phi, pairs = artefacts.awareness.phi().numpy(), artefacts.awareness.pairs
         yield (
             "Relevance of the layers",
             "D: how much the mean FFN activation changes from a layer to the next.",
-            plots.relevance_by_layer(relevance(found.awareness).numpy(), pairs, selected),
+            plots.relevance_by_layer(relevance(artefacts.awareness).numpy(), pairs, selected),
         )
         yield (
             "Awareness per layer and pair",
@@ -122,37 +122,37 @@ def _awareness_plots(found: Artefacts) -> Iterator[Entry]:
                 "Over all layers. 1: two pairs depend on the same neurons; 0: on entirely different ones.",
                 plots.neuron_overlap(phi, pairs),
             )
-    if found.selection is not None:
+    if artefacts.selection is not None:
         yield (
             "Banks",
             "Neurons of every selected layer by the pairs that own them.",
-            plots.bank_sizes(found.selection),
+            plots.bank_sizes(artefacts.selection),
         )
 
 
-def _training_plots(found: Artefacts, pairs: Sequence[str]) -> Iterator[Entry]:
-    if not found.steps:
+def _training_plots(artefacts: Artefacts, pairs: Sequence[str]) -> Iterator[Entry]:
+    if not artefacts.steps:
         return
     yield (
         "Losses",
         "Cross-entropy in nats per target token.",
-        plots.losses(found.steps, found.validations, pairs),
+        plots.losses(artefacts.steps, artefacts.validations, pairs),
     )
     yield (
         "Learning rates and gradient norm",
         "Groups with the same schedule share a line; the norm is the one before clipping.",
-        plots.learning_rates(found.steps),
+        plots.learning_rates(artefacts.steps),
     )
-    if plots.gated_layers(found.steps):
+    if plots.gated_layers(artefacts.steps):
         yield (
             "Gates during training",
             "Above 0.5 the general banks count more, below the specific ones.",
-            plots.gates_over_steps(found.steps, pairs),
+            plots.gates_over_steps(artefacts.steps, pairs),
         )
         yield (
             "Gates at the end",
             "Mean over the last tenth of the steps.",
-            plots.final_gates(found.steps, pairs),
+            plots.final_gates(artefacts.steps, pairs),
         )
 
 

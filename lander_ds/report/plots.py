@@ -41,10 +41,10 @@ def scores(pairs: Mapping[str, Mapping[str, Any]]) -> Figure:
     figure, (axes,) = new_figure(0.9 + 0.42 * len(pairs) * max(1, len(systems)) ** 0.6)
     height = 0.8 / max(1, len(systems))
     for number, system in enumerate(systems):
-        found = [entry["systems"].get(system, {}) for entry in pairs.values()]
+        entries = [entry["systems"].get(system, {}) for entry in pairs.values()]
         places = np.arange(len(pairs)) + (number - (len(systems) - 1) / 2) * height
-        values = [entry.get("chrf", np.nan) for entry in found]
-        errors = [entry.get("chrf_ci", 0.0) for entry in found]
+        values = [entry.get("chrf", np.nan) for entry in entries]
+        errors = [entry.get("chrf_ci", 0.0) for entry in entries]
         error_style = {"ecolor": "#3d444d", "elinewidth": 1.0, "capsize": 2}
         axes.barh(
             places,

@@ -67,11 +67,11 @@ def pair_scores(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def stage_seconds(run: RunDirectory) -> dict[str, float]:
     """Wall time of every finished stage, in the order of the stages; translate has one per system."""
-    found = {}
+    seconds = {}
     for path in sorted((run.path / "stages").glob("*.json")):
-        found[path.stem] = float(read_json(path, f"run stage {path.stem} again").get("seconds", 0.0))
+        seconds[path.stem] = float(read_json(path, f"run stage {path.stem} again").get("seconds", 0.0))
     order = {stage: number for number, stage in enumerate(STAGES)}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[0].partition(".")[0], len(order))))
+    return dict(sorted(seconds.items(), key=lambda item: order.get(item[0].partition(".")[0], len(order))))
 
 
 def artefacts(run: RunDirectory) -> dict[str, str]:
@@ -143,8 +143,8 @@ def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     for system in SYSTEM_NAMES:
         # Most runs have no other system to compare with, while the others are null until they are scored.
         if system != "baseline" or system in entry["systems"]:
-            found = entry["systems"].get(system, {})
-            figures |= {f"{_prefix(system)}{metric}": found.get(metric) for metric in METRICS}
+            scores = entry["systems"].get(system, {})
+            figures |= {f"{_prefix(system)}{metric}": scores.get(metric) for metric in METRICS}
     return {**figures, **{name: entry.get(name) for name in P_VALUES}, "sentences": entry.get("sentences")}
 
 

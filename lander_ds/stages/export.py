@@ -76,7 +76,7 @@ def _write(recipe: Recipe, run: RunDirectory, trained: TrainedModel, newest: Che
         None if export.shard_size is None else round(export.shard_size * GIGABYTE),
     )
     folds = folds_of(trained, export.fold)
-    means = mean_gates(run.metrics, newest.step)
+    means = mean_gates(newest.state, run.metrics)
     for name in export.formats:
         match name:
             case "dense":

@@ -3,13 +3,18 @@ happened. The batches, learning rates and noise of a step follow from its number
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+GATE_STEPS = 32
+"""So many gate values of a layer and pair are kept: exports that fold gates into weights take their mean."""
 
 
 @dataclass
 class Progress:
-    """Counters of the training loop."""
+    """What the training loop remembers."""
 
     done: int = 0
     """Steps done, skipped ones included."""
@@ -21,6 +26,8 @@ class Progress:
     """Steps whose loss or gradients were not finite."""
     skipped_in_a_row: int = 0
     """Such steps since the last good one."""
+    gates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Layer -> pair -> mean c (the share of the general banks) in each of the last `GATE_STEPS` steps with the pair."""
 
     def validated(self, mean: float) -> None:
         """Take note of a mean validation loss."""
@@ -28,6 +35,16 @@ class Progress:
             self.best, self.without_gain = mean, 0
         else:
             self.without_gain += 1
+
+    def gated(self, means: Mapping[str, Mapping[str, float]]) -> None:
+        """Take note of a step's mean gate values, layer -> pair -> c."""
+        for layer, of_layer in means.items():
+            for pair, mean in of_layer.items():
+                if not math.isfinite(mean):
+                    continue  # of a step that was skipped
+                last = self.gates.setdefault(layer, {}).setdefault(pair, [])
+                last.append(mean)
+                del last[:-GATE_STEPS]
 
     def as_json(self) -> dict[str, Any]:
         """For state.json."""

@@ -104,6 +104,7 @@ class Trainer:
                 record, preempted = self._step(progress.done, stop.received)
                 progress.done += 1
                 self._count(record)
+                progress.gated(record["gates"])
                 spent = time.monotonic() - started
                 left = train.steps - progress.done
                 self.metrics.step({**record, "eta_seconds": spent / (progress.done - first) * left})

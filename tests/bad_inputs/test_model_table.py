@@ -166,7 +166,7 @@ TABLE: dict[str, tuple[Spoil, str]] = {
         r"names files outside .*\(/etc/passwd\)",
     ),
     "a missing tensor": (
-        tensors(lambda values: values.pop("model.layers.2.mlp.down_proj.weight")),
+        tensors(lambda values: values.pop("model.layers.2.mlp.down_proj.weight")),  # type: ignore[arg-type]
         r"lacks the tensor model\.layers\.2\.mlp\.down_proj\.weight that config\.json implies",
     ),
     "more layers in config.json than on disk": (
@@ -182,7 +182,7 @@ TABLE: dict[str, tuple[Spoil, str]] = {
         r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity",
     ),
     "infinity": (
-        tensors(lambda values: values["model.norm.weight"].fill_(float("inf"))),
+        tensors(lambda values: values["model.norm.weight"].fill_(float("inf"))),  # type: ignore[arg-type]
         r"model\.norm\.weight holds NaN or infinity",
     ),
 }

@@ -120,14 +120,14 @@ def test_the_command_line_of_a_stage(tiny_run: TinyRun) -> None:
 def test_a_small_run(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        SCRIPT,
+        str(SCRIPT),
         "--kills",
         "2",
         "--launched",
         "0",
         "--json",
         "--keep",
-        tmp_path / "kept",
+        str(tmp_path / "kept"),
     ]
     chosen = ["--faults", "SIGTERM to one rank,a flipped byte in state.json,another base"]
     done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=280, check=False)

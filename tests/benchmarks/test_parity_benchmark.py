@@ -109,7 +109,7 @@ LISTS = ("cases", "weight_bytes", "load_peaks")
 @pytest.mark.timeout(600)
 def test_a_quick_run(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    command = [sys.executable, SCRIPT, "--quick", "--json", "--keep", work]
+    command = [sys.executable, str(SCRIPT), "--quick", "--json", "--keep", str(work)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)

@@ -101,9 +101,9 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
     options = ["--ranks", "2", "--tokens", "32", "--length", "8", "--steps", "1", "--dtype", "float32"]
     command = [
         sys.executable,
-        SCRIPT,
+        str(SCRIPT),
         "--model",
-        model,
+        str(model),
         *options,
         "--against",
         "full_same_logits,lora",
@@ -136,7 +136,7 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
 @pytest.mark.distributed
 def test_a_rank_that_fails_is_shown_with_its_output(tmp_path: Path) -> None:
     # abs() of its turns is no work that a rank can do.
-    group = Group("broken", abs, ranks=1, steps=1, directory=tmp_path)
+    group = Group("broken", abs, ranks=1, steps=1, directory=tmp_path)  # type: ignore[arg-type]
     try:
         with pytest.raises(SystemFailed, match=r"broken has failed.*\n(.*\n)*.*bad operand type for abs"):
             group.wait_until_ready()

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from small import flip, write
 from support.checkpoints import PAIRS, recipe_for, write_checkpoint
+from support.small import flip, write
 from support.tiny_models import save, tiny_model
 
 from lander_ds.checkpoint import checkpoint

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import KEEP_ALL, flip, parts, write
 from support.checkpoints import recipe_for
+from support.small import KEEP_ALL, flip, parts, write
 
 from lander_ds.checkpoint.checkpoint import Checkpoint, steps
 from lander_ds.checkpoint.identity import FIXED, FREE, identity_of, starting_point

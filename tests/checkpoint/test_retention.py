@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small import flip, write
+from support.small import flip, write
 
 from lander_ds.checkpoint.checkpoint import STATE, newest, steps
 from lander_ds.checkpoint.retention import Retention, best, superfluous

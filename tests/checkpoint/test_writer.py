@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import KEEP_ALL, flip, parts, write
 from support.plain_ranks import PlainRanks
+from support.small import KEEP_ALL, flip, parts, write
 
 from lander_ds.checkpoint import checkpoint, writer
 from lander_ds.checkpoint.checkpoint import SELECTION, STATE

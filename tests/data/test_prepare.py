@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import SAMPLE, MakeRecipe, write_jsonl
+from support.data_helpers import SAMPLE, MakeRecipe, write_jsonl
 
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.run_directory import RunDirectory
@@ -50,18 +50,18 @@ def entries(recipe: Recipe) -> list[Path]:
 
 
 def texts(data: PreparedData, split: str, pair: str = "en-de") -> list[tuple[str, str]]:
-    found = data.split(split)[pair]  # type: ignore[index, arg-type]
+    found = data.split(split)[pair]  # type: ignore[arg-type]
     return [(s.src, s.tgt) for s in map(found.sentence, range(len(found)))]
 
 
 def test_sample_end_to_end(make_recipe: MakeRecipe) -> None:
-    corpora = [CorpusConfig(str(SAMPLE / f"{s}.{{pair}}.jsonl"), split=s) for s in ("train", "valid", "test")]  # type: ignore[arg-type]
+    corpora = [CorpusConfig(str(SAMPLE / f"{s}.{{pair}}.jsonl"), split=s) for s in ("train", "valid", "test")]
     recipe = make_recipe(*corpora, pairs=("en-de", "en-cs"), detect_examples=100, max_length=400)
     data = prepared(recipe)
     assert data.pairs == ("en-de", "en-cs")
     encoder = TextEncoder(load_tokenizer(recipe.model.path, trust_remote_code=False))
     for split in ("train", "detect", "valid", "test"):
-        for pair, found in data.split(split).items():  # type: ignore[arg-type]
+        for pair, found in data.split(split).items():
             assert (found.pair, found.split) == (pair, split)
             for index in (0, len(found) - 1):
                 sentence = found.sentence(index)
@@ -191,7 +191,7 @@ def test_few_shot_prompts_never_show_their_own_answer(make_recipe: MakeRecipe, t
     data = prepared(recipe)
     tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=False)
     for split in ("train", "test"):
-        found = data.split(split)["en-de"]  # type: ignore[arg-type]
+        found = data.split(split)["en-de"]
         for index in range(len(found)):
             ids, prompt_length = found.tokens(index)
             prompt = tokenizer.decode(ids[:prompt_length], skip_special_tokens=True)
@@ -263,7 +263,7 @@ class TestCache:
         def interrupt(*args: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(build_module, "_move_into_place", interrupt)
+        monkeypatch.setattr(build_module, "_publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepared(recipe)
         assert entries(recipe) == []

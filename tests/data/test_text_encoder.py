@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_helpers import MakeRecipe, make_byte_level, make_sentencepiece, write_jsonl
+from support.data_helpers import MakeRecipe, make_byte_level, make_sentencepiece, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, PythonBackend
 
@@ -71,7 +71,7 @@ def tokenizers(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
             if kind == "byte-level":
                 make_byte_level(root / kind)
             else:
-                make_sentencepiece(root / kind, *kind.split("-"))
+                make_sentencepiece(root / kind, *kind.split("-"))  # type: ignore[arg-type]
         return root / kind
 
     return directory
@@ -194,7 +194,7 @@ def test_prepared_and_decoded_prompts_are_alike(make_recipe: MakeRecipe, tmp_pat
     data = PreparedData.load(run, recipe)
     tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=False)
     for system in ("base", "fewshot"):
-        (request,) = requests_for(system, recipe, data, tokenizer)["en-de"]  # type: ignore[arg-type]
+        (request,) = requests_for(system, recipe, data, tokenizer)["en-de"]
         assert text_of(tokenizer, list(request.prompt)).endswith(
             "English: a test <eos>\nGerman:\nTranslation:"
         )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from data_helpers import SAMPLE, STYLES, MakeRecipe, make_sentencepiece, sample_sentences
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.data_helpers import SAMPLE, STYLES, MakeRecipe, make_sentencepiece, sample_sentences
 from transformers import AutoTokenizer
 
 from lander_ds.common.errors import ConfigError, DataError

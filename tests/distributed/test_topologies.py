@@ -180,7 +180,8 @@ def test_frozen_weights_stay_bitwise_what_they_were(runs: TinyRun, topology: str
         if not any(f"layers.{layer}.mlp" in tensor for layer in SELECTED):
             assert torch.equal(after[tensor], value), tensor
     roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    moved, same = set(), set()
+    moved: set[str] = set()
+    same: set[str] = set()
     for layer in runs.selection().layers:
         prefix, neurons = f"model.layers.{layer.layer}.mlp", layer.slices()
         assert sum(map(len, neurons)) == NEURONS

@@ -70,7 +70,8 @@ def test_frozen_weights_stay_bitwise_what_they_were(world_2: TinyRun, name: str)
     after = gathered(world_2.run(name))
     selection = world_2.selection()
     roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    moved, same = set(), set()
+    moved: set[str] = set()
+    same: set[str] = set()
     for tensor in base:
         if not any(f"layers.{layer}.mlp" in tensor for layer in SELECTED):
             assert torch.equal(after[tensor], base[tensor]), tensor

@@ -45,7 +45,7 @@ def test_scores_and_signatures_are_sacrebleus(language: str, tokenizer: str) -> 
         assert str(metric.get_signature()).removeprefix("nrefs:1|") in signatures[name]
     ter = TER()
     score = ter.corpus_score(hyps, [refs]).score
-    assert translation_error_rate(refs, hyps) == (pytest.approx(score), str(ter.get_signature()))
+    assert translation_error_rate(refs, hyps) == (pytest.approx(score), str(ter.get_signature()))  # type: ignore[comparison-overlap]
 
 
 def test_an_improvement_is_significant_and_equality_is_not() -> None:
@@ -54,7 +54,9 @@ def test_an_improvement_is_significant_and_equality_is_not() -> None:
     estimates, _ = evaluate(refs, {"base": bad, "trained": good, "same": bad}, "13a", CONFIG, seed=1)
     for metric in ("bleu", "chrf", "chrfpp"):
         assert estimates["base"][metric].p is None
-        assert estimates["trained"][metric].p < 0.05
+        p = estimates["trained"][metric].p
+        assert p is not None
+        assert p < 0.05
         assert estimates["same"][metric].p == 1.0
         assert estimates["trained"][metric].mean == pytest.approx(estimates["trained"][metric].score, rel=0.1)
         assert 0 < estimates["trained"][metric].ci < 20
@@ -65,7 +67,7 @@ def test_a_change_of_one_sentence_is_not_significant() -> None:
     base = damaged(refs, 0.6)
     estimates, _ = evaluate(refs, {"base": base, "trained": [refs[0], *base[1:]]}, "13a", CONFIG, seed=1)
     assert estimates["trained"]["chrf"].score > estimates["base"]["chrf"].score
-    assert estimates["trained"]["chrf"].p > 0.05
+    assert (estimates["trained"]["chrf"].p or 0.0) > 0.05
 
 
 @pytest.mark.parametrize("seed", [0, 3])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lander_ds.cli.main import main
 from lander_ds.common.errors import DiskFull
 from lander_ds.config.recipe import Recipe
-from lander_ds.export.bits import Place, difference, exclusive_or, flipped
+from lander_ds.export.bits import Slices, difference, exclusive_or, flipped
 from lander_ds.export.delta import META, SELECTION, WEIGHTS, Delta
 from lander_ds.export.delta_write import export_delta
 from lander_ds.export.dense import export_dense
@@ -364,7 +364,7 @@ def test_bits_lead_there_and_back(dtype: torch.dtype, shape: tuple[int, ...]) ->
     new = torch.randint(0, 2, shape, generator=generator).to(dtype)
     if shape:
         new[0] = 1 - old[0].int()
-    place = difference(old, new) or Place(None, None)
+    place = difference(old, new) or Slices(None, None)
     bits = exclusive_or(old, new, place)
     assert torch.equal(flipped(old, bits, place), new)
     assert torch.equal(flipped(new, bits, place), old)

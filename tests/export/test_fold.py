@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import Recipe
 from lander_ds.export.dense import export_dense
-from lander_ds.export.fold import MEAN, STEPS, folded, folds_of, mean_gates
+from lander_ds.export.fold import MEAN, folded, folds_of, mean_gates
 from lander_ds.export.writer import Form
+from lander_ds.training.progress import GATE_STEPS, Progress
 
 LOGIT = 0.7
 
@@ -104,14 +106,22 @@ def test_values_are_rounded_once(tmp_path: Path) -> None:
 
 def test_mean_gates_come_from_the_last_steps_up_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": step, "gates": {"2": {"en-de": step / 100}}} for step in range(1, 51)]
+    lines: list[dict[str, Any]] = [
+        {"step": step, "gates": {"2": {"en-de": step / 100}}} for step in range(1, 51)
+    ]
     lines.insert(3, {"step": 3, "valid_loss": {}})
-    lines[10]["gates"]["2"]["en-fr"] = 0.25  # type: ignore[index]
+    lines[10]["gates"]["2"]["en-fr"] = 0.25
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 51, "ga')
-    found = mean_gates(path, 40)
-    last = [step / 100 for step in range(1, 41)][-STEPS:]
-    assert found == {"2": {"en-de": pytest.approx(sum(last) / len(last)), "en-fr": 0.25}}
-    assert mean_gates(tmp_path / "none", 40) == {}
+    last = [step / 100 for step in range(1, 41)][-GATE_STEPS:]
+    expected = {"2": {"en-de": pytest.approx(sum(last) / len(last)), "en-fr": 0.25}}
+    old: dict[str, Any] = {"step": 40, "progress": {"done": 40}}
+    assert mean_gates(old, path) == expected
+    assert mean_gates(old, tmp_path / "none") == {}
+    progress = Progress(done=40)
+    for line in lines[:41]:
+        progress.gated(line.get("gates", {}))
+    state = json.loads(json.dumps({"step": 40, "progress": progress.as_json()}))
+    assert mean_gates(state, tmp_path / "none") == expected
 
 
 def test_what_cannot_be_folded_is_refused(tmp_path: Path) -> None:

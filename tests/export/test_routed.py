@@ -87,7 +87,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
             "save": str(root / "saved") if name == "gemma3" else None,
         }
     found = open_elsewhere(root, wanted)
-    return {name: Exported(recipes[name], Path(wanted[name]["directory"]), found[name]) for name in CASES}
+    return {name: Exported(recipes[name], Path(wanted[name]["directory"]), found[name]) for name in CASES}  # type: ignore[arg-type]
 
 
 def open_elsewhere(root: Path, wanted: dict[str, Any]) -> dict[str, Any]:

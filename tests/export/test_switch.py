@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import recipe_for
-from support.exports import examples, logits, open_trained, rewrite_checkpoint, trained_logits
+from support.exports import examples, logits, open_trained, rewrite_checkpoint, trained_logits  # type: ignore[attr-defined]
 from support.tiny_models import save, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -27,7 +27,7 @@ def base_of(root: Path, case: str) -> Path:
 def delta_of(base: Path, root: Path, scale: float, method: str = "lander", gate: str = "input") -> Recipe:
     """A made-up training; its delta is in `root/delta`."""
     recipe = recipe_for(base, root / "run", method, gate)
-    rewrite_checkpoint(recipe, lambda tensors: [tensor.mul_(scale) for tensor in tensors.values()])
+    rewrite_checkpoint(recipe, lambda tensors: [tensor.mul_(scale) for tensor in tensors.values()])  # type: ignore[arg-type]
     export_delta(open_trained(recipe), root / "delta", {}, FACTS)
     return recipe
 

@@ -80,7 +80,7 @@ def has_key(cls: type, key: str) -> bool:
         return False
     kind = hints[name]
     members = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    return not rest or any(dataclasses.is_dataclass(member) and has_key(member, rest) for member in members)
+    return not rest or any(dataclasses.is_dataclass(member) and has_key(member, rest) for member in members)  # type: ignore[arg-type]
 
 
 @each_document

@@ -30,7 +30,7 @@ def start(launch_dir: Path, script: str, *options: str) -> subprocess.Popen[str]
     """Supervise a launcher of two ranks that is a shell script; `rank N COMMAND` runs one."""
     prelude = f'rank() {{ local n=$1; shift; {RANK} {launch_dir} $n bash -c "$1"; }}\n'
     command = [
-        *(sys.executable, LAUNCHERS / "supervise.py", "--launch-dir", launch_dir, "--ranks", "2"),
+        *(sys.executable, str(LAUNCHERS / "supervise.py"), "--launch-dir", str(launch_dir), "--ranks", "2"),
         *("--restart-seconds", "0.1", "--linger-seconds", "1", "--lease-seconds", "4", *options),
         *("--", "bash", "-c", prelude + script),
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toy import METADATA, PAIRS
+from support.toy import METADATA, PAIRS
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.method.awareness import STATISTICS, Awareness

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from support.toy import CPU, LAYERS, METADATA, NEURONS, PAIRS, ToyModel, backward, collect, run_rank, samples
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy, silu
-from toy import CPU, LAYERS, METADATA, NEURONS, PAIRS, ToyModel, backward, collect, run_rank, samples
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -78,7 +78,7 @@ def test_any_order_of_the_data_gives_the_same() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_gives_the_same(ranks: int, tmp_path: Path) -> None:
-    mp.start_processes(run_rank, (ranks, str(tmp_path), 3), nprocs=ranks, start_method="spawn")
+    mp.start_processes(run_rank, (ranks, str(tmp_path), 3), nprocs=ranks, start_method="spawn")  # type: ignore[attr-defined]
     expected = collect(samples(), 12)
     for rank in range(ranks):
         assert_equal(Awareness.load(tmp_path / f"rank{rank}.safetensors"), expected)
@@ -95,7 +95,7 @@ def collect_padded(model: nn.Module, downs: list[nn.Module], rows: list[list[int
             mask = torch.tensor([[int(t < lengths[row]) for t in range(width)] for row in batch])
             own = ids[batch, :width]
             collector.set_pairs(torch.where(mask.bool(), torch.arange(width) % 2, -1))
-            embedded = model.get_input_embeddings()(own).requires_grad_()
+            embedded = model.get_input_embeddings()(own).requires_grad_()  # type: ignore[operator]
             logits = model(inputs_embeds=embedded, attention_mask=mask).logits
             targets = torch.where(mask[:, 1:].bool(), own[:, 1:], -100)
             cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="sum").backward()
@@ -271,7 +271,7 @@ class TestUnusableStatistics:
 
     def test_model_that_overflows(self) -> None:
         model = ToyModel()
-        model.gate[1].weight.fill_(float("inf"))
+        model.gate[1].weight.fill_(float("inf"))  # type: ignore[operator]
         with StatisticsCollector(
             dict(enumerate(model.down)), LAYERS, pairs=len(PAIRS), device=CPU
         ) as collector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from toy import METADATA
+from support.toy import METADATA
 
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.relevance import relevance
@@ -14,7 +14,8 @@ def from_means(means: torch.Tensor, tokens: list[float]) -> Awareness:
     count = torch.tensor(tokens, dtype=torch.float64)
     sums = means.double() * count[:, None, None]
     pairs = tuple(f"en-x{row}" for row in range(len(means)))
-    return Awareness(pairs, count, sums, sums.abs(), *[torch.zeros_like(sums)] * 3, METADATA)
+    zeros = torch.zeros_like(sums)
+    return Awareness(pairs, count, sums, sums.abs(), zeros, zeros, zeros, METADATA)
 
 
 def test_hand_made() -> None:

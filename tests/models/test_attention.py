@@ -45,5 +45,7 @@ def test_no_gradient_crosses_examples() -> None:
     k, v = (torch.randn(1, 2, sum(LENGTHS), 8, requires_grad=True) for _ in range(2))
     found, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, segment_lengths=LENGTHS)
     found[0, : LENGTHS[0]].sum().backward()
+    assert k.grad is not None
+    assert v.grad is not None
     assert k.grad[0, :, LENGTHS[0] :].abs().max() == 0
     assert v.grad[0, :, : LENGTHS[0]].abs().max() > 0

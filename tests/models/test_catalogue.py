@@ -70,9 +70,9 @@ def test_a_hook_on_the_down_projection_sees_h(case: str) -> None:
         if case in GATED:
             assert family.ffn.gate is not None
             gate = layer.get_submodule(family.ffn.gate)
-            expected = activation_by_hand(layer, case, x @ gate.weight.T) * (x @ up.weight.T)
+            expected = activation_by_hand(layer, case, x @ gate.weight.T) * (x @ up.weight.T)  # type: ignore[operator]
         else:
-            expected = activation_by_hand(layer, case, x @ up.weight.T + up.bias)
+            expected = activation_by_hand(layer, case, x @ up.weight.T + up.bias)  # type: ignore[operator]
         assert h.shape[-1] == family.neurons(model)
         torch.testing.assert_close(h, expected, atol=1e-5, rtol=1e-5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_ffn import PAIRS, c_by_hand, run, small_ffn, tokens
+from support.small_ffn import PAIRS, c_by_hand, run, small_ffn, tokens
 
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.routed_ffn import gate_noise

@@ -114,7 +114,7 @@ def test_a_frozen_head_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -
     original = loss._logits
 
     def watched(hidden: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-        logits = original(hidden, *rest)
+        logits = original(hidden, *rest)  # type: ignore[arg-type]
         sizes.append(logits.numel())
         return logits
 

@@ -55,7 +55,7 @@ def wrapped(
         model,
         family,
         len(PAIRS),
-        Objective(seed=recipe.seed, **objective),  # type: ignore[arg-type]
+        Objective(seed=recipe.seed, **objective),
         span,
         recompute=recompute,
     )
@@ -109,7 +109,7 @@ def test_gradients_of_a_mixed_batch_are_the_sum_over_its_pairs(recipe: Recipe, g
     """Identity 6 of the method, through the whole model."""
     module = wrapped(
         replace(recipe, routing=replace(recipe.routing, gate=gate)),  # type: ignore[arg-type]
-        **({} if gate == "none" else {"budget_weight": 0.4, "budget": 0.3}),
+        **({} if gate == "none" else {"budget_weight": 0.4, "budget": 0.3}),  # type: ignore[arg-type]
     )
     totals = BatchTotals(20, 5)
     mixed = gradients(module, examples(), totals)
@@ -253,7 +253,7 @@ def test_spans_compute_what_the_whole_model_does(case: str, recompute: bool, tmp
     """Every family cut after each of its layers: losses, budget, and gradients of everything that is trained."""
     recipe = recipe_for(save(tiny_model(case), tmp_path / "base"), tmp_path / "run")
     options = {"budget_weight": 0.4, "budget": 0.3}
-    complete = wrapped(recipe, recompute=recompute, **options)
+    complete = wrapped(recipe, recompute=recompute, **options)  # type: ignore[arg-type]
     totals, batch = BatchTotals(20, 5), pack(examples())
     expected = complete(batch, totals)
     wanted = gradients(complete, examples(), totals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_ffn import PAIRS, bank_by_hand, run, small_ffn, tokens, whole_by_hand
+from support.small_ffn import PAIRS, bank_by_hand, run, small_ffn, tokens, whole_by_hand
 
 from lander_ds.models.routed_ffn import BankFFN, RoutedFFN, Routing, routed
 

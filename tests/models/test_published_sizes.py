@@ -155,7 +155,7 @@ def test_counts_are_what_arithmetic_says(name: str, tmp_path: Path) -> None:
     assert gates(model) == 4 * gate
     assert total(model) == published.total + 4 * gate
     for chosen_layer, (_, ffn) in zip(selection.layers, routed_ffns(model), strict=True):
-        assert sum(bank.up.shape[0] for bank in ffn.banks) == f
+        assert sum(bank.up.shape[0] for bank in ffn.banks) == f  # type: ignore[index, misc]
         for bank, module in zip(chosen_layer.banks, ffn.banks, strict=True):
             assert sum(p.numel() for p in module.parameters()) == bank.size * per_neuron
     trained_neurons = sum(

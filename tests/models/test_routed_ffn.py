@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_ffn import BANKS, PAIRS, D, bank_by_hand, c_by_hand, run, small_ffn, tokens, whole_by_hand
+from support.small_ffn import BANKS, PAIRS, D, bank_by_hand, c_by_hand, run, small_ffn, tokens, whole_by_hand
 
 from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, routed
 
@@ -81,9 +81,9 @@ def test_hard_gates_hold_in_evaluation_only() -> None:
         kept = "general" if c[t] >= 0.5 else "specific"
         expected.append(
             sum(
-                bank_by_hand(bank, token[None])[0]  # type: ignore[arg-type]
+                bank_by_hand(bank, token[None])[0]  # type: ignore[arg-type, misc]
                 for bank in ffn.banks
-                if int(pair_ids[t]) not in bank.owners or bank.kind == kept  # type: ignore[operator, union-attr]
+                if int(pair_ids[t]) not in bank.owners or bank.kind == kept  # type: ignore[operator]
             )
         )
     torch.testing.assert_close(run(ffn.eval(), x, pair_ids), torch.stack(expected))  # type: ignore[arg-type]

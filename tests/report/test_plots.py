@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from sample_run import sample_awareness, write_metrics
+from support.sample_run import sample_awareness, write_metrics
 
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import BankChoice, SelectConfig

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sample_run import PAIRS, sample_recipe, sample_run
+from support.sample_run import PAIRS, sample_recipe, sample_run
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory

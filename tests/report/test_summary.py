@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sample_run import PAIRS, sample_recipe, sample_run
+from support.sample_run import PAIRS, sample_recipe, sample_run
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import write_json

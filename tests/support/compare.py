@@ -31,7 +31,7 @@ def _records(run: RunDirectory) -> list[dict[str, Any]]:
 
 def trained(run: RunDirectory) -> dict[str, torch.Tensor]:
     """Trained tensors of the newest checkpoint."""
-    return checkpoint.newest(run.checkpoints).trained()
+    return dict(checkpoint.newest(run.checkpoints).trained())
 
 
 def relative(found: Sequence[float], expected: Sequence[float]) -> float:

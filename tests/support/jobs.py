@@ -46,7 +46,7 @@ def train_and_gather(recipe: Recipe, run: RunDirectory) -> None:
             save_file(whole, run.path / f"{session.dims.pipeline_stage}-{GATHERED}")
         return summary(session, *rest)
 
-    train._summary = gathering
+    train._summary = gathering  # type: ignore[assignment]
     try:
         train.run(recipe, run)
     finally:
@@ -99,11 +99,11 @@ class _Nudging(Trainer):
 
 def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
     """Stage train with a defect: a frozen weight changes."""
-    train.Trainer = _Nudging
+    train.Trainer = _Nudging  # type: ignore[attr-defined]
     try:
         train.run(recipe, run)
     finally:
-        train.Trainer = Trainer
+        train.Trainer = Trainer  # type: ignore[attr-defined]
 
 
 def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
@@ -115,7 +115,7 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     for step in range(recipe.train.steps):
         batch = trainer.plan.batch(step)
         present = [recipe.data.pairs[i] for i in sorted(set(batch.pair_ids.tolist()))]
-        trainer._step(step, 0.0)
+        trainer._step(step, False)
         after = _states(session)
         changed = [group for group in after if not _equal(before[group], after[group])]
         notes.append(
@@ -181,7 +181,7 @@ def _states(session: Session) -> dict[str, list[torch.Tensor]]:
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     if not names:
         return found
-    zero = session.engine._engine.optimizer  # type: ignore[attr-defined]
+    zero = session.engine._engine.optimizer
     if session.recipe.topology == "pipeline":
         masters = dict(zip(names, ([part] for part in zero.single_partition_of_fp32_groups), strict=True))
     else:

@@ -101,7 +101,7 @@ class Reference:
                 self._add(
                     name,
                     self.model.get_parameter(name),
-                    lambda pair, o=owned, r=role: o[pair][None, :] if r == "down" else o[pair][:, None],
+                    lambda pair, o=owned, r=role: o[pair][None, :] if r == "down" else o[pair][:, None],  # type: ignore[misc]
                     rate[None, :] if role == "down" else rate[:, None],
                 )
             self._route(chosen.layer, general, specific)
@@ -113,7 +113,7 @@ class Reference:
         gate: dict[str, torch.Tensor] = {}
         if routing.gate != "none":
             generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + layer)
-            d = mlp.up_proj.weight.shape[1]  # type: ignore[union-attr, index]
+            d = mlp.up_proj.weight.shape[1]
             gate = {
                 "w1": torch.randn(routing.hidden, d, generator=generator) / math.sqrt(d),
                 "b1": torch.zeros(routing.hidden),

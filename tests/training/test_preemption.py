@@ -89,4 +89,5 @@ def test_outside_of_training_the_process_ends_with_the_same_code(
     finally:
         process.kill()
         process.wait()
+        assert process.stdout is not None
         process.stdout.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lander_ds.training.progress import Progress
+from lander_ds.training.progress import GATE_STEPS, Progress
 
 
 def test_a_new_training_has_done_nothing() -> None:
@@ -14,6 +14,7 @@ def test_a_new_training_has_done_nothing() -> None:
         "without_gain": 0,
         "skipped": 0,
         "skipped_in_a_row": 0,
+        "gates": {},
     }
 
 
@@ -33,8 +34,17 @@ def test_a_mean_that_is_no_number_is_no_gain() -> None:
     assert (progress.best, progress.without_gain) == (2.0, 1)
 
 
+def test_the_last_gate_values_of_a_pair_are_kept() -> None:
+    progress = Progress()
+    for step in range(GATE_STEPS + 2):
+        progress.gated({"2": {"en-de": float(step)} | ({"en-fr": 7.0} if step == 0 else {})})
+    progress.gated({"2": {"en-de": float("nan")}})
+    assert progress.gates == {"2": {"en-de": [float(s) for s in range(2, GATE_STEPS + 2)], "en-fr": [7.0]}}
+
+
 def test_it_comes_back_from_json() -> None:
     progress = Progress(done=7, skipped=2, skipped_in_a_row=1)
     progress.validated(1.0 / 3.0)
     progress.validated(0.1 + 0.2 + 0.3)
+    progress.gated({"2": {"en-de": 1.0 / 3.0}})
     assert Progress(**json.loads(json.dumps(progress.as_json()))) == progress

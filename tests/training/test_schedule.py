@@ -49,7 +49,7 @@ def test_the_minimum_is_where_the_last_step_ends() -> None:
 
 def test_one_step_is_trained_at_the_peak() -> None:
     for schedule in ("constant", "linear", "cosine"):
-        assert lr_factor(0, TrainConfig(steps=1, schedule=schedule)) == 1.0  # type: ignore[arg-type]
+        assert lr_factor(0, TrainConfig(steps=1, schedule=schedule)) == 1.0
 
 
 def test_noise_grows_from_nothing_to_its_maximum() -> None:

@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
-from faulty import NOTES, SIGNAL_AT, SKIPPED
 from support.compare import metrics, validations
+from support.faulty import NOTES, SIGNAL_AT, SKIPPED
 from support.tiny_run import TinyRun
 from support.training_runs import ADAMW
 from support.worlds import Job, run_world
@@ -25,9 +25,9 @@ FEW = (*ADAMW, f"train.steps={STEPS}", "train.save_every=2", "train.valid_every=
 def faulty(tiny_run: TinyRun) -> TinyRun:
     jobs = (
         Job("in-peace", FEW),
-        Job("preempted", FEW, "faulty:preempted_and_resumed"),
-        Job("refused", (*FEW, "train.steps=2", "train.valid_every=0"), "faulty:refused"),
-        Job("infinite", (*FEW, "train.max_skipped=1"), "faulty:infinite_gradients"),
+        Job("preempted", FEW, "support.faulty:preempted_and_resumed"),
+        Job("refused", (*FEW, "train.steps=2", "train.valid_every=0"), "support.faulty:refused"),
+        Job("infinite", (*FEW, "train.max_skipped=1"), "support.faulty:infinite_gradients"),
     )
     run_world(tiny_run.root, 2, jobs)
     return tiny_run
@@ -69,7 +69,7 @@ def test_after_a_signal_it_goes_on_as_if_nothing_had_happened(faulty: TinyRun) -
 
 
 def test_a_signal_during_the_last_save_does_not_lose_it(tiny_run: TinyRun) -> None:
-    run_world(tiny_run.root, 1, [Job("again", (*FEW, "train.steps=2"), "faulty:signalled_again")])
+    run_world(tiny_run.root, 1, [Job("again", (*FEW, "train.steps=2"), "support.faulty:signalled_again")])
     assert checkpoint.newest(tiny_run.run("again-1").checkpoints).step == 2
 
 

@@ -64,8 +64,8 @@ def _leave_with_the_parent() -> None:
 
 def _measure(leaders: Sequence[int], limit: float) -> dict[str, Any]:
     _begin("importing PyTorch")
-    import torch
-    import torch.distributed as dist
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda = torch.cuda.is_available()
@@ -107,8 +107,8 @@ class _Stopwatch:
     """Times operations on one device."""
 
     def __init__(self, device: Any) -> None:
-        import torch
-        import torch.distributed as dist
+        import torch  # noqa: PLC0415
+        import torch.distributed as dist  # noqa: PLC0415
 
         self._torch, self._dist, self._device = torch, dist, device
 

@@ -53,8 +53,8 @@ def differences(values: Mapping[str, Mapping[str, str]]) -> Iterator[Difference]
     Args:
         values: host -> name -> value.
     """
-    for name in dict.fromkeys(name for found in values.values() for name in found):
-        of_host = {host: found.get(name, ABSENT) for host, found in values.items()}
+    for name in dict.fromkeys(name for own in values.values() for name in own):
+        of_host = {host: own.get(name, ABSENT) for host, own in values.items()}
         common, _ = reference(list(of_host.values()))
         holder = next(host for host, value in of_host.items() if value == common)
         for host, value in of_host.items():
@@ -69,8 +69,8 @@ def compare_hosts(looks: Looks) -> list[Finding]:
         host: look["recipe"]["facts"] for host, look in looks.items() if "facts" in look.get("recipe", {})
     }
     for kind, check in CHECKS.items() if facts else ():
-        values = {host: found.get(kind, {}) for host, found in facts.items()}
-        findings += _told(check, values, CURES[kind], "fail")
+        values = {host: own.get(kind, {}) for host, own in facts.items()}
+        findings += _findings(check, values, CURES[kind], "fail")
         findings += _unreadable(check, values, UNREADABLE.get(kind))
     return findings
 
@@ -78,8 +78,8 @@ def compare_hosts(looks: Looks) -> list[Finding]:
 def _unreadable(
     check: str, values: Mapping[str, Mapping[str, str]], status: Status | None
 ) -> Iterator[Finding]:
-    for host, found in values.items():
-        for name, value in found.items():
+    for host, own in values.items():
+        for name, value in own.items():
             if status is not None and value.startswith("unreadable"):
                 yield Finding(check, host, status, f"{name} is {value}", "see there")
 
@@ -88,50 +88,51 @@ def _compare_packages(looks: Looks) -> list[Finding]:
     installed = {host: look["packages"] for host, look in looks.items() if "error" not in look["packages"]}
     python = {host: {"Python": look["machine"].get("python", ABSENT)} for host, look in looks.items()}
     recorded = {
-        host: {name: found.get(name, ABSENT) for name in RECORDED_PACKAGES}
-        for host, found in installed.items()
+        host: {name: own.get(name, ABSENT) for name in RECORDED_PACKAGES} for host, own in installed.items()
     }
     rest = {
-        host: {name: version for name, version in found.items() if name not in RECORDED_PACKAGES}
-        for host, found in installed.items()
+        host: {name: version for name, version in own.items() if name not in RECORDED_PACKAGES}
+        for host, own in installed.items()
     }
     cure = CURES["package"]
     return [
-        *_told("python", python, "install the same Python on all hosts", "fail"),
-        *_told("packages", recorded, cure, "fail"),
-        *_told("other_packages", rest, cure, "warn"),
+        *_findings("python", python, "install the same Python on all hosts", "fail"),
+        *_findings("packages", recorded, cure, "fail"),
+        *_findings("other_packages", rest, cure, "warn"),
     ]
 
 
 def _compare_devices(looks: Looks) -> list[Finding]:
     values = {}
     for host, look in looks.items():
-        found, architecture = look["accelerator"], look["machine"].get("architecture", ABSENT)
-        if "error" not in found:
-            kinds = ", ".join(dict.fromkeys(card["name"] for card in found["cards"])) or "CPU"
-            versions = {"CUDA": found["cuda"], "NCCL": found["nccl"]} if found["cards"] else {}
+        own, architecture = look["accelerator"], look["machine"].get("architecture", ABSENT)
+        if "error" not in own:
+            kinds = ", ".join(dict.fromkeys(card["name"] for card in own["cards"])) or "CPU"
+            versions = {"CUDA": own["cuda"], "NCCL": own["nccl"]} if own["cards"] else {}
             values[host] = {"device": kinds, "architecture": architecture, **versions}
-    return _told("device", values, CURES["device"], "fail")
+    return _findings("device", values, CURES["device"], "fail")
 
 
-def _told(check: str, values: Mapping[str, Mapping[str, str]], cure: str, status: Status) -> list[Finding]:
+def _findings(
+    check: str, values: Mapping[str, Mapping[str, str]], cure: str, status: Status
+) -> list[Finding]:
     """One finding per host that differs; if none does, they all say what they have in common."""
     by_host: dict[str, list[Difference]] = {}
     for difference in differences(values):
         by_host.setdefault(difference.host, []).append(difference)
     if not by_host:
-        return [Finding(check, host, "ok", _summary(found, len(values))) for host, found in values.items()]
-    return [Finding(check, host, status, _listed(found), cure) for host, found in by_host.items()]
+        return [Finding(check, host, "ok", _summary(own, len(values))) for host, own in values.items()]
+    return [Finding(check, host, status, _listed(own), cure) for host, own in by_host.items()]
 
 
-def _summary(found: Mapping[str, str], hosts: int) -> str:
-    if len(found) > len(RECORDED_PACKAGES):
-        return f"{len(found)} values{', the same on all hosts' if hosts > 1 else ''}"
+def _summary(shown: Mapping[str, str], hosts: int) -> str:
+    if len(shown) > len(RECORDED_PACKAGES):
+        return f"{len(shown)} values{', the same on all hosts' if hosts > 1 else ''}"
     return ", ".join(
-        f"{name} {'not there yet' if value == MISSING else value}" for name, value in found.items()
+        f"{name} {'not there yet' if value == MISSING else value}" for name, value in shown.items()
     )
 
 
-def _listed(found: Sequence[Difference]) -> str:
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return "; ".join(map(str, found[:SHOWN])) + more
+def _listed(shown: Sequence[Difference]) -> str:
+    more = f"; and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return "; ".join(map(str, shown[:SHOWN])) + more

@@ -26,14 +26,14 @@ from lander_ds.cluster.doctor.hostfile import Host, read_hostfile
 from lander_ds.cluster.doctor.judge import Run, judge_clocks, judge_run
 from lander_ds.cluster.doctor.judge_host import judge_hosts
 from lander_ds.cluster.doctor.network import (
-    Meeting,
+    Rendezvous,
     communicate,
     ranks_on,
     rendezvous,
     slow_connections,
     try_pdsh,
 )
-from lander_ds.cluster.doctor.remote import Answer, Connection, HostLost, Reply, Way, timed
+from lander_ds.cluster.doctor.remote import Access, Answer, Connection, HostLost, Reply, timed
 from lander_ds.common.errors import LanderError
 from lander_ds.config.deepspeed_json import load_deepspeed_json
 from lander_ds.config.loading import load_recipe
@@ -86,7 +86,7 @@ def diagnose(options: Options) -> Diagnosis:
     diagnosis = Diagnosis()
     findings = diagnosis.findings
     # First, because DeepSpeed adds variables when it is imported.
-    way = _way(options, findings)
+    access = _access(options, findings)
     recipe, deepspeed = _read(options, findings)
     hosts = _hosts(options, findings)
     if not hosts:
@@ -96,14 +96,14 @@ def diagnose(options: Options) -> Diagnosis:
     findings += judge_run(run)
     with Fleet(findings) as fleet:
         logger.info("asking %d hosts", len(hosts))
-        for host, answer in fleet.meet([host.name for host in hosts], way).items():
+        for host, answer in fleet.meet([host.name for host in hosts], access).items():
             fleet.add(
                 "ssh",
                 host,
                 "ok",
-                f"answers as {answer['hostname']}" if way.ssh else "this machine, without ssh",
+                f"answers as {answer['hostname']}" if access.ssh else "this machine, without ssh",
             )
-        if way.ssh:
+        if access.ssh:
             findings += judge_clocks(_clocks(fleet))
         looks = _look(fleet, options, run)
         findings += compare_hosts(looks)
@@ -137,8 +137,8 @@ def _read(options: Options, findings: list[Finding]) -> tuple[Recipe | None, dic
 
 def _hosts(options: Options, findings: list[Finding]) -> list[Host]:
     if options.hostfile is not None:
-        hosts, found = read_hostfile(options.hostfile)
-        findings += found
+        hosts, complaints = read_hostfile(options.hostfile)
+        findings += complaints
         return hosts
     ranks = options.ranks
     if ranks is None:
@@ -146,17 +146,17 @@ def _hosts(options: Options, findings: list[Finding]) -> list[Host]:
     return [Host(LOCAL, ranks)]
 
 
-def _way(options: Options, findings: list[Finding]) -> Way:
+def _access(options: Options, findings: list[Finding]) -> Access:
     """How the hosts are reached, and with which environment."""
     here = (options.python or sys.executable, os.getcwd())
     if options.hostfile is None:
-        return Way(*here, ssh=None, seconds=options.timeout)
+        return Access(*here, ssh=None, seconds=options.timeout)
     variables: dict[str, str] = {}
     if options.launcher == "pdsh":
-        found = travelling(os.environ, Path.cwd())
-        findings += found.findings
-        variables = found.variables
-    return Way(*here, tuple(shlex.split(options.ssh)), options.ssh_port, variables, options.timeout)
+        passed = travelling(os.environ, Path.cwd())
+        findings += passed.findings
+        variables = passed.variables
+    return Access(*here, tuple(shlex.split(options.ssh)), options.ssh_port, variables, options.timeout)
 
 
 def _clocks(fleet: Fleet) -> dict[str, tuple[float, float]]:
@@ -235,10 +235,10 @@ def _measure(fleet: Fleet, options: Options, run: Run, looks: dict[str, Answer])
             "rendezvous", first, "fail", "`hostname -I`, which DeepSpeed asks for the address, fails", cure
         )
         return {}
-    meeting = Meeting(first, address, options.master_port)
-    if not rendezvous(fleet, meeting):
+    point = Rendezvous(first, address, options.master_port)
+    if not rendezvous(fleet, point):
         fleet.add("collective", "", "skipped", "the ranks cannot meet", "see rendezvous")
         return {}
     counts = {host: ranks_on(slots[host], looks[host], run.several) for host in fleet.names if host in looks}
     logger.info("communication test with %d ranks", sum(counts.values()))
-    return communicate(fleet, counts, meeting, options.timeout)
+    return communicate(fleet, counts, point, options.timeout)

@@ -52,7 +52,7 @@ def travelling(environment: Mapping[str, str], directory: Path) -> Travelling:
     findings: list[Finding] = []
     name = environment.get("DS_ENV_FILE", FILE)
     paths = dict.fromkeys(
-        place / name for place in (Path(environment.get("HOME", "~")).expanduser(), directory)
+        directory_of / name for directory_of in (Path(environment.get("HOME", "~")).expanduser(), directory)
     )
     for path in paths:
         if path.is_file():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lander_ds.cluster.planning.anatomy import anatomy
-from lander_ds.cluster.planning.memory import checkpoint_bytes, held
+from lander_ds.cluster.planning.memory import checkpoint_bytes, rank_memory
 from lander_ds.cluster.planning.plan import sharding_of
 from lander_ds.config.recipe import Recipe, TrainConfig
 from lander_ds.training.session import micro_batches
@@ -49,21 +49,23 @@ def need_of(recipe: Recipe, world: int) -> Need:
     Raises:
         ModelError, ArtefactError, ConfigError: model, selection or DeepSpeed JSON are unfit.
     """
-    made, stages = anatomy(recipe), recipe.pipeline_stages
+    model, stages = anatomy(recipe), recipe.pipeline_stages
     data_ranks = max(1, world // stages)
     sharding = sharding_of(recipe, stages, data_ranks, micro_batches(recipe, data_ranks))
-    parts = [held(made, span, sharding, targets=0, activations=0) for span in made.stage_spans(stages)]
-    tensors = made.tensors(made.whole)
+    parts = [
+        rank_memory(model, span, sharding, targets=0, activations=0) for span in model.stage_spans(stages)
+    ]
+    tensors = model.tensors(model.whole)
     total, trained = (
         sum(tensor.elements for tensor in tensors if tensor.trained or not only) for only in (False, True)
     )
     return Need(
         device=max(p.weights + p.gradients + p.optimizer + p.persistent - p.on_host for p in parts),
         host=max(part.on_host for part in parts),
-        checkpoint=checkpoint_bytes(made),
+        checkpoint=checkpoint_bytes(model),
         checkpoints=checkpoints_at_once(recipe.train),
         exports=export_bytes(recipe, total, trained),
-        estimated=made.estimated,
+        estimated=model.estimated,
     )
 
 

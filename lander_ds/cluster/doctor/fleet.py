@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from lander_ds.cluster.doctor.finding import Finding, Status
-from lander_ds.cluster.doctor.remote import CLOSE_SECONDS, Answer, Connection, HostLost, Way
+from lander_ds.cluster.doctor.remote import CLOSE_SECONDS, Access, Answer, Connection, HostLost
 
 T = TypeVar("T")
 
@@ -52,11 +52,11 @@ class Fleet:
         """Hosts that answer."""
         return list(self._connections)
 
-    def meet(self, names: Sequence[str], way: Way) -> dict[str, Answer]:
+    def meet(self, names: Sequence[str], access: Access) -> dict[str, Answer]:
         """Start a probe on every host; who answers is from now on part of the fleet."""
 
         def greet(name: str) -> tuple[Connection, Answer]:
-            connection = Connection(name, way)
+            connection = Connection(name, access)
             self._opened.append(connection)
             return connection, connection.ask("hello")
 

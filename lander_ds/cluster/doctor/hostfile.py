@@ -63,19 +63,19 @@ def read_hostfile(path: Path) -> tuple[list[Host], list[Finding]]:
     return list(hosts.values()), findings
 
 
-def _parse(place: str, line: str) -> tuple[Host | None, Finding | None]:
+def _parse(where: str, line: str) -> tuple[Host | None, Finding | None]:
     name = line.split(maxsplit=1)[0]
-    found = _LINE.fullmatch(line)
-    if found is None:
+    match = _LINE.fullmatch(line)
+    if match is None:
         what = "has no slots=N" if "slots" not in line else "is not NAME slots=N"
-        return None, _fail(f"{place}: {line!r} {what}", _EXAMPLE, name)
-    if int(found[2]) == 0:
+        return None, _fail(f"{where}: {line!r} {what}", _EXAMPLE, name)
+    if int(match[2]) == 0:
         return None, _fail(
-            f"{place}: {name} has 0 slots", "write how many ranks it runs, or remove the line", name
+            f"{where}: {name} has 0 slots", "write how many ranks it runs, or remove the line", name
         )
-    host, rest = Host(name, int(found[2])), found[3].strip()
+    host, rest = Host(name, int(match[2])), match[3].strip()
     if rest and not rest.startswith("#"):
-        what = f"{place}: {rest!r} after slots={host.slots} is not read"
+        what = f"{where}: {rest!r} after slots={host.slots} is not read"
         return host, Finding(CHECK, name, "warn", what, "remove it, or put a # before it")
     return host, None
 

@@ -54,16 +54,16 @@ def _same_machines(looks: Looks) -> list[Finding]:
 
 def _broken_parts(host: Host, look: Mapping[str, Any]) -> Iterable[Finding]:
     without_recipe = "error" in look.get("recipe", {})
-    for part, found in look.items():
+    for part, own in look.items():
         if part in DEPENDENT and without_recipe:
             continue
-        if "error" in found:
+        if "error" in own:
             cure = PART_CURES.get(part, "see that the host is an ordinary Linux system")
-            yield Finding(part, host.name, "fail", str(found["error"]), cure)
+            yield Finding(part, host.name, "fail", str(own["error"]), cure)
         elif part == "topology":
             yield Finding(part, host.name, "ok", "the installed DeepSpeed fits")
-        elif part == "recipe" and found["warning"]:
-            detail = f"training can run, other stages cannot: {found['warning']}"
+        elif part == "recipe" and own["warning"]:
+            detail = f"training can run, other stages cannot: {own['warning']}"
             yield Finding("stages", host.name, "warn", detail, PART_CURES["recipe"])
 
 
@@ -90,21 +90,21 @@ def _slots(host: Host, look: Mapping[str, Any], cards: Sequence[Mapping[str, Any
 def _accelerator(
     host: Host, look: Mapping[str, Any], cards: Sequence[Mapping[str, Any]]
 ) -> Iterable[Finding]:
-    found = look["accelerator"]
-    if "error" in found:
+    own = look["accelerator"]
+    if "error" in own:
         return
-    if cards and found["nccl"] is None:
+    if cards and own["nccl"] is None:
         cure = "install a PyTorch with CUDA and NCCL"
         yield Finding("accelerator", host.name, "fail", "GPUs, but this PyTorch has no NCCL", cure)
     elif cards:
         names = ", ".join(dict.fromkeys(card["name"] for card in cards))
-        detail = f"{len(cards)} x {names}, CUDA {found['cuda']}, NCCL {found['nccl']}"
+        detail = f"{len(cards)} x {names}, CUDA {own['cuda']}, NCCL {own['nccl']}"
         yield Finding("accelerator", host.name, "ok", detail)
-    elif found["driver"]:
-        detail = f"an NVIDIA driver, but PyTorch (built for CUDA: {found['cuda'] or 'no'}) sees no GPU"
+    elif own["driver"]:
+        detail = f"an NVIDIA driver, but PyTorch (built for CUDA: {own['cuda'] or 'no'}) sees no GPU"
         cure = "install a PyTorch with CUDA that fits the driver; check CUDA_VISIBLE_DEVICES and container options"
         yield Finding("accelerator", host.name, "fail", detail, cure)
-    elif not found["gloo"]:
+    elif not own["gloo"]:
         yield Finding(
             "accelerator", host.name, "fail", "no GPU, and a PyTorch without gloo", "install another PyTorch"
         )

@@ -93,12 +93,14 @@ def _memory(host: Host, look: Mapping[str, Any], need: Mapping[str, Any]) -> Ite
         return
     cards = look["accelerator"].get("cards", [])
     in_memory = host.slots * (PROCESS_BYTES + need["host"] + (0 if cards else need["device"]))
-    held = [("memory", f"{host.slots} ranks hold", in_memory, look["machine"]["free_memory"])]
+    needs = [("memory", f"{host.slots} ranks hold", in_memory, look["machine"]["free_memory"])]
     if cards:
-        held.append(("gpu_memory", "a rank's GPU holds", need["device"], min(card["free"] for card in cards)))
-    for check, who, bytes_held, free in held:
-        detail = f"{who} at least {readable(bytes_held)}, {readable(free)} are free"
-        if bytes_held > free:
+        needs.append(
+            ("gpu_memory", "a rank's GPU holds", need["device"], min(card["free"] for card in cards))
+        )
+    for check, who, needed, free in needs:
+        detail = f"{who} at least {readable(needed)}, {readable(free)} are free"
+        if needed > free:
             cure = (
                 "use more hosts, another topology, offloading or a smaller model; lander plan compares them"
             )
@@ -129,17 +131,17 @@ def _disk(looks: Looks, need: Mapping[str, Any]) -> Iterable[Finding]:
 def _temporary(host: Host, look: Mapping[str, Any]) -> Iterable[Finding]:
     if "error" in look["temporary"]:
         return
-    for place, free in look["temporary"].items():
-        shared = place == "/dev/shm"
+    for path, free in look["temporary"].items():
+        shared = path == "/dev/shm"
         check = "shared_memory" if shared else "temporary"
         if free is None:
-            yield Finding(check, host.name, "fail", f"{place} is not there", f"make the directory {place}")
+            yield Finding(check, host.name, "fail", f"{path} is not there", f"make the directory {path}")
             continue
         # Gloo does not use shared memory.
         need = (
             TEMPORARY_BYTES if not shared else SHARED_MEMORY_BYTES if look["accelerator"].get("cards") else 0
         )
-        detail = f"{readable(free)} free in {place}"
+        detail = f"{readable(free)} free in {path}"
         if free < need:
             status: Status = "fail" if free < need // 10 else "warn"
             cure = (

@@ -25,7 +25,7 @@ _COLLECTIVE_CURE = (
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where ranks meet."""
 
     host: str
@@ -56,9 +56,9 @@ def try_pdsh(fleet: Fleet, ssh_port: int | None, seconds: float) -> None:
             fleet.add("pdsh", host, "fail", detail, cure)
 
 
-def rendezvous(fleet: Fleet, meeting: Meeting) -> bool:
+def rendezvous(fleet: Fleet, point: Rendezvous) -> bool:
     """Whether the port is free, and reached from all hosts as ranks will reach it."""
-    host, address, port, token = meeting.host, meeting.address, meeting.port, secrets.token_hex(8)
+    host, address, port, token = point.host, point.address, point.port, secrets.token_hex(8)
     opened = fleet.ask("listen", [host], port=port, token=token)
     if host not in opened:
         return False
@@ -91,18 +91,18 @@ def ranks_on(slots: int, look: Mapping[str, Any], several: bool) -> int:
     return 1 if several else min(slots, 2)
 
 
-def communicate(fleet: Fleet, counts: Mapping[str, int], meeting: Meeting, seconds: float) -> dict[str, Any]:
+def communicate(fleet: Fleet, counts: Mapping[str, int], point: Rendezvous, seconds: float) -> dict[str, Any]:
     """Start ranks on all hosts, have them add up and send messages, and time it.
 
     Args:
         fleet: the hosts.
         counts: host -> ranks; the meeting's host is the first.
-        meeting: where they meet.
+        point: where they meet.
         seconds: how long they may take.
 
     Returns: `backend`, `ranks`, `all_reduce` and `point_to_point`; empty when something failed.
     """
-    beginnings = {host: sum(list(counts.values())[:place]) for place, host in enumerate(counts)}
+    beginnings = {host: sum(list(counts.values())[:position]) for position, host in enumerate(counts)}
     world = sum(counts.values())
     leaders = list(beginnings.values()) if len(counts) > 1 else list(range(world))
 
@@ -114,8 +114,8 @@ def communicate(fleet: Fleet, counts: Mapping[str, int], meeting: Meeting, secon
             count=counts[host],
             world=world,
             leaders=leaders,
-            address=meeting.address,
-            port=meeting.port,
+            address=point.address,
+            port=point.port,
             limit=seconds,
         )
 

@@ -97,8 +97,8 @@ def _outcome(rank: _Rank) -> dict[str, Any]:
     code = rank.process.poll()
     for stream in (rank.output, rank.complaints):
         stream.seek(0)
-    told = [line.removeprefix(MARK) for line in rank.output if line.startswith(MARK)]
-    last: dict[str, Any] = json.loads(told[-1]) if told else {"doing": "starting"}
+    reports = [line.removeprefix(MARK) for line in rank.output if line.startswith(MARK)]
+    last: dict[str, Any] = json.loads(reports[-1]) if reports else {"doing": "starting"}
     if "all_reduce" not in last and "error" not in last:
         lines = [line.strip() for line in rank.complaints if line.strip()]
         why = (

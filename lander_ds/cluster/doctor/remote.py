@@ -68,7 +68,7 @@ class HostLost(Exception):
 
 
 @dataclass(frozen=True)
-class Way:
+class Access:
     """How a probe is started."""
 
     interpreter: str
@@ -112,24 +112,24 @@ def ssh_options(seconds: float, port: int | None) -> list[str]:
 class Connection:
     """One host's probe."""
 
-    def __init__(self, host: str, way: Way) -> None:
+    def __init__(self, host: str, access: Access) -> None:
         """Start the probe; whether that went well shows with the first question.
 
         Args:
             host: its name.
-            way: how to get there.
+            access: how to get there.
 
         Raises:
             HostLost: ssh itself is not there.
         """
-        self.host, self._way = host, way
+        self.host, self._access = host, access
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._answered = False
         self._complaints: deque[str] = deque(maxlen=40)
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then ends the conversation.
             self._process = subprocess.Popen(
-                way.command(host),
+                access.command(host),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -159,7 +159,7 @@ class Connection:
         Raises:
             HostLost: no answer in time, or the probe ended.
         """
-        seconds = self._way.seconds if within is None else within
+        seconds = self._access.seconds if within is None else within
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"question": question, **arguments}) + "\n")
@@ -216,16 +216,16 @@ class Connection:
         if code == NO_DIRECTORY:
             return HostLost(
                 "directory",
-                f"{self._way.directory} is no directory there",
+                f"{self._access.directory} is no directory there",
                 "start from a directory that all hosts share, or make the same one there",
             )
         if code == NO_INTERPRETER:
             return HostLost(
                 "interpreter",
-                f"{self._way.interpreter} is not there",
+                f"{self._access.interpreter} is not there",
                 "install Python and requirements.txt there under the same path: DeepSpeed starts that path on every host",
             )
-        if code == SSH_FAILED and self._way.ssh is not None:
+        if code == SSH_FAILED and self._access.ssh is not None:
             return self._why_ssh_failed(complaints)
         if "No module named" in last:
             return HostLost(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -62,24 +63,24 @@ def trace(recipe: Recipe, batch: MicroBatch, sharded: bool, fused: bool) -> Acti
         fused: attention in one kernel that keeps queries, keys, values, outputs and one number per row, as on GPUs;
             otherwise what the trainer does on CPU.
     """
-    made = anatomy(recipe, FUSED if fused else None)
+    whole = anatomy(recipe, FUSED if fused else None)
     with FakeTensorMode(allow_non_fake_inputs=True), _linear(sharded):
-        model, family = made.model, made.family
+        model, family = whole.model, whole.family
         model.to_empty(device="cpu")
         objective = Objective(recipe.routing.budget_weight, recipe.routing.budget)
         if not family.packed_attention:
             family = _with_real_masks(family)
         span = _PlannedModel(model, family, len(recipe.data.pairs), objective)
         # The loss of a trained head looks at values, which are fake here; it keeps about as much.
-        made.head.requires_grad_(False)
+        whole.head.requires_grad_(False)
         counter = _Counter(parameters={p.untyped_storage()._cdata for p in model.parameters()})
         for index, layer in enumerate(family.layers_of(model)):
             layer.register_forward_pre_hook(counter.enter(index))
             layer.register_forward_hook(counter.leave)
         with torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor):
             span(_packed(batch, TRACED_TARGETS), BatchTotals(1, 1))
-        kept = [counter.bytes.get(index, 0) for index in range(made.layers)]
-        hidden = batch.tokens * made.width * made.item_bytes
+        kept = [counter.bytes.get(index, 0) for index in range(whole.layers)]
+        hidden = batch.tokens * whole.width * whole.item_bytes
     end = counter.bytes.get(None, 0) * batch.targets // TRACED_TARGETS
     return Activations(tuple(kept), end, hidden)
 
@@ -161,8 +162,6 @@ AttentionInterface.register(FUSED, _fused)
 @contextmanager
 def _linear(sharded: bool) -> Iterator[None]:
     """Within this context linear layers are DeepSpeed's or torch's own, whatever ZeRO-3 has left behind before."""
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
     before = functional.linear
     functional.linear = zero3_linear_wrap if sharded else torch._C._nn.linear
     try:

@@ -95,13 +95,13 @@ class Anatomy:
     def tensors(self, span: Span) -> list[Tensor]:
         """The parameters of a span, tied ones once where both are in it."""
         tied = tied_parameters(self.model) if span.first and span.last else {}
-        found: dict[int, Tensor] = {}
+        tensors: dict[int, Tensor] = {}
         for unit_name, unit in units(self.model, self.family, span):
             for local, parameter in unit.named_parameters():
                 name = f"{unit_name}.{local}"
                 if name not in tied:
-                    found.setdefault(id(parameter), self._tensor(name, parameter))
-        return list(found.values())
+                    tensors.setdefault(id(parameter), self._tensor(name, parameter))
+        return list(tensors.values())
 
     def layer(self, index: int) -> list[Tensor]:
         """The parameters of a decoder layer."""
@@ -148,18 +148,18 @@ def anatomy(recipe: Recipe, attention: str | None = None) -> Anatomy:
 def _selection(recipe: Recipe, layers: int, neurons: int) -> tuple[Selection, bool]:
     path = RunDirectory(recipe.run_dir).selection
     if path.exists():
-        found = Selection.load(path)
-        if found.pairs != recipe.data.pairs:
+        selection = Selection.load(path)
+        if selection.pairs != recipe.data.pairs:
             raise ArtefactError(
-                f"{path} is for pairs {', '.join(found.pairs)}, the recipe's data.pairs are "
+                f"{path} is for pairs {', '.join(selection.pairs)}, the recipe's data.pairs are "
                 f"{', '.join(recipe.data.pairs)}: run stages detect and select again, or plan with another run_dir"
             )
-        if found.neurons != neurons or any(layer.layer >= layers for layer in found.layers):
+        if selection.neurons != neurons or any(layer.layer >= layers for layer in selection.layers):
             raise ArtefactError(
-                f"{path} is for a model with {found.neurons} neurons per layer; {Path(recipe.model.path)} has "
+                f"{path} is for a model with {selection.neurons} neurons per layer; {Path(recipe.model.path)} has "
                 f"{neurons} and {layers} layers: correct model.path, or plan with another run_dir"
             )
-        return found, False
+        return selection, False
     return estimated_selection(recipe.select, recipe.data.pairs, layers, neurons), True
 
 

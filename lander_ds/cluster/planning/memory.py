@@ -54,7 +54,7 @@ def _offloads(block: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Held:
+class RankMemory:
     """Bytes of one rank. The first three are exact, and what training.json records."""
 
     weights: int
@@ -123,32 +123,32 @@ def state_bytes(optimizer: str) -> int:
     return MASTER + (MOMENTS if optimizer == "adamw" else 0)
 
 
-def held(made: Anatomy, span: Span, sharding: Sharding, targets: int, activations: int) -> Held:
+def rank_memory(model: Anatomy, span: Span, sharding: Sharding, targets: int, activations: int) -> RankMemory:
     """What a rank of a span holds.
 
     Args:
-        made: the model.
+        model: the model.
         span: what the rank computes.
         sharding: how it is held.
         targets: target tokens of a micro-batch.
         activations: bytes that all micro-batches under way keep.
     """
-    tensors, item = made.tensors(span), made.item_bytes
+    tensors, item = model.tensors(span), model.item_bytes
     weights = weight_bytes(tensors, sharding, item)
     gradients = gradient_bytes(tensors, sharding)
-    optimizer = state_bytes(made.recipe.train.optimizer) * optimizer_elements(tensors, sharding)
+    optimizer = state_bytes(model.recipe.train.optimizer) * optimizer_elements(tensors, sharding)
     host = (gradients + optimizer if sharding.offloads_optimizer else 0) + (
         weights if sharding.offloads_weights else 0
     )
     persistent, gathered = _whole_weights(tensors, sharding, item)
-    return Held(
+    return RankMemory(
         weights,
         gradients,
         optimizer,
         persistent,
         gathered,
         _bucket_bytes(tensors, sharding, item),
-        _loss_bytes(made, targets) if span.last else 0,
+        _loss_bytes(model, targets) if span.last else 0,
         activations,
         host,
     )
@@ -185,28 +185,28 @@ def _bucket_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> i
     return buffers * int(sharding.zero.reduce_bucket_size) + item * max(trained)
 
 
-def _loss_bytes(made: Anatomy, targets: int) -> int:
+def _loss_bytes(model: Anatomy, targets: int) -> int:
     """Logits of a chunk in the model's type, their softmax in float32 in small parts, the gradient of the chunk."""
-    vocabulary, width = made.head.shape
+    vocabulary, width = model.head.shape
     rows = min(targets, max(1, CHUNK_ELEMENTS // vocabulary))
     return (
-        rows * vocabulary * made.item_bytes
+        rows * vocabulary * model.item_bytes
         + 3 * 4 * min(SOFTMAX_ELEMENTS, rows * vocabulary)
         + 4 * rows * width
     )
 
 
-def checkpoint_bytes(made: Anatomy) -> int:
+def checkpoint_bytes(model: Anatomy) -> int:
     """Size of the safetensors files of a checkpoint: masters, moments, the selection (exact but for padding)."""
-    trained = [tensor for tensor in made.tensors(made.whole) if tensor.trained]
-    adamw = made.recipe.train.optimizer == "adamw"
+    trained = [tensor for tensor in model.tensors(model.whole) if tensor.trained]
+    adamw = model.recipe.train.optimizer == "adamw"
     total = _file_bytes({tensor.name: tensor for tensor in trained}, MASTER)
     if adamw:
         moments = {f"{moment}/{t.name}": t for moment in ("exp_avg", "exp_avg_sq") for t in trained}
         total += _file_bytes(moments, MASTER)
-    if made.selection is not None:
-        total += 2 * INDEX_BYTES * made.selection.neurons * len(made.selection.layers)
-        total += len(json.dumps([[vars(bank) for bank in layer.banks] for layer in made.selection.layers]))
+    if model.selection is not None:
+        total += 2 * INDEX_BYTES * model.selection.neurons * len(model.selection.layers)
+        total += len(json.dumps([[vars(bank) for bank in layer.banks] for layer in model.selection.layers]))
     return total
 
 

@@ -8,10 +8,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from lander_ds.cluster.planning.activations import Activations, trace
 from lander_ds.cluster.planning.anatomy import Anatomy, anatomy
 from lander_ds.cluster.planning.cluster import Cluster
-from lander_ds.cluster.planning.memory import GRADIENT_BYTES, Held, Sharding, checkpoint_bytes, held
+from lander_ds.cluster.planning.memory import (
+    GRADIENT_BYTES,
+    RankMemory,
+    Sharding,
+    checkpoint_bytes,
+    rank_memory,
+)
 from lander_ds.cluster.planning.work import Operations, Traffic, operations, traffic
 from lander_ds.cluster.planning.workload import Workload, micro_batch
 from lander_ds.common.errors import ConfigError
@@ -37,7 +45,7 @@ class StagePlan:
 
     layers: tuple[int, int]
     """First decoder layer, and the one after the last."""
-    held: Held
+    memory: RankMemory
     operations: Operations
     """Per micro-batch."""
     traffic: Traffic
@@ -78,12 +86,15 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """Bytes on the fullest GPU, without what the cluster description reserves."""
-        return max(part.held.on_device for part in self.parts)
+        return max(part.memory.on_device for part in self.parts)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for programs."""
         plain = {name: value for name, value in vars(self).items() if name != "parts"}
-        parts = [{**asdict(part), "on_device": part.held.on_device} for part in self.parts]
+        parts = []
+        for part in self.parts:
+            figures = asdict(part)
+            parts.append({"held": figures.pop("memory"), **figures, "on_device": part.memory.on_device})
         return {**plain, "ranks": self.ranks, "device_bytes": self.device_bytes, "parts": parts}
 
 
@@ -97,8 +108,8 @@ class Planner:
             ModelError, ArtefactError, ConfigError: see `anatomy`.
         """
         self.recipe, self.workload = recipe, workload
-        self.made: Anatomy = anatomy(recipe)
-        self.checkpoint = checkpoint_bytes(self.made)
+        self.model: Anatomy = anatomy(recipe)
+        self.checkpoint = checkpoint_bytes(self.model)
         self._trace = cache(lambda batch, sharded: trace(recipe, batch, sharded, fused=True))
 
     def plans(self, cluster: Cluster) -> list[Plan]:
@@ -107,37 +118,37 @@ class Planner:
         Raises:
             ConfigError: a JSON is wrong; or there is no way at all.
         """
-        found = [
+        plans = [
             self.plan(cluster, recipe, name, stages)
             for name, recipe in self._recipes().items()
             for stages in self._stage_counts(recipe.topology, cluster.nodes * cluster.gpus_per_node)
         ]
-        if not found:
+        if not plans:
             raise ConfigError(
                 f"topology: {self.recipe.topology} cannot use {cluster.nodes * cluster.gpus_per_node} GPUs: set "
                 "topology: zero3, or change the cluster description"
             )
-        return found
+        return plans
 
     def _recipes(self) -> Mapping[str, Recipe]:
         own = Path(self.recipe.deepspeed)
-        found = {own.stem: self.recipe}
+        recipes = {own.stem: self.recipe}
         for name, topology in NAMES.items():
             beside = own.with_name(f"{name}.json")
-            if beside.exists() and name not in found and (topology == "zero3" or self._can_be_cut()):
-                found[name] = replace(self.recipe, topology=topology, deepspeed=str(beside))
-        return found
+            if beside.exists() and name not in recipes and (topology == "zero3" or self._can_be_cut()):
+                recipes[name] = replace(self.recipe, topology=topology, deepspeed=str(beside))
+        return recipes
 
     def _can_be_cut(self) -> bool:
         """Pipelines refuse float16, and tied embeddings that are trained."""
-        tied = self.made.model.config.tie_word_embeddings and self.recipe.train.method == "full"
+        tied = self.model.model.config.tie_word_embeddings and self.recipe.train.method == "full"
         return self.recipe.model.dtype != "float16" and not tied
 
     def _stage_counts(self, topology: Topology, ranks: int) -> Iterator[int]:
         if topology == "zero3":
             yield 1
             return
-        for stages in range(2, min(ranks, self.made.layers) + 1):
+        for stages in range(2, min(ranks, self.model.layers) + 1):
             if ranks % stages == 0:
                 yield stages
 
@@ -150,23 +161,23 @@ class Planner:
             name: for the table.
             stages: pipeline stages.
         """
-        made = self.made
+        model = self.model
         data_ranks = cluster.nodes * cluster.gpus_per_node // stages
         batch, count = micro_batch(recipe, self.workload, data_ranks)
         sharding = sharding_of(recipe, stages, data_ranks, count)
         kept = self._trace(batch, sharding.sharded)
         parts = []
-        for stage, span in enumerate(made.stage_spans(stages)):
-            bytes_held = held(
-                made, span, sharding, batch.targets, self._activations(kept, span, stages, stage, count)
+        for stage, span in enumerate(model.stage_spans(stages)):
+            memory = rank_memory(
+                model, span, sharding, batch.targets, self._activations(kept, span, stages, stage, count)
             )
-            work, wire = operations(made, span, batch), traffic(made, span, sharding)
+            work, wire = operations(model, span, batch), traffic(model, span, sharding)
             sends = 0.0
             if not span.last:
-                sends = kept.hidden * (1.0 + (made.first_trained < span.stop))
+                sends = kept.hidden * (1.0 + (model.first_trained < span.stop))
             links = Links(cluster, stages, data_ranks)
             seconds = links.micro_batch_seconds(work, wire, sends, overlap=bool(sharding.zero.overlap_comm))
-            parts.append(StagePlan((span.start, span.stop), bytes_held, work, wire, sends, seconds))
+            parts.append(StagePlan((span.start, span.stop), memory, work, wire, sends, seconds))
         links = Links(cluster, stages, data_ranks)
         step = links.step_seconds(parts, count)
         short = _short_of(cluster, parts)
@@ -188,12 +199,12 @@ class Planner:
 
     def _activations(self, kept: Activations, span: Span, stages: int, stage: int, count: int) -> int:
         """Of all micro-batches that are under way in a stage: 1F1B starts S - s before the first one comes back."""
-        first, recompute = self.made.first_trained, self.recipe.train.activation_checkpointing
-        under_way = min(stages - stage, count)
+        first, recompute = self.model.first_trained, self.recipe.train.activation_checkpointing
+        in_flight = min(stages - stage, count)
         each = kept.kept(span.start, span.stop, span.last, first, recompute)
         again = kept.largest(span.start, span.stop) if recompute and span.stop > first else 0
         received = 0 if span.first else kept.hidden
-        return under_way * (each + received) + again
+        return in_flight * (each + received) + again
 
 
 def sharding_of(recipe: Recipe, stages: int, data_ranks: int, micro_batches: int) -> Sharding:
@@ -202,8 +213,6 @@ def sharding_of(recipe: Recipe, stages: int, data_ranks: int, micro_batches: int
     Raises:
         ConfigError: the JSON is wrong.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     config = resolve_deepspeed_config(replace(recipe, pipeline_stages=stages), data_ranks, micro_batches)
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
     return Sharding(zero, data_ranks, GRADIENT_BYTES[config["data_types"]["grad_accum_dtype"]], stages > 1)
@@ -240,7 +249,7 @@ class Links:
         reducing = 0.0 if wire.collectives else self._collective(wire.reductions + wire.updates)
         updating = 0.0
         if wire.over_bus_step:
-            updating = (wire.over_bus_step + ADAM_BYTES / 12 * part.held.optimizer) / bus
+            updating = (wire.over_bus_step + ADAM_BYTES / 12 * part.memory.optimizer) / bus
         return reducing + updating
 
     def _collective(self, received: float) -> float:
@@ -270,10 +279,10 @@ class Links:
 
 def _short_of(cluster: Cluster, parts: Sequence[StagePlan]) -> str:
     limit = (cluster.gpu_memory - cluster.reserved_memory) * GB
-    needed = max(part.held.on_device for part in parts)
+    needed = max(part.memory.on_device for part in parts)
     if needed > limit:
         return f"GPU memory: {needed / GB:.1f} of {limit / GB:.1f} GB"
-    on_host = max(part.held.on_host for part in parts) * cluster.gpus_per_node
+    on_host = max(part.memory.on_host for part in parts) * cluster.gpus_per_node
     if on_host > cluster.host_memory * GB:
         return f"host memory: {on_host / GB:.1f} of {cluster.host_memory:.1f} GB"
     return ""

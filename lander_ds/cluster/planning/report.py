@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from lander_ds.cluster.planning.cluster import Cluster
@@ -20,7 +22,7 @@ def memory_table(plans: Sequence[Plan], cluster: Cluster) -> Table:
     for heading in ("weights", "optim.", "grad.", "activ.", "buffers", "total", "host", "fits"):
         table.add_column(heading, justify="right")
     for plan in plans:
-        part = max(plan.parts, key=lambda part: part.held.on_device).held
+        part = max(plan.parts, key=lambda part: part.memory.on_device).memory
         buffers = part.persistent + part.gathered + part.bucket + part.loss
         sizes = (
             part.weights,
@@ -74,8 +76,8 @@ def _tokens_per_second(plan: Plan) -> float:
 
 def model_lines(planner: Planner, plans: Sequence[Plan]) -> list[str]:
     """What the figures rest on, one fact a line."""
-    made, plan = planner.made, plans[0]
-    tensors = made.tensors(made.whole)
+    model, plan = planner.model, plans[0]
+    tensors = model.tensors(model.whole)
     total = sum(tensor.elements for tensor in tensors)
     trained = sum(tensor.elements for tensor in tensors if tensor.trained)
     forward = sum(part.operations.forward for part in plan.parts)
@@ -84,29 +86,28 @@ def model_lines(planner: Planner, plans: Sequence[Plan]) -> list[str]:
     lines = [
         *(f"{p.name} {_grid(p)} does not fit into {p.short_of}" for p in plans if not p.fits),
         f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %), lowest trained layer "
-        f"{made.first_trained} of {made.layers}",
+        f"{model.first_trained} of {model.layers}",
         f"checkpoint: {planner.checkpoint / GB:.2f} GB",
         f"{everything * steps / 1e12:.1f} TFLOP per step, {forward * steps / 1e12:.1f} of them forward",
     ]
-    if made.estimated and made.selection is not None:
-        layers = ", ".join(str(layer.layer) for layer in made.selection.layers)
+    if model.estimated and model.selection is not None:
+        layers = ", ".join(str(layer.layer) for layer in model.selection.layers)
         lines.append(
             f"no selection in {planner.recipe.run_dir} yet: layers {layers} and the bank sizes are estimated"
         )
     return lines
 
 
-def save_plot(found: Mapping[int, Sequence[Plan]], cluster: Cluster, path: Path) -> None:
+def save_plot(plans_by_nodes: Mapping[int, Sequence[Plan]], cluster: Cluster, path: Path) -> None:
     """Tokens per second and bytes on the fullest GPU over the number of machines, one line per DeepSpeed JSON."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     speed, memory = figure.subplots(1, 2)
-    names = dict.fromkeys(plan.name for plans in found.values() for plan in plans)
+    names = dict.fromkeys(plan.name for plans in plans_by_nodes.values() for plan in plans)
     for name in names:
-        own = [(nodes, plan) for nodes, plans in found.items() for plan in plans if plan.name == name]
+        own = [
+            (nodes, plan) for nodes, plans in plans_by_nodes.items() for plan in plans if plan.name == name
+        ]
         fitting = [(nodes, plan) for nodes, plan in own if plan.fits]
         tokens = [_tokens_per_second(plan) for _, plan in fitting]
         speed.plot([nodes for nodes, _ in fitting], tokens, marker="o", label=name)
@@ -117,7 +118,7 @@ def save_plot(found: Mapping[int, Sequence[Plan]], cluster: Cluster, path: Path)
     memory.axhline(limit, color="black", linestyle="--", label="there is")
     for axes, title in ((speed, "tokens per second (where it fits)"), (memory, "GB on the fullest GPU")):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(found), [str(nodes) for nodes in found])
+        axes.set_xticks(list(plans_by_nodes), [str(nodes) for nodes in plans_by_nodes])
         axes.set_yscale("log")
         axes.set_xlabel(f"machines with {cluster.gpus_per_node} GPUs each")
         axes.set_title(title)

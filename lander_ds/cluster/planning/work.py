@@ -34,40 +34,42 @@ class Operations:
         return self.forward + self.backward + self.recompute
 
 
-def operations(made: Anatomy, span: Span, batch: MicroBatch) -> Operations:
+def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
     """What a span computes for a micro-batch."""
     forward = backward = recompute = 0.0
     for index in range(span.start, span.stop):
-        tensors = [tensor for tensor in made.layer(index) if tensor.matrix]
-        attention = _attention(made, index, batch)
+        tensors = [tensor for tensor in model.layer(index) if tensor.matrix]
+        attention = _attention(model, index, batch)
         once = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + attention
         forward += once
-        if index < made.first_trained:
+        if index < model.first_trained:
             continue
-        backward += PRODUCT * batch.tokens * sum(_owned(made, tensor) for tensor in tensors if tensor.trained)
-        if index > made.first_trained or (made.first_trained == 0 and _below_layers(made)):
+        backward += (
+            PRODUCT * batch.tokens * sum(_owned(model, tensor) for tensor in tensors if tensor.trained)
+        )
+        if index > model.first_trained or (model.first_trained == 0 and _below_layers(model)):
             # Each of attention's two products has two gradients.
             inputs = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + 2 * attention
         else:
             inputs = PRODUCT * batch.tokens * sum(t.elements for t in tensors if _after_trained(t))
         backward += inputs
-        recompute += once if made.recipe.train.activation_checkpointing else 0.0
+        recompute += once if model.recipe.train.activation_checkpointing else 0.0
     if span.last:
-        head = PRODUCT * batch.targets * made.head.numel()
+        head = PRODUCT * batch.targets * model.head.numel()
         forward += head
-        backward += head * ((span.stop > made.first_trained or not span.first) + made.head.requires_grad)
+        backward += head * ((span.stop > model.first_trained or not span.first) + model.head.requires_grad)
     return Operations(forward, backward, recompute)
 
 
-def _owned(made: Anatomy, tensor: Tensor) -> float:
+def _owned(model: Anatomy, tensor: Tensor) -> float:
     """Elements of a trained matrix times the share of the tokens that its pairs have (pairs alike)."""
     _, _, owners = (tensor.group or "").partition(":")
-    return tensor.elements * (len(owners.split("+")) / len(made.recipe.data.pairs) if owners else 1.0)
+    return tensor.elements * (len(owners.split("+")) / len(model.recipe.data.pairs) if owners else 1.0)
 
 
-def _below_layers(made: Anatomy) -> bool:
+def _below_layers(model: Anatomy) -> bool:
     """Whether something before the first layer is trained."""
-    return any(tensor.trained for tensor in made.tensors(Span(0, 0, made.layers)))
+    return any(tensor.trained for tensor in model.tensors(Span(0, 0, model.layers)))
 
 
 def _after_trained(tensor: Tensor) -> bool:
@@ -77,12 +79,12 @@ def _after_trained(tensor: Tensor) -> bool:
     return last in ("down", "down_proj", "dense_4h_to_h", "fc2", "w2")
 
 
-def _attention(made: Anatomy, index: int, batch: MicroBatch) -> float:
+def _attention(model: Anatomy, index: int, batch: MicroBatch) -> float:
     """Scores and weighted values of one layer's forward pass, causal halves left out where the kernel does."""
-    config = made.model.config
+    config = model.model.config
     heads = int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    if not made.family.packed_attention:
+    if not model.family.packed_attention:
         # BLOOM computes the whole square of the row.
         return 2.0 * PRODUCT * heads * width * batch.tokens**2
     types = getattr(config, "layer_types", None)
@@ -110,9 +112,9 @@ class Traffic:
     """From and to the host, per step."""
 
 
-def traffic(made: Anatomy, span: Span, sharding: Sharding) -> Traffic:
+def traffic(model: Anatomy, span: Span, sharding: Sharding) -> Traffic:
     """What the data-parallel ranks of a span exchange."""
-    tensors, item, share = made.tensors(span), made.item_bytes, 1.0 - 1.0 / sharding.ranks
+    tensors, item, share = model.tensors(span), model.item_bytes, 1.0 - 1.0 / sharding.ranks
     trained = sum(tensor.elements for tensor in tensors if tensor.trained)
     bus_step = (4 + item) * trained / sharding.ranks if sharding.offloads_optimizer else 0.0
     if not sharding.sharded:
@@ -120,7 +122,7 @@ def traffic(made: Anatomy, span: Span, sharding: Sharding) -> Traffic:
         return Traffic(0.0, reduced, item * trained * share, 0, 0.0, bus_step)
     threshold = sharding.zero.param_persistence_threshold
     large = [tensor for tensor in tensors if tensor.elements > threshold]
-    again = _gathered_again(made, span, large, sharding)
+    again = _gathered_again(model, span, large, sharding)
     elements = sum(tensor.elements for tensor in [*large, *again])
     bus = item * elements / sharding.ranks if sharding.offloads_weights else 0.0
     return Traffic(
@@ -133,13 +135,15 @@ def traffic(made: Anatomy, span: Span, sharding: Sharding) -> Traffic:
     )
 
 
-def _gathered_again(made: Anatomy, span: Span, large: Sequence[Tensor], sharding: Sharding) -> list[Tensor]:
+def _gathered_again(model: Anatomy, span: Span, large: Sequence[Tensor], sharding: Sharding) -> list[Tensor]:
     """What the backward pass gathers once more: the layers above the lowest trained one, unless they fit into what
     DeepSpeed keeps."""
     zero = sharding.zero
     if sum(tensor.elements for tensor in large) <= min(zero.max_live_parameters, zero.max_reuse_distance):
         return []
     names = {
-        tensor.name for i in range(max(span.start, made.first_trained), span.stop) for tensor in made.layer(i)
+        tensor.name
+        for i in range(max(span.start, model.first_trained), span.stop)
+        for tensor in model.layer(i)
     }
     return [tensor for tensor in large if tensor.name in names]

@@ -21,9 +21,9 @@ def examples(
         positions: one part of `cut`.
         splits: the split of every pair in the batch, by pair id.
     """
-    found = []
+    examples = []
     for position in positions:
         pair_id = int(batch.pair_ids[position])
         input_ids, prompt_length = splits[pair_id].tokens(int(batch.indices[position]))
-        found.append(Example(input_ids, prompt_length, pair_id, int(batch.sample_ids[position])))
-    return found
+        examples.append(Example(input_ids, prompt_length, pair_id, int(batch.sample_ids[position])))
+    return examples

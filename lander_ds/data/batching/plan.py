@@ -18,7 +18,7 @@ import numpy as np
 from lander_ds.common.errors import ConfigError, DataError
 
 DRAWS_PER_BLOCK = 1 << 14
-BLOCKS_HELD = 8
+BLOCKS_KEPT = 8
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -153,7 +153,7 @@ class BatchPlan:
     def _block(self, number: int) -> _Draws:
         if number not in self._blocks:
             self._blocks[number] = self._make_block(number)
-            if len(self._blocks) > BLOCKS_HELD:
+            if len(self._blocks) > BLOCKS_KEPT:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(number)
         return self._blocks[number]
@@ -177,13 +177,13 @@ class BatchPlan:
         size = len(self._lengths[pair])
         epochs, positions = np.divmod(occurrences, size)
         first, last = int(epochs[0]), int(epochs[-1])
-        held_first, held = self._orders.get(pair, (0, np.empty((0, size), dtype=np.int32)))
-        if first < held_first or last >= held_first + len(held):
+        kept_first, kept = self._orders.get(pair, (0, np.empty((0, size), dtype=np.int32)))
+        if first < kept_first or last >= kept_first + len(kept):
             # One row per epoch: a block takes a tiny pair through many epochs, a large one through one or two.
             keys = random_bits(size, self._seed, 1, pair, np.arange(first, last + 1, dtype=np.uint64))
-            held_first, held = first, np.argsort(keys, axis=1, kind="stable").astype(np.int32)
-            self._orders[pair] = (held_first, held)
-        chosen: np.ndarray = held[epochs - held_first, positions]
+            kept_first, kept = first, np.argsort(keys, axis=1, kind="stable").astype(np.int32)
+            self._orders[pair] = (kept_first, kept)
+        chosen: np.ndarray = kept[epochs - kept_first, positions]
         return chosen
 
 

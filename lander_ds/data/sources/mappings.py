@@ -27,7 +27,7 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
     never_seen = set(names)
     keys: list[str] = []
     matched = False
-    found_languages: set[str] = set()
+    other_languages: set[str] = set()
     for item in located:
         if isinstance(item, Rejection):
             yield item
@@ -45,8 +45,8 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
             missing = next(name for name in names if name not in values)
             yield Rejection(corpus.name, line, "malformed", f"no {missing!r} in {dict(row)!r}")
             continue
-        if len(found_languages) < 20:
-            found_languages.add("-".join(str(values[column]) for column, _ in languages))
+        if len(other_languages) < 20:
+            other_languages.add("-".join(str(values[column]) for column, _ in languages))
         if all(normalise_code(str(values[column])) == code for column, code in languages):
             matched = True
             yield make_row(corpus.name, line, values[columns.src], values[columns.tgt])
@@ -56,8 +56,8 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
         raise DataError(
             f"{corpus.name}: no line has {missing!r} (the first has {shown}): set {corpus.key}.columns"
         )
-    if keys and languages and not matched and found_languages:
-        shown = ", ".join(sorted(found_languages))
+    if keys and languages and not matched and other_languages:
+        shown = ", ".join(sorted(other_languages))
         raise DataError(
             f"{corpus.name}: no line is {corpus.src}-{corpus.tgt} (found {shown}): correct "
             f"{corpus.key}.columns.src_lang and .tgt_lang, or .pairs"

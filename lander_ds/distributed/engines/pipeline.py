@@ -104,8 +104,8 @@ class Pipeline(Engine):
         if not self._trains:
             return RankBytes(weights, 0, 0)
         optimizer = self._engine.optimizer
-        held_by_optimizer = optimizer_bytes(optimizer.optimizer, zero1_masters(optimizer))
-        return RankBytes(weights, self._engine.gradient_bytes, held_by_optimizer)
+        optimizer_memory = optimizer_bytes(optimizer.optimizer, zero1_masters(optimizer))
+        return RankBytes(weights, self._engine.gradient_bytes, optimizer_memory)
 
     def destroy(self) -> None:
         """Let go of DeepSpeed's state and process groups."""

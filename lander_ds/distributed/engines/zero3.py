@@ -33,10 +33,10 @@ def sharding(config: dict[str, Any], grid: Any = None) -> Placement:
     """
     group = None if grid is None else grid.get_data_parallel_group()
 
-    def place(unit: nn.Module) -> None:
+    def shard(unit: nn.Module) -> None:
         deepspeed.zero.Init(module=unit, config_dict_or_path=config, mpu=grid, data_parallel_group=group)
 
-    return place
+    return shard
 
 
 class ShardedState(Engine):

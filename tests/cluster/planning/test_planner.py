@@ -44,7 +44,7 @@ def test_every_json_beside_the_recipes_is_planned(tmp_path: Path) -> None:
 
 def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
     plans = plans_of(tmp_path)
-    own, offloaded = plans["zero3"].parts[0].held, plans["zero3_offload"].parts[0].held
+    own, offloaded = plans["zero3"].parts[0].memory, plans["zero3_offload"].parts[0].memory
     assert own.on_host == 0
     assert offloaded.on_host == own.gradients + own.optimizer
     assert offloaded.on_device == own.on_device - offloaded.on_host
@@ -66,7 +66,7 @@ def test_recomputation_trades_memory_for_work(tmp_path: Path) -> None:
     less = plans_of(tmp_path, "select.layers.criterion=all", "train.activation_checkpointing=true")[
         "zero3"
     ].parts[0]
-    assert less.held.activations < usual.held.activations
+    assert less.memory.activations < usual.memory.activations
     assert less.operations.total > usual.operations.total
 
 
@@ -74,7 +74,7 @@ def test_more_machines_hold_less_each(tmp_path: Path) -> None:
     planner = Planner(recipe_of(tmp_path, "llama"), WORKLOAD)
     found = over_nodes(planner, CLUSTER, 4)
     assert list(found) == [1, 2, 4]
-    weights = [next(p for p in found[n] if p.name == "zero3").parts[0].held.weights for n in found]
+    weights = [next(p for p in found[n] if p.name == "zero3").parts[0].memory.weights for n in found]
     assert weights[0] > weights[1] > weights[2]
 
 
@@ -174,7 +174,7 @@ def test_a_model_of_70_billion_is_planned_without_weights(tmp_path: Path) -> Non
     cluster = load_cluster(ROOT / "examples" / "clusters" / "8xa100-80g.yaml")
     planner = Planner(recipe, Workload())
     plan = planner.plan(cluster, recipe, "zero3", 1)
-    part = plan.parts[0].held
+    part = plan.parts[0].memory
     assert part.weights == pytest.approx(138e9 / 8, rel=0.01)
     assert plan.fits
     assert 0.5 < plan.step_seconds / (6 * 69e9 * 131072 / 8 / (312e12 * 0.4)) < 1.5

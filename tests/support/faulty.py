@@ -71,7 +71,7 @@ def signalled_again(recipe: Recipe, run: RunDirectory) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         finish(saver)
 
-    Saver.finish = interrupted  # type: ignore[method-assign]
+    Saver.finish = interrupted  # type: ignore[assignment, method-assign]
     train.run(recipe, run)
 
 

@@ -60,7 +60,7 @@ def samples() -> list[Sample]:
 
 def backward(model: nn.Module, collector: StatisticsCollector, batch: Sequence[Sample]) -> torch.Tensor:
     """One packed micro-batch [T] through `model`; returns the loss."""
-    ids, targets = (torch.cat([sample[part] for sample in batch]) for part in (0, 1))
+    ids, targets = (torch.cat([tensors[part] for *tensors, _ in batch]) for part in (0, 1))
     collector.set_pairs(torch.cat([torch.full_like(sample[0], sample[2]) for sample in batch]))
     loss = cross_entropy(model(ids), targets, reduction="sum", ignore_index=-100)
     loss.backward()
