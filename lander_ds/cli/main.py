@@ -7,6 +7,7 @@ the same `main` on every rank.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; default those of the process.
     """
+    if argv is None:
+        _use_utf8()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     console.setup_logging(getattr(arguments, "verbose", False))
     try:
@@ -63,6 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return _leave(ExitCode.DEFECT)
     return ExitCode.DONE
+
+
+def _use_utf8() -> None:
+    """Write UTF-8 whatever the locale, and start again in Python's UTF-8 mode where names of files would be in another
+    encoding: they, corpora and tables hold characters that ASCII and Latin-1 do not have."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _report(error: LanderError) -> None:

@@ -76,6 +76,34 @@ def discover() -> None:
     host.Free()
 
 
+def check_interfaces(*variables: str) -> None:
+    """Refuse variables that name interfaces which this host does not have: the ranks would not reach each other.
+
+    Args:
+        variables: GLOO_SOCKET_IFNAME (names) or NCCL_SOCKET_IFNAME (beginnings of names; `=` names, `^` what not to
+            take), separated by commas; those that are not set are sound.
+
+    Raises:
+        ConfigError: none of what a variable names is there.
+    """
+    present = sorted(psutil.net_if_addrs())
+    for variable in variables:
+        value = os.environ.get(variable, "")
+        exact = value.startswith("=")
+        wanted = [name.strip() for name in value.lstrip("=").split(",") if name.strip()]
+        if not wanted or value.startswith("^"):
+            continue
+        if variable.startswith("GLOO"):
+            sound = set(wanted) <= set(present)
+        else:
+            sound = any(name in wanted if exact else name.startswith(tuple(wanted)) for name in present)
+        if not sound:
+            raise ConfigError(
+                f"{variable}={value}: {socket.gethostname()} has no such network interface; it has {', '.join(present)}: "
+                "correct the variable, or unset it and the interface that leads to rank 0 is taken"
+            )
+
+
 def choose_interface() -> None:
     """Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that leads to rank 0, where they are not set.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.lock import locked
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import collectives, process_group
@@ -63,18 +66,39 @@ class Stage:
         self.perform(Start(recipe, run, force, auto_resume))
 
     def perform(self, start: Start) -> None:
-        """Run every part that is not up to date and record it (collective)."""
+        """Run every part that is not up to date and record it (collective).
+
+        Raises:
+            ArtefactError: another process runs this stage in the same run directory.
+        """
         collective = self.description.collective
         if collective or process_group.rank() == 0:
             # To find out what there is to do takes time too: large corpora are hashed.
             started = time.monotonic()
-            for part in self._parts(start):
-                self._perform(start, part, started)
-                if collective:
-                    collectives.barrier()
-                started = time.monotonic()
+            with self._alone(start.run):
+                for part in self._parts(start):
+                    self._perform(start, part, started)
+                    if collective:
+                        collectives.barrier()
+                    started = time.monotonic()
         if not collective:
             process_group.wait_for_rank_zero()
+
+    @contextmanager
+    def _alone(self, run: RunDirectory) -> Iterator[None]:
+        """Two of the same stage in one run directory would end in a mixture of both."""
+        name, refusal = self.description.name, None
+        with ExitStack() as lock:
+            if process_group.rank() == 0:
+                try:
+                    lock.enter_context(locked(run.path / f".{name}.lock", f"stage {name} in {run.path}"))
+                except ArtefactError as error:
+                    refusal = str(error)
+            if self.description.collective:
+                refusal = collectives.from_rank_zero(refusal)
+            if refusal is not None:
+                raise ArtefactError(refusal)
+            yield
 
     def _perform(self, start: Start, part: Part, started: float) -> None:
         writes = process_group.rank() == 0

@@ -11,7 +11,13 @@ import pytest
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.distributed import discovery
-from lander_ds.distributed.discovery import Interface, choose_interface, discover, own_address
+from lander_ds.distributed.discovery import (
+    Interface,
+    check_interfaces,
+    choose_interface,
+    discover,
+    own_address,
+)
 from lander_ds.distributed.process_group import free_port
 
 LOOPBACK = Interface("lo", "127.0.0.1", "255.0.0.0")
@@ -162,3 +168,31 @@ def test_another_mpi_than_mpiruns_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     if "cannot load MPI" in done.stderr:
         pytest.skip("there is no MPI library here")
     assert "mpirun has started 2 ranks, but mpi4py knows of 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sound"),
+    [
+        ("GLOO_SOCKET_IFNAME", "lo", True),
+        ("GLOO_SOCKET_IFNAME", "nowhere0", False),
+        ("GLOO_SOCKET_IFNAME", "lo,nowhere0", False),
+        ("NCCL_SOCKET_IFNAME", "l", True),
+        ("NCCL_SOCKET_IFNAME", "=l", False),
+        ("NCCL_SOCKET_IFNAME", "=lo", True),
+        ("NCCL_SOCKET_IFNAME", "nowhere,lo", True),
+        ("NCCL_SOCKET_IFNAME", "nowhere", False),
+        ("NCCL_SOCKET_IFNAME", "^docker", True),
+        ("NCCL_SOCKET_IFNAME", "", True),
+    ],
+)
+def test_interfaces_that_do_not_exist_are_refused(
+    variable: str, value: str, sound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    if sound:
+        check_interfaces(variable)
+        return
+    with pytest.raises(
+        ConfigError, match=rf"{variable}={value}: .* has no such network interface; it has .*\blo\b"
+    ):
+        check_interfaces(variable)
