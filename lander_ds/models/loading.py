@@ -71,6 +71,17 @@ def hf_config(model: ModelConfig) -> tuple[Any, Family]:
     return config, family
 
 
+def model_positions(model: ModelConfig) -> int | None:
+    """The longest sequence that the model is made for; None where its configuration sets no limit.
+
+    Raises:
+        ModelError: as `hf_config`.
+    """
+    config, _ = hf_config(model)
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
 def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[PreTrainedModel, Family]:
     """The HF causal language model with its parameters on meta and its buffers real.
 

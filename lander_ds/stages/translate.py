@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from lander_ds.distributed import collectives, process_group
 from lander_ds.inference.open import open_for_inference
 from lander_ds.inference.provenance import System, inputs_of, is_up_to_date, options_of, record_name
 from lander_ds.inference.requests import requests_for
-from lander_ds.inference.translate import InferenceModel, translate
+from lander_ds.inference.translate import InferenceModel, Request, translate
 from lander_ds.inference.translations import PartialTranslations
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,17 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
     if not stale:
         return
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
+    # Before a model is loaded, which takes long, because not every request can be met.
+    requests = {system: requests_for(system, recipe, data, tokenizer) for system in stale}
     # The systems that are the untouched base share one loaded model; only one model is in memory at a time.
     if untouched := [system for system in stale if system != "trained"]:
         model = open_for_inference(recipe, run, "base")
         for system in untouched:
-            _translate(recipe, run, data, tokenizer, model, system, force)
+            _translate(recipe, run, data, tokenizer, model, system, requests[system], force)
         del model
     if "trained" in stale:
         model = open_for_inference(recipe, run, "trained")
-        _translate(recipe, run, data, tokenizer, model, "trained", force)
+        _translate(recipe, run, data, tokenizer, model, "trained", requests["trained"], force)
 
 
 def _translate(
@@ -55,6 +58,7 @@ def _translate(
     tokenizer: PreTrainedTokenizerBase,
     model: InferenceModel,
     system: System,
+    requests: Mapping[str, Sequence[Request]],
     force: bool,
 ) -> None:
     options, inputs = options_of(recipe, system), inputs_of(recipe, run, data, system)
@@ -62,7 +66,6 @@ def _translate(
     if force and process_group.rank() == 0:
         PartialTranslations(directory, key).discard()
     collectives.barrier()
-    requests = requests_for(system, recipe, data, tokenizer)
     work = translate(model, tokenizer, requests, recipe.translate, directory, key)
     if process_group.rank() == 0:
         rate = work.tokens / work.seconds

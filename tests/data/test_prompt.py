@@ -9,7 +9,7 @@ import pytest
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import PromptConfig
 from lander_ds.data.tokens.languages import LANGUAGE_NAMES, language_name, split_pair
-from lander_ds.data.tokens.prompt import check_prompt, choose_shots, render_prompt, shots_for
+from lander_ds.data.tokens.prompt import check_prompt, choose_shots, equal_prompts, render_prompt, shots_for
 
 
 def test_default_prompt() -> None:
@@ -79,3 +79,22 @@ def test_a_prompt_does_not_show_its_own_answer() -> None:
     chosen = [("a", "b"), ("c", "d"), ("e", "f")]
     assert shots_for(chosen, ("x", "y"), 2) == [("a", "b"), ("c", "d")]
     assert shots_for(chosen, ("a", "b"), 2) == [("c", "d"), ("e", "f")]
+
+
+class TestEqualPrompts:
+    PAIRS = ("en-sr_Latn", "en-sr_Cyrl")
+
+    def test_targets_that_the_prompt_does_not_tell_apart_are_refused(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"data\.prompt\.language_names: en-sr_Latn and en-sr_Cyrl .* Serbian"
+        ):
+            check_prompt(PromptConfig(), self.PAIRS)
+        apart = {"sr_Latn": "Serbian (Latin)", "sr_Cyrl": "Serbian (Cyrillic)"}
+        check_prompt(PromptConfig(language_names=apart), self.PAIRS)
+        check_prompt(PromptConfig(template="{tgt_lang}: {src} ="), self.PAIRS)
+        check_prompt(PromptConfig(), ("en-zh_Hans", "en-zh_Hant"))
+
+    def test_sources_may_look_alike(self) -> None:
+        pairs = ("sr_Latn-en", "de-en", "sr_Cyrl-en")
+        check_prompt(PromptConfig(), pairs)
+        assert equal_prompts(PromptConfig(), pairs) == [("sr_Latn-en", "sr_Cyrl-en")]
