@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lander_ds.common import console
+from lander_ds.common import launch
 from lander_ds.config.document import KeyPath, Problems, dotted
 from lander_ds.config.recipe import Recipe
 
@@ -18,7 +18,7 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Check:
-    """The recipe, the stage about to run, and where to put what is found.
+    """The recipe, the stage about to run, and the problems so far.
 
     Keys are dotted: `data.corpora.0.limit`.
     """
@@ -51,9 +51,9 @@ class Check:
 
     def warn(self, key: str, message: str) -> None:
         """Tell that `key` has no effect or is risky."""
-        if console.rank() == 0:
+        if launch.rank() == 0:
             path = key_path(key)
-            logger.warning("%s: %s: %s", self.problems.document.place(path), dotted(path), message)
+            logger.warning("%s: %s: %s", self.problems.document.origin(path), dotted(path), message)
 
 
 def key_path(key: str) -> KeyPath:

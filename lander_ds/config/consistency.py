@@ -6,110 +6,14 @@ key and the cure. Keys that only some stages read are checked for those stages a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any
-
-from lander_ds.config.check import Check, key_path
+from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import check_data
 from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
 from lander_ds.config.topology_consistency import check_topology
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers that a key may hold."""
-
-    low: float
-    high: float = float("inf")
-    above: bool = False
-    """`low` itself is excluded."""
-    below: bool = False
-    """`high` itself is excluded."""
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies inside."""
-        low = value > self.low if self.above else value >= self.low
-        return low and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {self.low}"
-        if self.high == float("inf"):
-            return low
-        return f"{low} and {'below' if self.below else 'at most'} {self.high}"
-
-
-_POSITIVE, _COUNT, _AT_LEAST_ONE = Range(0, above=True), Range(0), Range(1)
-_SHARE, _SHARE_BELOW_ONE = Range(0, 1), Range(0, 1, below=True)
-
-RANGES: dict[str, Range] = {
-    "pipeline_stages": _AT_LEAST_ONE,
-    "seed": Range(0, 2**32, below=True),
-    "data.filters.min_chars": _COUNT,
-    "data.filters.max_chars": _AT_LEAST_ONE,
-    "data.filters.max_length_ratio": _COUNT,
-    "data.prompt.shots": _COUNT,
-    "data.max_length": Range(4),
-    "data.detect_examples": _COUNT,
-    "data.workers": _AT_LEAST_ONE,
-    "detect.examples": _AT_LEAST_ONE,
-    "detect.batch_tokens": _AT_LEAST_ONE,
-    "select.layers.k": _AT_LEAST_ONE,
-    "select.banks.rho": _SHARE,
-    "select.banks.min_awareness": _SHARE_BELOW_ONE,
-    "select.banks.kappa": Range(0, 1, above=True),
-    "routing.hidden": _AT_LEAST_ONE,
-    "routing.alpha_max": _COUNT,
-    "routing.budget_weight": _COUNT,
-    "routing.budget": _SHARE,
-    "train.steps": _AT_LEAST_ONE,
-    "train.batch_tokens": _AT_LEAST_ONE,
-    "train.micro_batch": _AT_LEAST_ONE,
-    "train.pack_tokens": _AT_LEAST_ONE,
-    "train.temperature": _POSITIVE,
-    "train.betas.0": _SHARE_BELOW_ONE,
-    "train.betas.1": _SHARE_BELOW_ONE,
-    "train.eps": _POSITIVE,
-    "train.weight_decay": _COUNT,
-    "train.lr.general": _COUNT,
-    "train.lr.specific": _COUNT,
-    "train.lr.gates": _COUNT,
-    "train.lr.dense": _COUNT,
-    "train.lr.lora": _COUNT,
-    "train.warmup_steps": _COUNT,
-    "train.min_lr_ratio": _SHARE,
-    "train.clip": _COUNT,
-    "train.valid_every": _COUNT,
-    "train.valid_examples": _AT_LEAST_ONE,
-    "train.patience": _COUNT,
-    "train.save_every": _COUNT,
-    "train.log_every": _AT_LEAST_ONE,
-    "train.keep_last": _COUNT,
-    "train.keep_every": _COUNT,
-    "train.max_skipped": _COUNT,
-    "train.stall_seconds": _COUNT,
-    "train.lora.r": _AT_LEAST_ONE,
-    "train.lora.alpha": _POSITIVE,
-    "train.lora.dropout": _SHARE_BELOW_ONE,
-    "translate.limit": _AT_LEAST_ONE,
-    "translate.shots": _COUNT,
-    "translate.beams": _AT_LEAST_ONE,
-    "translate.length_penalty": Range(-100, 100),
-    "translate.batch_size": _AT_LEAST_ONE,
-    "translate.max_new_tokens": _AT_LEAST_ONE,
-    "score.bootstrap_samples": _AT_LEAST_ONE,
-    "export.fold_sentences": _COUNT,
-    "export.shard_size": _POSITIVE,
-    "export.verify": _COUNT,
-}
-
-
 def check_consistency(check: Check) -> None:
     """Record everything that can be told from the recipe alone; opens no file and loads no model."""
-    for key, allowed in RANGES.items():
-        value: Any = reduce(_part, key_path(key), check.recipe)
-        if value is not None and not allowed.holds(value):
-            check.refuse(key, f"must be {allowed}, found {value}")
     check_topology(check)
     check_data(check)
     _check_select(check)
@@ -118,10 +22,6 @@ def check_consistency(check: Check) -> None:
     _check_translate(check)
     _check_score(check)
     _check_export(check)
-
-
-def _part(value: Any, part: str | int) -> Any:
-    return value[part] if isinstance(part, int) else getattr(value, part)
 
 
 def _check_select(check: Check) -> None:
@@ -186,7 +86,7 @@ def _check_train(check: Check) -> None:
             f"{train.batch_tokens} never fills one micro-batch of pack_tokens x micro_batch = "
             f"{train.pack_tokens * train.micro_batch} tokens",
         )
-    if 1 <= train.steps <= train.warmup_steps:
+    if train.steps <= train.warmup_steps:
         check.refuse(
             "train.warmup_steps", f"{train.warmup_steps} leaves none of the {train.steps} steps; lower it"
         )

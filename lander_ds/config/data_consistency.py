@@ -55,8 +55,6 @@ def _check_corpus(check: Check, key: str, corpus: CorpusConfig) -> None:
     if not corpus.path:
         check.refuse(f"{key}.path", "is empty; name a file or directory")
     check.refuse_placeholders(f"{key}.path", corpus.path, ("pair", "src", "tgt"))
-    if corpus.limit is not None and corpus.limit < 1:
-        check.refuse(f"{key}.limit", f"must be at least 1, found {corpus.limit}; remove it to use everything")
     for number, pair in enumerate(corpus.pairs):
         if pair not in pairs:
             near = nearest(pair, pairs)

@@ -4,11 +4,12 @@ DeepSpeed itself checks only the sections that are pydantic models in its source
 The top level and the sections that DeepSpeed reads with plain `dict.get` are written out below, because there
 a misspelt key passes silently (a test compares them with DeepSpeed's source).
 
-Importing this module imports DeepSpeed, which takes seconds: import it where it is needed.
+Importing this module imports DeepSpeed, which takes seconds.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Literal
 
 from deepspeed.comm.config import CommsLoggerConfig
@@ -19,6 +20,10 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ConfigDict, Field
+
+# DeepSpeed's logger writes to standard output, which carries results here: its lines go where ours go.
+logging.getLogger("DeepSpeed").handlers.clear()
+logging.getLogger("DeepSpeed").propagate = True
 
 Count = Annotated[int, Field(ge=1)]
 Type = Literal["fp32", "fp16", "bf16"]
@@ -116,7 +121,7 @@ class Optimizer(Section):
 
 
 class DeepSpeedJson(Section):
-    """The whole file. Keys whose value may be "auto" are `deepspeed_json.AUTO`."""
+    """The whole file. Keys whose value may be "auto" are `deepspeed_strict.AUTO`."""
 
     train_batch_size: Count | None = None
     train_micro_batch_size_per_gpu: Count | None = None

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.document import (
-    Document,
-    KeyPath,
-    Problems,
-    describe,
-    dotted,
-    lookup,
-    nearest,
-    read_text,
-)
+from lander_ds.config.deepspeed_schema import REFUSED, REFUSED_IN_ZERO, REFUSED_WHEN_SET, DeepSpeedJson
+from lander_ds.config.document import Document, KeyPath, Problems, describe, dotted, lookup, read_text
+from lander_ds.config.keys import fields_of, section_in, similar_keys
+from lander_ds.config.strict import explained
 from lander_ds.config.yaml_source import parse_yaml
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 AUTO: tuple[KeyPath, ...] = (
     ("train_batch_size",),
@@ -67,106 +57,57 @@ def read_deepspeed_json(path: Path) -> Document:
     document = parse_yaml(text.replace("\t", " "), str(path))
     document.value = value
     problems = Problems(document)
-    model = _schema().DeepSpeedJson
-    _check_keys(model, value, (), problems)
-    problems.refuse()
-    _check_values(model, value, problems)
-    problems.refuse()
-    _check_supported(value, problems)
-    problems.refuse()
+    for check in (_check_keys, _check_values, _check_supported):
+        check(value, problems)
+        problems.refuse()
     return document
-
-
-@cache
-def _schema() -> ModuleType:
-    """`deepspeed_schema`, imported so that DeepSpeed's log lines go where ours go.
-
-    DeepSpeed logs to standard output, which carries results here.
-    """
-    from lander_ds.config import deepspeed_schema
-
-    own = logging.getLogger("DeepSpeed")
-    own.handlers.clear()
-    own.propagate = True
-    return deepspeed_schema
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number; write a finite number")
 
 
-def _names(model: type[BaseModel]) -> dict[str, Any]:
-    """Every key that a model accepts -> its pydantic field; aliases, the documented names, come first."""
-    fields = model.model_fields
-    return {field.alias: field for field in fields.values() if field.alias} | dict(fields.items())
+def _check_keys(
+    value: dict[str, Any], problems: Problems, model: type = DeepSpeedJson, path: KeyPath = ()
+) -> None:
+    """Unknown, removed and deprecated keys of one section and the sections inside it."""
+    fields = fields_of(model)
+    valid = [name for name, field in fields.items() if not _replacement(field)]
+    for key, item in value.items():
+        here = (*path, key)
+        if not path and key in REFUSED:
+            problems.add(here, REFUSED[key])
+        elif path == ("zero_optimization",) and key in REFUSED_IN_ZERO:
+            problems.add(here, f"{REFUSED_IN_ZERO[key].strip()} Remove it.")
+        elif key not in fields:
+            similar = similar_keys(DeepSpeedJson, here, [*valid, *(() if path else REFUSED)])
+            knows = f"{dotted(path) or 'DeepSpeed'} knows {', '.join(sorted(valid))}"
+            hint = f"did you mean {similar[0]}?" if similar else knows
+            problems.add(here, f"DeepSpeed has no such key; {hint}")
+        elif replacement := _replacement(fields[key]):
+            problems.add(here, f"deprecated by DeepSpeed; write {replacement} instead")
+        elif (inner := section_in(fields[key].annotation)) and isinstance(item, dict):
+            _check_keys(item, problems, inner, here)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section class in `Section` or `Section | None`."""
-    from pydantic import BaseModel
-
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _all_keys(model: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
-    for name, field in _names(model).items():
-        yield (*prefix, name)
-        inner = _model_in(field.annotation)
-        if inner:
-            yield from _all_keys(inner, (*prefix, name))
-
-
-def _replacement(field: Any) -> str | None:
+def _replacement(field: FieldInfo) -> str | None:
     """The key that DeepSpeed wants instead of a deprecated one; None for keys that are not deprecated."""
-    extra = field.json_schema_extra or {}
+    extra: Any = field.json_schema_extra or {}
     return (extra.get("new_param") or "nothing") if extra.get("deprecated") else None
 
 
-def _check_keys(model: type[BaseModel], value: dict[str, Any], path: KeyPath, problems: Problems) -> None:
-    """Unknown, removed and deprecated keys of one section and the sections inside it."""
-    schema, names = _schema(), _names(model)
-    valid = [name for name, field in names.items() if not _replacement(field)]
-    for key, item in value.items():
-        here = (*path, key)
-        if not path and key in schema.REFUSED:
-            problems.add(here, schema.REFUSED[key])
-        elif path == ("zero_optimization",) and key in schema.REFUSED_IN_ZERO:
-            problems.add(here, f"{schema.REFUSED_IN_ZERO[key].strip()} Remove it.")
-        elif key not in names:
-            near = nearest(key, [*valid, *(schema.REFUSED if not path else ())])
-            elsewhere = [dotted(other) for other in _all_keys(schema.DeepSpeedJson) if other[-1] == key]
-            if near:
-                hint = f"did you mean {dotted((*path, near))}?"
-            elif elsewhere:
-                hint = f"did you mean {elsewhere[0]}?"
-            else:
-                hint = f"{dotted(path) or 'DeepSpeed'} knows {', '.join(sorted(valid))}"
-            problems.add(here, f"DeepSpeed has no such key; {hint}")
-        elif replacement := _replacement(names[key]):
-            problems.add(here, f"deprecated by DeepSpeed; write {replacement} instead")
-        elif (inner := _model_in(names[key].annotation)) and isinstance(item, dict):
-            _check_keys(inner, item, here, problems)
-
-
-def _check_values(model: type[BaseModel], value: dict[str, Any], problems: Problems) -> None:
-    from pydantic import ValidationError
-
+def _check_values(value: dict[str, Any], problems: Problems) -> None:
     plain = _without(value, AUTO)
     try:
-        built = model(**plain)
+        model = DeepSpeedJson(**plain)
     except ValidationError as error:
-        for entry in error.errors():
-            # A location may end in names of pydantic's own, such as the members of a union.
-            path = _known_part(entry["loc"], plain)
-            message = entry["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        for entry in error.errors(include_url=False):
+            path, message = explained(DeepSpeedJson, entry, plain)
             if entry["type"] in ("model_type", "dict_type"):
-                message = "expected an object { }"
-            problems.add(path, f"{message[:1].lower()}{message[1:]}, found {describe(lookup(plain, path))}")
+                message = f"expected an object {{ }}, found {describe(lookup(plain, path))}"
+            problems.add(path, message)
         return
-    _check_exact_types(built, plain, (), problems)
+    _check_exact_types(model, plain, (), problems)
 
 
 def _without(value: dict[str, Any], paths: tuple[KeyPath, ...]) -> dict[str, Any]:
@@ -178,22 +119,8 @@ def _without(value: dict[str, Any], paths: tuple[KeyPath, ...]) -> dict[str, Any
     return result
 
 
-def _known_part(location: tuple[str | int, ...], value: Any) -> KeyPath:
-    path: KeyPath = ()
-    for part in location:
-        inside = (isinstance(value, dict) and part in value) or (
-            isinstance(value, list) and isinstance(part, int)
-        )
-        if not inside:
-            break
-        path, value = (*path, part), value[part]
-    return path
-
-
 def _check_exact_types(model: BaseModel, value: dict[str, Any], path: KeyPath, problems: Problems) -> None:
     """Pydantic reads "3" as 3 and 1 as true; whoever else reads the JSON would not."""
-    from pydantic import BaseModel
-
     attributes = {name: name for name in type(model).model_fields}
     attributes |= {field.alias: name for name, field in type(model).model_fields.items() if field.alias}
     for key, item in value.items():
@@ -210,23 +137,22 @@ def _check_exact_types(model: BaseModel, value: dict[str, Any], path: KeyPath, p
 
 def _check_supported(value: dict[str, Any], problems: Problems) -> None:
     """What DeepSpeed accepts and this trainer cannot honour."""
-    for path, reason in _schema().REFUSED_WHEN_SET.items():
+    for path, reason in REFUSED_WHEN_SET.items():
         if lookup(value, path) not in (None, False, 0, "auto"):
             problems.add(path, reason)
-    zero = value.get("zero_optimization") or {}
     for name in ("offload_optimizer", "offload_param"):
-        block = zero.get(name) or {}
         path = ("zero_optimization", name)
-        if block.get("device") != "nvme":
+        if lookup(value, (*path, "device")) != "nvme":
             continue
-        nvme = block.get("nvme_path")
+        nvme = lookup(value, (*path, "nvme_path"))
         if nvme in (None, "auto"):
             problems.add(path, "device nvme needs nvme_path; add a directory on a local disk")
         elif not Path(nvme).is_dir():
             problems.add((*path, "nvme_path"), f"{nvme} is no directory; make it or name another")
-    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) not in (1.0, "auto"):
+    ratio = ("zero_optimization", "offload_optimizer", "ratio")
+    if lookup(value, ratio) not in (None, 1.0, "auto"):
         problems.add(
-            ("zero_optimization", "offload_optimizer", "ratio"),
+            ratio,
             "DeepSpeed would step a part with an optimizer that does not know the active banks; write 1.0",
         )
     if value.get("managed_gradient_accumulation") is False:

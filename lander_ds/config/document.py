@@ -37,8 +37,8 @@ def lookup(value: Any, path: KeyPath) -> Any:
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name that `name` most probably meant, or None. Case does not count."""
     by_lower = {option.lower(): option for option in valid}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else None
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None
 
 
 def describe(value: Any) -> str:
@@ -61,24 +61,24 @@ def describe(value: Any) -> str:
 
 @dataclass
 class Document:
-    """Plain values (dict, list, str, int, float, bool, None) and the places they were written at."""
+    """Plain values (dict, list, str, int, float, bool, None) and where they were written."""
 
     name: str
     """The file, as the user named it."""
     value: Any
     """The whole document."""
-    places: dict[KeyPath, str] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
     """Where each key, item and section stands: `recipe.yaml, line 12` or `--set a.b=c`."""
 
-    def place(self, path: KeyPath) -> str:
+    def origin(self, path: KeyPath) -> str:
         """Where `path`, or else the innermost section around it that was written down, stands."""
         for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
         return self.name
 
     def line(self, number: int) -> str:
-        """The place that stands for a line of this file, counted from 1."""
+        """The origin of what stands on a line of this file, counted from 1."""
         return f"{self.name}, line {number}"
 
 
@@ -92,17 +92,21 @@ class Problems:
     def add(self, path: KeyPath, message: str) -> None:
         """Record what is wrong with the value at `path`, and the cure."""
         key = f"{dotted(path)}: " if path else ""
-        text = f"{self.document.place(path)}: {key}{message}"
+        text = f"{self.document.origin(path)}: {key}{message}"
         if text not in self._messages:
             self._messages.append(text)
 
-    def refuse(self) -> None:
-        """Raise a ConfigError with one line per problem; do nothing when there is none."""
+    def error(self) -> ConfigError:
+        """One line per problem."""
         if len(self._messages) == 1:
-            raise ConfigError(self._messages[0])
+            return ConfigError(self._messages[0])
+        lines = "\n".join(f"  {message}" for message in self._messages)
+        return ConfigError(f"{self.document.name} has {len(self._messages)} problems:\n{lines}")
+
+    def refuse(self) -> None:
+        """Raise `error()`; do nothing when there is no problem."""
         if self._messages:
-            lines = "\n".join(f"  {message}" for message in self._messages)
-            raise ConfigError(f"{self.document.name} has {len(self._messages)} problems:\n{lines}")
+            raise self.error()
 
 
 def read_text(path: Path, what: str) -> str:

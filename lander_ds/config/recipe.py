@@ -1,21 +1,36 @@
 """The recipe: every option of every stage, typed. This file is the reference of what a recipe may say.
 
 Field docstrings follow their field. Marks in brackets say where a choice comes from: (P) the LANDeRMT paper,
-(I) inferred by this project, (R) a named ancestor. `lander_ds.config.loading` builds these classes from YAML
-and refuses unknown keys; `lander_ds.config.consistency` refuses combinations that cannot work.
+(I) inferred by this project, (R) a named ancestor. A number's range is part of its type, and pydantic checks types
+and ranges whenever one of these classes is built. `lander_ds.config.loading` builds them from YAML;
+`lander_ds.config.consistency` refuses combinations that cannot work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from lander_ds.config.strict import STRICT
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Limit = Annotated[int, Field(ge=1), "remove it to use everything"]
+"""The text is the cure that a message about the range ends with."""
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The base model."""
 
@@ -30,7 +45,7 @@ class ModelConfig:
     taken from them, but only safetensors cannot run code by design."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ColumnConfig:
     """Names of the columns: JSONL keys, TSV header names or 0-based numbers, HF columns; dots reach into
     nested ones."""
@@ -45,7 +60,7 @@ class ColumnConfig:
     """When given: keep only rows whose value equals the pair's target language."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CorpusConfig:
     """One corpus, or one family of corpora when `path` holds placeholders."""
 
@@ -62,19 +77,19 @@ class CorpusConfig:
     swap: bool = False
     """Read the corpus backwards: a file for en-de serves de-en. Placeholders are filled with the languages
     swapped."""
-    limit: int | None = None
+    limit: Limit | None = None
     """Use at most this many sentence pairs of the corpus (the first ones that pass the filters)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FilterConfig:
     """Which sentence pairs are dropped. Each reason is counted and each dropped line recorded."""
 
-    min_chars: int = 1
+    min_chars: Count = 1
     """Shorter sources or targets (after stripping) are dropped."""
-    max_chars: int = 2000
+    max_chars: PositiveInt = 2000
     """Longer sources or targets are dropped."""
-    max_length_ratio: float = 6.0
+    max_length_ratio: NonNegative = 6.0
     """Drop where the longer side has more than this many times the UTF-8 bytes of the shorter. 0 switches it
     off."""
     drop_duplicates: bool = True
@@ -86,7 +101,7 @@ class FilterConfig:
     `normalised` compares NFKC, case-folded text without punctuation and white space."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PromptConfig:
     """How a sentence becomes a prompt. The target follows directly after the prompt."""
 
@@ -97,13 +112,13 @@ class PromptConfig:
     it; everything before them is never translated."""
     separator: str = "\n\n"
     """Put between few-shot examples."""
-    shots: int = 0
+    shots: Count = 0
     """Few-shot examples in front of every prompt, also in training (from the training split, seeded)."""
     language_names: dict[str, str] = field(default_factory=dict)
     """Overrides or additions to the built-in English names, e.g. `{de: German}`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Corpora and how they become token ids."""
 
@@ -115,33 +130,33 @@ class DataConfig:
     """What is dropped."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """What the model reads."""
-    max_length: int = 256
+    max_length: Annotated[int, Field(ge=4)] = 256
     """Longest example in tokens, prompt and target together; longer ones are dropped and counted."""
-    detect_examples: int = 128
+    detect_examples: Count = 128
     """Sentence pairs per pair set aside from `train` for detection, when no corpus has `split: detect`."""
     cache_dir: str | None = None
     """Where tokenised corpora are kept, by content hash. Default: `<run_dir>/cache`. Runs may share one."""
-    workers: int = 1
+    workers: PositiveInt = 1
     """Processes that tokenise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DetectConfig:
     """The awareness pass."""
 
-    examples: int | None = None
+    examples: Limit | None = None
     """At most this many sentence pairs per pair; default all of the detection split."""
-    batch_tokens: int = 2048
+    batch_tokens: PositiveInt = 2048
     """Tokens per micro-batch. The result does not depend on it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LayerChoice:
     """Which decoder layers are trained."""
 
     criterion: Literal["relevance", "awareness", "last", "random", "list", "all"] = "relevance"
     """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); others are ablations."""
-    k: int = 4
+    k: PositiveInt = 4
     """How many (P: 4). Ignored by `list` and `all`."""
     scope: Literal["shared", "per_pair"] = "shared"
     """`shared`: one set from the mean over pairs (I). `per_pair`: each pair's own top k; it owns neurons only
@@ -150,24 +165,24 @@ class LayerChoice:
     """The layers of `criterion: list`, counted from 0."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class BankChoice:
     """How the neurons of a selected layer are divided into banks."""
 
     criterion: Literal["spread", "ratio", "entropy", "random"] = "spread"
     """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024),
     `random` control."""
-    rho: float = 0.9
+    rho: Share = 0.9
     """Share of neurons that become general (P sweeps 0.5, 0.7, 0.9)."""
     spread: Literal["std", "cv"] = "std"
     """Spread over pairs of the normalised awareness: standard deviation, or divided by the mean (I)."""
-    min_awareness: float = 0.0
+    min_awareness: ShareBelowOne = 0.0
     """Quantile of least aware neurons that goes to the frozen bank first (I)."""
-    kappa: float = 0.7
+    kappa: Annotated[float, Field(gt=0, le=1)] = 0.7
     """`ratio`: a pair owns a neuron when its share exceeds kappa times the largest share (R)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SelectConfig:
     """From awareness to banks. Runs in seconds and needs no model."""
 
@@ -177,7 +192,7 @@ class SelectConfig:
     """Which neurons."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RoutingConfig:
     """The gates (conditional awareness-based routing)."""
 
@@ -187,47 +202,47 @@ class RoutingConfig:
     """`preserve` (I): c_G = 2c, c_S = 2(1-c), exactly 1 at step 0. `paper`: c_G = c, c_S = 1-c."""
     gate_eval: Literal["soft", "hard"] = "soft"
     """Gate at inference: the sigmoid, or rounded to 0/1 (R), which needs `gate_init: paper`."""
-    hidden: int = 128
+    hidden: PositiveInt = 128
     """Inner width of the gate network (R)."""
-    alpha_max: float = 0.0
+    alpha_max: NonNegative = 0.0
     """Noise on the gate logits grows linearly from 0 to this over training (R: up to 5)."""
     other_pairs: Literal["keep", "mask"] = "keep"
     """Neurons specific to other pairs stay in the forward pass, or are zeroed."""
-    budget_weight: float = 0.0
+    budget_weight: NonNegative = 0.0
     """Weight of the budget loss |mean(1-c) - p| (R)."""
-    budget: float = 0.5
+    budget: Share = 0.5
     """p of the budget loss."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LearningRates:
     """Peak learning rate per parameter group."""
 
-    general: float = 2e-5
+    general: NonNegative = 2e-5
     """General banks."""
-    specific: float = 2e-5
+    specific: NonNegative = 2e-5
     """Specific banks."""
-    gates: float = 2e-4
+    gates: NonNegative = 2e-4
     """Gates."""
-    dense: float = 2e-5
+    dense: NonNegative = 2e-5
     """Whole tensors, of the baselines `full` and `layers`."""
-    lora: float = 1e-3
+    lora: NonNegative = 1e-3
     """Adapters of the baseline `lora`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LoraConfig:
     """The LoRA baseline (through PEFT)."""
 
-    r: int = 16
+    r: PositiveInt = 16
     """Rank."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """Scale: alpha / r."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout on the adapter input."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """Selective fine-tuning and the baselines it is compared with."""
 
@@ -235,65 +250,65 @@ class TrainConfig:
     """`lander`: banks and gates. Baselines: everything, the whole FFNs of the selected layers, LoRA."""
     banks: tuple[Literal["general", "specific"], ...] = ("general", "specific")
     """Which banks are trained (ablations `general-only`, `specific-only`)."""
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimizer steps."""
-    batch_tokens: int = 16384
+    batch_tokens: PositiveInt = 16384
     """Token budget of a global batch: prompt and target tokens over all ranks and micro-batches."""
-    micro_batch: int = 1
+    micro_batch: PositiveInt = 1
     """Packed sequences of `pack_tokens` per micro-batch and rank. Changes memory and speed, not results."""
-    pack_tokens: int = 1024
+    pack_tokens: PositiveInt = 1024
     """Token capacity of one packed sequence."""
     activation_checkpointing: bool = False
     """Recompute every decoder layer's activations in the backward pass: less memory, about a third more
     compute. Changes no result."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Pairs are sampled in proportion to size ** (1 / temperature)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or plain SGD for numerical comparisons."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """AdamW moments."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """AdamW epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     lr: LearningRates = field(default_factory=LearningRates)
     """Learning rates."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after warm-up; linear and cosine end at `min_lr_ratio`."""
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     """Steps of linear warm-up."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """Final learning rate over peak."""
-    clip: float = 1.0
+    clip: NonNegative = 1.0
     """Global gradient norm; 0 switches clipping off."""
-    valid_every: int = 0
+    valid_every: Count = 0
     """Validation loss per pair every so many steps; 0: only at the end."""
-    valid_examples: int | None = None
+    valid_examples: Limit | None = None
     """At most this many validation sentences per pair."""
-    patience: int = 0
+    patience: Count = 0
     """Stop after so many validations without improvement; 0 never stops early."""
-    save_every: int = 0
+    save_every: Count = 0
     """Checkpoint every so many steps; there is always one at the end."""
     save_in_background: bool = True
     """Go on training while a checkpoint is being written."""
-    keep_last: int = 0
+    keep_last: Count = 0
     """Keep only the newest so many checkpoints; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: Count = 0
     """With `keep_last`: also keep checkpoints whose step is a multiple of this; 0: none."""
     keep_best: bool = True
     """With `keep_last`: also keep the checkpoint with the lowest mean validation loss."""
-    max_skipped: int = 10
+    max_skipped: Count = 10
     """Steps whose loss or gradients are not finite are skipped and counted; stop after so many in a row."""
-    stall_seconds: float = 1800.0
+    stall_seconds: NonNegative = 1800.0
     """End the job when no step has finished for so long (in detect: no micro-batch), and name the rank that hangs; 0
     waits for ever."""
-    log_every: int = 1
+    log_every: PositiveInt = 1
     """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Only for `method: lora`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TranslateConfig:
     """Decoding of the test split."""
 
@@ -301,27 +316,27 @@ class TranslateConfig:
     """Untouched base zero-shot, base with examples in the prompt, the trained model."""
     split: Split = "test"
     """Which split is translated."""
-    limit: int | None = None
+    limit: Limit | None = None
     """At most this many sentences per pair (the first ones)."""
-    shots: int = 4
+    shots: Count = 4
     """Examples in the prompt of the system `fewshot`."""
-    beams: int = 1
+    beams: PositiveInt = 1
     """1 is greedy search."""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0
     """Exponent of the length in beam search."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sentences decoded together on a rank."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest translation in tokens."""
     weights: Literal["replicated", "sharded"] = "replicated"
     """Every rank holds the model, or ZeRO-3 shards it (for models that do not fit on one device)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ScoreConfig:
     """Automatic metrics."""
 
-    bootstrap_samples: int = 1000
+    bootstrap_samples: PositiveInt = 1000
     """Resamples of the paired bootstrap."""
     baseline: str | None = None
     """Another system's translations, scored too; p-values are then against it instead of `base`. One file per
@@ -333,7 +348,7 @@ class ScoreConfig:
     """sacreBLEU tokenizer per target language where the default is not wanted, e.g. `{ja: char}`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ExportConfig:
     """HF directories made from the trained model."""
 
@@ -343,19 +358,19 @@ class ExportConfig:
     fold: tuple[str, ...] = ()
     """Pairs, or `mean`, for each of which `dense-PAIR` is written too: a standard architecture with that pair's mean
     gates folded into the weights (I). An approximation."""
-    fold_sentences: int = 100
+    fold_sentences: Count = 100
     """Sentences per folded pair on which BLEU and chrF of the folded export are compared with the routed model's; 0
     skips it."""
     dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
     """Type of the exported weights; `model` keeps the base's, as a delta always does."""
-    shard_size: float | None = None
+    shard_size: Positive | None = None
     """Largest weight file in gigabytes (10^9 bytes). Default: the base's own files for `dense`, 5 for `routed`."""
-    verify: int = 2
+    verify: Count = 2
     """Sentences per pair on which each export is compared with the trained model (logits in float32 and
     greedy translations); 0 skips it. Needs memory for two copies of the model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """Everything that a run needs to know."""
 
@@ -370,12 +385,12 @@ class Recipe:
     topology: Topology = "zero3"
     """`zero3`: every weight sharded over all ranks. `pipeline`: every rank holds whole layers, ZeRO-1 shards the
     optimizer state. `pipeline_zero3`: ZeRO-3 inside every pipeline stage (I)."""
-    pipeline_stages: int = 1
+    pipeline_stages: PositiveInt = 1
     """Stages of a pipeline topology; the number of ranks must be a multiple."""
     pipeline_cut: tuple[int, ...] = ()
     """First decoder layer of every pipeline stage but the first, e.g. [6, 12] for three stages; empty: balanced by
     compute."""
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """Seed of everything random."""
     detect: DetectConfig = field(default_factory=DetectConfig)
     """Options of stage detect."""

@@ -1,166 +1,153 @@
-"""From a parsed document to nested frozen dataclasses, with every type checked and every problem reported.
+"""From a parsed document to checked values: pydantic looks for what is wrong, and here it is said for people.
 
-The dataclass definitions are the whole schema: there is no second list of keys.
+The classes are the whole schema: there is no second list of keys, types or ranges.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
-import types
-from collections.abc import Iterator
-from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from lander_ds.config.document import Document, KeyPath, Problems, describe, dotted, nearest
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from lander_ds.config.document import Document, KeyPath, Problems, describe, dotted, lookup, nearest
+from lander_ds.config.keys import field_at, fields_of, number_range, section_in, similar_keys
 
 T = TypeVar("T")
 
-_INVALID: Any = object()
-"""Stands for a value that was refused; its problem is recorded and the object is never built."""
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+"""For every section of a file: no unknown key, no conversion of types, and docstrings that `--explain` reads."""
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping such as {de: ...}",
+    "dataclass": "a section with keys",
+    "model": "a section with keys",
+}
+"""First word of the name of a pydantic error -> what the value should have been."""
 
 
 def build(kind: type[T], document: Document) -> T:
-    """An instance of the dataclass `kind` from `document`.
+    """An instance of the pydantic dataclass `kind` from `document`.
 
     Raises:
-        ConfigError: one message with every unknown key, missing key and wrong value of the document.
+        ConfigError: one message with every unknown key, missing key, wrong value and number out of range.
     """
     problems = Problems(document)
-    result = _Builder(kind, problems).convert(kind, document.value, ())
-    problems.refuse()
-    built: T = result
-    return built
+    # In JSON, unlike in Python, pydantic's strict mode takes a mapping for a section and a list for a tuple.
+    text = json.dumps(_with_empty_sections(kind, document.value))
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            problems.add(*explained(kind, entry, document.value))
+        raise problems.error() from None
 
 
-@cache
-def field_types(kind: type) -> dict[str, Any]:
-    """Resolved type of every field of a dataclass."""
-    return get_type_hints(kind)
+def explained(root: type, entry: ErrorDetails, value: Any) -> tuple[KeyPath, str]:
+    """The key that one of pydantic's errors is about, and what is wrong with it, in our words.
 
-
-def key_paths(kind: type, prefix: KeyPath = ()) -> Iterator[KeyPath]:
-    """Path of every key of a dataclass and of the dataclasses inside it; list indices are left out."""
-    for name, hint in field_types(kind).items():
-        yield (*prefix, name)
-        for inner in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-                yield from key_paths(inner, (*prefix, name))
-
-
-class _Builder:
-    def __init__(self, root: type, problems: Problems) -> None:
-        self.root, self.problems = root, problems
-
-    def convert(self, kind: Any, value: Any, path: KeyPath) -> Any:
-        """`value` as `kind`, or `_INVALID` with the reason recorded."""
-        origin, arguments = get_origin(kind), get_args(kind)
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            return self._section(kind, value, path)
-        if origin in (types.UnionType, Union):
-            if value is None:
-                return None
-            return self.convert(next(a for a in arguments if a is not types.NoneType), value, path)
-        if origin is Literal:
-            return self._choice(arguments, value, path)
-        if origin is tuple:
-            return self._list(arguments, value, path)
-        if origin is dict:
-            return self._mapping(arguments[1], value, path)
-        return self._scalar(kind, value, path)
-
-    def _section(self, kind: type, value: Any, path: KeyPath) -> Any:
-        if value is None:
-            value = {}
-        if not isinstance(value, dict):
-            return self._refuse(path, f"expected a section with keys, found {describe(value)}")
-        types_, values, valid = field_types(kind), {}, True
-        for key, item in value.items():
-            if key in types_:
-                values[key] = self.convert(types_[key], item, (*path, key))
-            else:
-                self._refuse((*path, key), self._unknown_key(key, path, types_))
-                valid = False
-        for entry in dataclasses.fields(kind):
-            optional = (
-                entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
-            )
-            if entry.name not in values and not optional:
-                self._refuse((*path, entry.name), "this required key is missing; add it")
-                valid = False
-        if not valid or any(item is _INVALID for item in values.values()):
-            return _INVALID
-        return kind(**values)
-
-    def _unknown_key(self, key: str, path: KeyPath, siblings: dict[str, Any]) -> str:
-        near = nearest(key, siblings)
-        if near:
-            return f"unknown key; did you mean {dotted((*path, near))}?"
-        elsewhere = [dotted(other) for other in key_paths(self.root) if other[-1] == key]
-        if elsewhere:
-            return f"unknown key here; did you mean {' or '.join(elsewhere)}?"
-        where = dotted(path) or "this file"
-        return f"unknown key; {where} may have {', '.join(siblings)}"
-
-    def _choice(self, options: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
-        if isinstance(value, str) and value in options:
-            return value
-        near = nearest(str(value), options) if value is not None else None
+    Args:
+        root: the class of the whole document.
+        entry: pydantic's error.
+        value: the whole document.
+    """
+    path = entry["loc"]
+    match entry["type"]:
+        case "unexpected_keyword_argument":
+            return path, _unknown_key(root, path)
+        case "missing" if not isinstance(path[-1], int):
+            return path, "this required key is missing; add it"
+        case "missing" | "too_long":
+            path = path[:-1] if entry["type"] == "missing" else path
+            wanted = len(get_args(getattr(field_at(root, path), "annotation", None)))
+            return path, f"expected a list of {wanted}, found {describe(lookup(value, path))}"
+    path = _written_part(path, value)
+    given, field = lookup(value, path), field_at(root, path)
+    bound = next(iter(entry.get("ctx", {}).values()), None)
+    kind = entry["type"].partition("_")[0]
+    if entry["type"] == "literal_error" and field is not None:
+        options = _options(field.annotation)
+        near = nearest(str(given), options) if given is not None else None
         hint = f"; did you mean {near}?" if near else ""
-        return self._refuse(path, f"expected one of {', '.join(options)}, found {describe(value)}{hint}")
+        return path, f"expected one of {', '.join(options)}, found {describe(given)}{hint}"
+    if kind in ("greater", "less") and field is not None and isinstance(bound, int | float):
+        allowed, cure = number_range(field)
+        return path, f"must be {allowed}, found {type(bound)(given)}{cure and f'; {cure}'}"
+    if kind in _EXPECTED:
+        return path, f"expected {_EXPECTED[kind]}, found {describe(given)}{_cure(kind, given)}"
+    message = entry["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return path, f"{message[:1].lower()}{message[1:]}, found {describe(given)}"
 
-    def _list(self, arguments: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
-        if not isinstance(value, list):
-            hint = f"; write [{value}]" if isinstance(value, str | int | float) else ""
-            return self._refuse(path, f"expected a list, found {describe(value)}{hint}")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) != len(value):
-            return self._refuse(path, f"expected a list of {len(kinds)}, found {describe(value)}")
-        items = [
-            self.convert(kind, item, (*path, index))
-            for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
-        ]
-        return _INVALID if any(item is _INVALID for item in items) else tuple(items)
 
-    def _mapping(self, kind: Any, value: Any, path: KeyPath) -> Any:
-        if not isinstance(value, dict):
-            return self._refuse(path, f"expected a mapping such as {{de: ...}}, found {describe(value)}")
-        items = {key: self.convert(kind, item, (*path, key)) for key, item in value.items()}
-        return _INVALID if any(item is _INVALID for item in items.values()) else items
+def _with_empty_sections(kind: type, value: Any) -> Any:
+    """`value` with {} for sections whose key stands there alone: they mean the defaults."""
+    if value is None:
+        return {}
+    if isinstance(value, list):
+        return [_with_empty_sections(kind, item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    fields = fields_of(kind)
+    sections = {key: section_in(fields[key].annotation) for key in value if key in fields}
+    return {
+        key: _with_empty_sections(section, item) if (section := sections.get(key)) else item
+        for key, item in value.items()
+    }
 
-    def _scalar(self, kind: type, value: Any, path: KeyPath) -> Any:
-        found = describe(value)
-        if kind is bool:
-            return (
-                value
-                if isinstance(value, bool)
-                else self._refuse(path, f"expected true or false, found {found}")
-            )
-        if kind is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-            whole = isinstance(value, float) and value.is_integer()
-            hint = f"; write {int(value)}" if whole else "; remove the quotes" if _is_number(value) else ""
-            return self._refuse(path, f"expected a whole number, found {found}{hint}")
-        if kind is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                return float(value)
-            hint = "; remove the quotes" if _is_number(value) else ""
-            return self._refuse(path, f"expected a finite number, found {found}{hint}")
-        if isinstance(value, str):
-            return value
-        hint = "; put it in quotes" if value is not None else "; write a value or remove the key"
-        return self._refuse(path, f"expected text, found {found}{hint}")
 
-    def _refuse(self, path: KeyPath, message: str) -> Any:
-        self.problems.add(path, message)
-        return _INVALID
+def _written_part(location: KeyPath, value: Any) -> KeyPath:
+    """`location` without names of pydantic's own at its end, such as the members of a union."""
+    for length, part in enumerate(location):
+        inside = (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int)
+        )
+        if not inside:
+            return location[:length]
+        value = value[part]
+    return location
+
+
+def _unknown_key(root: type, path: KeyPath) -> str:
+    field = field_at(root, path[:-1])
+    section = (field and section_in(field.annotation)) or root
+    similar = similar_keys(root, path, list(fields_of(section)))
+    if not similar:
+        return f"unknown key; {dotted(path[:-1]) or 'this file'} may have {', '.join(fields_of(section))}"
+    here = "" if similar[0].rpartition(".")[0] == dotted(path[:-1]) else " here"
+    return f"unknown key{here}; did you mean {' or '.join(similar)}?"
+
+
+def _options(hint: Any) -> list[str]:
+    """The members of every Literal in a type."""
+    if get_origin(hint) is Literal:
+        return [str(option) for option in get_args(hint)]
+    return [option for part in get_args(hint) for option in _options(part)]
+
+
+def _cure(kind: str, value: Any) -> str:
+    match kind:
+        case "int" if isinstance(value, float) and value.is_integer():
+            return f"; write {int(value)}"
+        case "int" | "float" if _is_number(value):
+            return "; remove the quotes"
+        case "string":
+            return "; write a value or remove the key" if value is None else "; put it in quotes"
+        case "tuple" | "list" if isinstance(value, str | int | float):
+            return f"; write [{value}]"
+    return ""
 
 
 def _is_number(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
     try:
-        return math.isfinite(float(value))
+        return isinstance(value, str) and math.isfinite(float(value))
     except ValueError:
         return False

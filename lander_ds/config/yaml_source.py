@@ -89,7 +89,7 @@ class _Reader:
         self._flattened: set[int] = set()
 
     def read(self, node: yaml.Node, path: KeyPath, parents: tuple[yaml.Node, ...]) -> Any:
-        self.document.places.setdefault(path, self.document.line(node.start_mark.line + 1))
+        self.document.origins.setdefault(path, self.document.line(node.start_mark.line + 1))
         if any(node is parent for parent in parents):
             self.problems.add(path, "an alias that contains itself; write the value out")
             return None
@@ -108,12 +108,15 @@ class _Reader:
             # `<<` as a value is text: only as a key does it merge.
             return node.value
         try:
-            return self.loader.construct_object(node)
+            value = self.loader.construct_object(node)
         except (ValueError, KeyError):
             # An explicit tag that the text does not fit, such as `!!int abc`.
             kind = node.tag.rpartition(":")[2]
             self.problems.add(path, f"{describe(node.value)} is no {kind}; correct it or remove the tag")
             return None
+        if not _can_be_shown(value):
+            self.problems.add(path, "is no Unicode text, or a number of thousands of digits; correct it")
+        return value
 
     def _mapping(
         self, node: yaml.MappingNode, path: KeyPath, parents: tuple[yaml.Node, ...]
@@ -127,8 +130,8 @@ class _Reader:
         for key_node, value_node in node.value:
             key = self.loader.construct_object(key_node, deep=True)
             here = (*path, key if isinstance(key, str) else str(key_node.value))
-            self.document.places[here] = self.document.line(key_node.start_mark.line + 1)
-            if isinstance(key, str):
+            self.document.origins[here] = self.document.line(key_node.start_mark.line + 1)
+            if isinstance(key, str) and _can_be_shown(key):
                 result[key] = self.read(value_node, here, parents)
             else:
                 self.problems.add(here, f"a key must be text, found {describe(key)}; put it in quotes")
@@ -142,9 +145,18 @@ class _Reader:
                 continue
             line, here = key_node.start_mark.line + 1, (*path, key_node.value)
             if key_node.value in lines:
-                self.document.places[here] = self.document.line(line)
+                self.document.origins[here] = self.document.line(line)
                 self.problems.add(here, f"given twice, first on line {lines[key_node.value]}; remove one")
             lines[key_node.value] = line
+
+
+def _can_be_shown(value: Any) -> bool:
+    """False for text with half of a surrogate pair and for numbers that Python refuses to print."""
+    try:
+        str(value).encode("utf-16", "surrogatepass").decode("utf-16")
+    except ValueError:
+        return False
+    return True
 
 
 _MERGE = "tag:yaml.org,2002:merge"

@@ -27,7 +27,7 @@ def assign_owners(phi: torch.Tensor, probability: torch.Tensor, choice: BankChoi
     Args:
         phi: [M, f] awareness.
         probability: [M, f] activation probability.
-        choice: the recipe's `select.banks`, whose ranges `lander_ds.config.consistency` has checked.
+        choice: the recipe's `select.banks`, whose ranges its type has checked.
     """
     share = normalise(phi)
     kept = _all_but_least(share.sum(0), choice.min_awareness)

@@ -112,7 +112,7 @@ def test_config_checks_the_json_too(workspace: Workspace, capsys: pytest.Capture
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--explain", "train.clip"]) == 0
-    assert capsys.readouterr().out.startswith("train.clip: number = 1.0\n")
+    assert capsys.readouterr().out.startswith("train.clip: number, at least 0 = 1.0\n")
     assert main(["config", "--explain", "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("# Recipe keys\n")
     assert main(["config", "--explain", "train.clipp"]) == 2

@@ -6,8 +6,8 @@ import pytest
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.explain import as_markdown, as_text, explain
+from lander_ds.config.keys import key_paths
 from lander_ds.config.recipe import Recipe
-from lander_ds.config.strict import key_paths
 
 
 def test_every_key_of_the_schema_is_explained() -> None:
@@ -22,10 +22,13 @@ def test_every_key_of_the_schema_is_explained() -> None:
     ("path", "line"),
     [
         ("run_dir", "run_dir: text (required)"),
-        ("train.betas", "train.betas: list of 2 numbers = [0.9, 0.95]"),
+        ("train.betas", "train.betas: list of 2 numbers, at least 0 and below 1 = [0.9, 0.95]"),
+        ("train.steps", "train.steps: whole number, at least 1 = 1000"),
+        ("train.eps", "train.eps: number, above 0 = 1e-08"),
+        ("select.layers.layers", "select.layers.layers: list of whole numbers = []"),
         ("train.banks", 'train.banks: list of (general | specific) = ["general", "specific"]'),
-        ("detect.examples", "detect.examples: whole number | null = null"),
-        ("data.corpora.0.limit", "data.corpora.N.limit: whole number | null = null"),
+        ("detect.examples", "detect.examples: whole number | null, at least 1 = null"),
+        ("data.corpora.0.limit", "data.corpora.N.limit: whole number | null, at least 1 = null"),
         ("data.corpora.N.swap", "data.corpora.N.swap: true | false = false"),
         ("score.tokenizers", "score.tokenizers: mapping of text to text = {}"),
     ],

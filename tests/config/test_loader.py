@@ -206,19 +206,24 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
 
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t"), max_size=20)
-numbers = st.floats(allow_nan=False, allow_infinity=False)
+numbers = st.floats(0, allow_nan=False, allow_infinity=False)
+shares = st.floats(0, 1, exclude_max=True)
 
 
 @settings(max_examples=80, deadline=None)
-@given(texts | st.sampled_from(["1e-4", "off", "0o7", "~", "1_000", "<<", "0x1f", "true", "1:30"]), numbers)
+@given(
+    texts | st.sampled_from(["1e-4", "off", "0o7", "~", "1_000", "<<", "0x1f", "true", "1:30"]),
+    numbers,
+    shares,
+)
 def test_any_text_and_number_survives_the_dump(
-    tmp_path_factory: pytest.TempPathFactory, text: str, x: float
+    tmp_path_factory: pytest.TempPathFactory, text: str, clip: float, beta: float
 ) -> None:
     recipe = Recipe(
         run_dir=text,
         model=ModelConfig(text),
         data=DataConfig((text,), (), prompt=PromptConfig(template=text, language_names={text: text})),
         deepspeed="d",
-        train=dataclasses.replace(TrainConfig(), clip=x, betas=(x, 0.0)),
+        train=dataclasses.replace(TrainConfig(), clip=clip, betas=(beta, 0.0)),
     )
     assert load(tmp_path_factory.mktemp("dump"), dump_recipe(recipe)) == recipe

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
+
+from pydantic.dataclasses import dataclass
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import Problems, describe, read_text
-from lander_ds.config.strict import build
+from lander_ds.config.strict import STRICT, build
 from lander_ds.config.yaml_source import parse_yaml
 
 EXAMPLE = "examples/clusters/8xa100-80g.yaml"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Cluster:
     """Machines that are all alike. GB are 10^9 bytes."""
 
