@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common.errors import ConfigError, DataError
+from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
 from lander_ds.data.tokens.prompt import choose_shots, render_prompt, shots_for
@@ -23,7 +24,7 @@ MAX_SHOT_CANDIDATES = 20_000
 def requests_for(
     system: System, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Request]]:
-    """The requests of a system: pair -> sentences in corpus order, at most `translate.limit` of them.
+    """The requests of a system: translated pair -> sentences in corpus order, at most `translate.limit` of them.
 
     `base` and `trained` get the prompts of the training format, `fewshot` gets `translate.shots` examples in
     front.
@@ -34,15 +35,15 @@ def requests_for(
         ModelError: config.json cannot be used.
     """
     config = recipe.translate
-    splits = data.split(config.split)
-    for pair in recipe.data.pairs:
+    splits, pairs = data.split(config.split), translated_pairs(recipe)
+    for pair in pairs:
         if pair not in splits or len(splits[pair]) == 0:
             raise DataError(
                 f"translate.split: {pair} has no sentence in split {config.split}: add a corpus with "
                 f"`split: {config.split}` to data.corpora, or translate another split"
             )
     requests = {}
-    for pair in recipe.data.pairs:
+    for pair in pairs:
         split = splits[pair]
         indices = range(len(split) if config.limit is None else min(config.limit, len(split)))
         sentences = [split.sentence(index) for index in indices]

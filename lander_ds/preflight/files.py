@@ -12,6 +12,7 @@ import torch
 
 from lander_ds.common.errors import DataError, ModelError
 from lander_ds.config.check import Check
+from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
 from lander_ds.data.sources.corpus import Corpus, resolve
@@ -183,7 +184,7 @@ def _first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
 
 def _check_baseline(check: Check, pattern: str) -> None:
     served: dict[Path, str] = {}
-    for pair in check.recipe.data.pairs:
+    for pair in translated_pairs(check.recipe):
         path = baseline_path(pattern, pair)
         if not path.is_file():
             what = "is a directory" if path.is_dir() else "does not exist"

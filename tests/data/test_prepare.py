@@ -296,6 +296,45 @@ class TestCache:
         assert len(PreparedData.load(RunDirectory(moved), recipe).split("train")["en-de"]) == 35
 
 
+class TestContentHashes:
+    """A stage depends on the examples that it reads."""
+
+    def test_test_data_are_no_part_of_what_is_trained(self, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+        russian = [(src, f"{tgt} ru") for src, tgt in PAIRS]
+        train, other, test = (
+            CorpusConfig(str(write_jsonl(tmp_path / f"{split}.{pair}.jsonl", rows)), split, pairs=(pair,))
+            for split, pair, rows in (
+                ("train", "en-de", PAIRS),
+                ("train", "en-ru", russian),
+                ("test", "en-de", [("a test", "ein Test")]),
+            )
+        )
+        without = make_recipe(train, other, pairs=("en-de", "en-ru"), detect_examples=5)
+        added = replace(without, data=replace(without.data, corpora=(train, other, test)))
+        one, two = prepared(without), prepared(added)
+        assert one.hash != two.hash
+        for splits in (("detect",), ("train", "valid")):
+            assert one.content_hash(*splits) == two.content_hash(*splits)  # type: ignore[arg-type]
+        assert one.content_hash("test") != two.content_hash("test")
+        assert list(two.split("test")) == ["en-de"]
+
+    def test_what_is_trained_counts(self, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+        train = CorpusConfig(str(write_jsonl(tmp_path / "c.jsonl", PAIRS)))
+        test = CorpusConfig(
+            str(write_jsonl(tmp_path / "t.jsonl", [PAIRS[3], ("a test", "ein Test")])), split="test"
+        )
+        hashes = {
+            data.content_hash("train", "valid")
+            for data in (
+                prepared(make_recipe(train, detect_examples=0)),
+                prepared(make_recipe(train, detect_examples=0, prompt=PromptConfig(template="{src} ->"))),
+                # This test set takes a sentence from training.
+                prepared(make_recipe(train, test, detect_examples=0)),
+            )
+        }
+        assert len(hashes) == 3
+
+
 def test_empty_split_names_what_was_dropped(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", [("a", "a"), ("", "b")])
     with pytest.raises(
