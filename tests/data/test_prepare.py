@@ -14,7 +14,7 @@ from data_helpers import SAMPLE, MakeRecipe, write_jsonl
 
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, FilterConfig, ModelConfig, PromptConfig, Recipe
+from lander_ds.config.recipe import CorpusConfig, FilterConfig, ModelConfig, PromptConfig, Recipe, Split
 from lander_ds.data import build as build_module
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.plan import BatchPlan
@@ -333,6 +333,20 @@ class TestContentHashes:
             )
         }
         assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test", "detect"])
+def test_losing_most_lines_is_told(
+    make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: Split
+) -> None:
+    good = CorpusConfig(str(write_jsonl(tmp_path / "good.jsonl", PAIRS)))
+    few = [("same", "same")] * 7 + [("", "empty")] * 4 + [(f"only {n}", f"nur {n}") for n in range(10)]
+    bad = CorpusConfig(str(write_jsonl(tmp_path / "bad.jsonl", few)), split)
+    corpora = (bad,) if split == "train" else (good, bad)
+    prepared(make_recipe(*corpora, detect_examples=0))
+    told = f"11 of 21 {split} lines of en-de were dropped, most of them (7) as identical"
+    assert told in caplog.text
+    assert caplog.text.count("most of them") == 1
 
 
 def test_empty_split_names_what_was_dropped(make_recipe: MakeRecipe, tmp_path: Path) -> None:
