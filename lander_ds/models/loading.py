@@ -29,6 +29,9 @@ Placement = Callable[[nn.Module], None]
 _AT_ONCE = 1 << 17
 """Values that are looked at together: few, so that freed copies leave no large holes between what is kept."""
 
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "seq_length")
+"""Names under which config.json has the longest sequence that the model is made for."""
+
 _DROPOUT = re.compile(r"(^|_)(dropout|layerdrop)$")
 
 
@@ -78,8 +81,8 @@ def model_positions(model: ModelConfig) -> int | None:
         ModelError: as `hf_config`.
     """
     config, _ = hf_config(model)
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
+    named = (getattr(config, key, None) for key in POSITION_KEYS)
+    return next((positions for positions in named if isinstance(positions, int)), None)
 
 
 def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[PreTrainedModel, Family]:

@@ -17,10 +17,9 @@ from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
 from lander_ds.data.sources.corpus import Corpus, resolve
 from lander_ds.evaluation.baseline import baseline_path
-from lander_ds.models.loading import hf_config
+from lander_ds.models.loading import POSITION_KEYS, hf_config
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 
 
 def check_files(check: Check) -> None:
@@ -148,7 +147,7 @@ def _check_pickles(check: Check, path: Path) -> None:
 
 def _check_positions(check: Check, config: dict[str, Any]) -> None:
     """The longest example against the model's positions, where config.json tells them."""
-    positions = _first_number(config, _POSITION_KEYS)
+    positions = _first_number(config, POSITION_KEYS)
     length = check.recipe.data.max_length
     if positions is not None and length > positions:
         check.refuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,7 @@ ROWS = [
         "en-sr_Latn and en-sr_Cyrl get the same prompt",
         "data.prompt.language_names",
     ),
+    ("train", "data.prompt.template='{src} ='", 2, "en-de and en-fr get the same prompt", "add {tgt_name}"),
 ]
 
 
@@ -55,3 +57,24 @@ def test_what_is_said(
     said = " ".join((captured.out + captured.err).split())
     assert all(message in said for message in messages), said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "seq_length"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_examples_beyond_the_positions(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    nested: bool,
+) -> None:
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["max_position_embeddings"]
+    config = {"text_config": config | {key: 64}} if nested else config | {key: 64}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert main(["train", "--recipe", "recipe.yaml"]) == 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "data.max_length: 96 is more than the model's 64 positions" in said

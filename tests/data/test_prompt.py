@@ -94,6 +94,13 @@ class TestEqualPrompts:
         check_prompt(PromptConfig(template="{tgt_lang}: {src} ="), self.PAIRS)
         check_prompt(PromptConfig(), ("en-zh_Hans", "en-zh_Hant"))
 
+    def test_a_template_without_the_target(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"template: en-de and en-fr get the same prompt.*add {tgt_name}"
+        ):
+            check_prompt(PromptConfig(template="{src_name}: {src} ="), ("en-de", "cs-de", "en-fr"))
+        check_prompt(PromptConfig(template="{src} ="), ("en-de", "de-en"))
+
     def test_sources_may_look_alike(self) -> None:
         pairs = ("sr_Latn-en", "de-en", "sr_Cyrl-en")
         check_prompt(PromptConfig(), pairs)

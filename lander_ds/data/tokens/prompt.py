@@ -50,6 +50,11 @@ def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
                 f"data.prompt.language_names: {one} and {other} get the same prompt, because {first} and {second} are "
                 f"both called {name}: name them apart, for example {{{first}: {name} A, {second}: {name} B}}"
             )
+        if first != second and split_pair(one)[0] == split_pair(other)[0]:
+            raise ConfigError(
+                f"data.prompt.template: {one} and {other} get the same prompt, so nothing tells which language is "
+                "wanted: add {tgt_name} or {tgt_lang}"
+            )
 
 
 def equal_prompts(config: PromptConfig, pairs: Sequence[str]) -> list[tuple[str, str]]:
