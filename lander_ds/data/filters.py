@@ -19,6 +19,9 @@ _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
 )
 
+SHORT = 5
+"""Letters that the shorter side counts at least when lengths are compared: the ratio of a word or two says little."""
+
 
 def check_filters(config: FilterConfig) -> None:
     """Refuse limits that nothing can meet.
@@ -100,10 +103,20 @@ class Filter:
             return "too_short"
         if longer > config.max_chars:
             return "too_long"
-        small, large = sorted((len(row.src.encode()), len(row.tgt.encode())))
-        if config.max_length_ratio and large > config.max_length_ratio * small:
-            return "length_ratio"
+        if config.max_length_ratio:
+            small, large = sorted((letters(row.src), letters(row.tgt)))
+            if large > config.max_length_ratio * max(small, SHORT):
+                return "length_ratio"
         return None
+
+
+def letters(text: str) -> int:
+    """Length of a text in letters that is fair between scripts: a wide (East Asian) character says as much as three."""
+    return len(text) + (0 if text.isascii() else 2 * sum(map(_is_wide, text)))
+
+
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
 
 
 def visible(text: str) -> str:

@@ -27,16 +27,26 @@ def row(src: str, tgt: str) -> Row:
         ("Tag", "", "empty"),
         ("ab", "Tag", "too_short"),
         ("x" * 41, "y" * 30, "too_long"),
-        ("abc", "d" * 13, "length_ratio"),
-        ("abc", "d" * 12, None),
-        ("abcd", "äöüäöüäö", None),  # 16 bytes to 4
-        ("abcd", "äöüäöüäöü", "length_ratio"),  # 18 bytes
+        ("abcdefg", "d" * 29, "length_ratio"),
+        ("abcdefg", "d" * 28, None),
+        ("abcdefg", "ä" * 28, None),
+        ("abcdefg", "ä" * 29, "length_ratio"),
+        ("abcdefg", "क" * 28, None),
+        ("abc", "d" * 20, None),  # 3 letters count as 5
+        ("abc", "d" * 21, "length_ratio"),
+        ("你好世界你好世界", "d" * 40, None),
+        ("你好世", "d" * 37, "length_ratio"),  # 3 wide characters count as 9 letters
         ("same", "same", "identical"),
     ],
 )
 def test_reasons(src: str, tgt: str, reason: str | None) -> None:
     config = FilterConfig(min_chars=3, max_chars=40, max_length_ratio=4.0)
     assert Filter(config, None).reason(row(src, tgt)) == reason
+
+
+@pytest.mark.parametrize("tgt", ["ठीक है", "सब ठीक-ठाक है", "ໂອເຄ ຕົກລົງ", "យល់ព្រម", "好的"])
+def test_short_pairs_into_other_scripts(tgt: str) -> None:
+    assert Filter(FilterConfig(), None).reason(row("OK", tgt)) is None
 
 
 def test_filters_can_be_switched_off() -> None:
