@@ -45,7 +45,7 @@ def _parts(start: Start) -> list[Part]:
     recipe, run = start.recipe, start.run
     newest = chosen(run.checkpoints, recipe.export.checkpoint, "export.checkpoint")
     if recipe.export.verify:
-        warn_of_changes(newest, recipe, run, PreparedData.load(run, recipe).hash)
+        warn_of_changes(newest, recipe, run, PreparedData.load(run, recipe).content_hash("train", "valid"))
     inputs = {"base": start.base_fingerprint, "checkpoint": file_hash(newest.path / checkpoint.STATE)}
     if run.scores.exists():
         inputs["scores"] = file_hash(run.scores)  # they stand in the model cards

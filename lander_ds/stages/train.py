@@ -43,7 +43,7 @@ def _parts(start: Start) -> list[Part]:
     recipe, run = start.recipe, start.run
     data = PreparedData.load(run, recipe)
     inputs = {
-        "data": data.hash,
+        "data": data.content_hash("train", "valid"),
         "base": start.base_fingerprint,
         "deepspeed": file_hash(Path(recipe.deepspeed)),
     }
