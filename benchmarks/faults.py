@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import processor  # noqa: F401 - before DeepSpeed is imported
 from injected import FAULTS, Scene
 from miniature import (
     RANKS,
@@ -282,7 +283,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def set_environment() -> None:
     """Set what the ranks inherit: one thread each, no GPU, no network."""
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    os.environ.update(OMP_NUM_THREADS="1")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", COLUMNS="300")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 

@@ -13,7 +13,7 @@ import torch
 from lander_ds.checkpoint import writer
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.loss import LossHead
-from lander_ds.models.translation_model import BatchTotals, TranslationModel
+from lander_ds.models.translation_model import TranslationModel
 from lander_ds.training.saver import Saver
 from lander_ds.training.trainer import Trainer
 
@@ -77,9 +77,9 @@ def bad_pair(rank: int) -> None:
     forward, head = TranslationModel.forward, LossHead.forward
     pairs: list[torch.Tensor] = []
 
-    def telling(self: TranslationModel, batch: PackedBatch, norm: BatchTotals, *rest: object) -> object:
+    def telling(self: TranslationModel, batch: PackedBatch, *rest: object, **options: object) -> object:
         pairs[:] = [batch.pair_ids[batch.target_positions]]
-        return forward(self, batch, norm, *rest)
+        return forward(self, batch, *rest, **options)
 
     def spoilt(self: LossHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         losses: torch.Tensor = head(self, hidden, targets)

@@ -31,8 +31,8 @@ from miniature import (
 )
 
 from lander_ds.checkpoint import checkpoint
+from lander_ds.common.errors import ExitCode
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.distributed.watchdog import STALLED
 from lander_ds.training.preemption import Preempted
 
 STEPS, SAVE_EVERY = 12, 4
@@ -46,7 +46,7 @@ OPTIONS = (
 STALL_SECONDS, STALL_SECONDS_LAUNCHED = 6.0, 40.0
 """Longer than a start takes, which counts too."""
 WATCHDOG_GRACE = 10.0
-WRONG, FAILED_SAVE, KILLED = 2, 74, -signal.SIGKILL
+WRONG, FAILED_SAVE, KILLED = ExitCode.WRONG_INPUT, ExitCode.NOT_SAVED, -signal.SIGKILL
 """Exit codes."""
 
 
@@ -286,7 +286,7 @@ def _stalled(scene: Scene, run: RunDirectory, training: Training, stall: float, 
     began = time.monotonic()
     training.until(lambda: "the job is ended" in training.text(), "the watchdog's verdict")
     seconds = time.monotonic() - began
-    training.expect(STALLED, names)
+    training.expect(ExitCode.STALLED, names)
     if "waits in" not in training.line("rank 0 on"):
         raise Unexpected(f"the wrong rank is named:\n{training.tail()}")
     # A second of its clock, and its grace.
@@ -295,7 +295,7 @@ def _stalled(scene: Scene, run: RunDirectory, training: Training, stall: float, 
     told = f"{training.line(names)!r}, {training.line('rank 0 on')!r}"
     scene.goes_on(run)
     return (
-        f"named after {seconds:.1f} s (stall_seconds={stall:g}), exit code {STALLED}: {told}; resumed, bitwise "
+        f"named after {seconds:.1f} s (stall_seconds={stall:g}), exit code {ExitCode.STALLED}: {told}; resumed, bitwise "
         "equal in the end"
     )
 

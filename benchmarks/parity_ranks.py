@@ -23,6 +23,7 @@ from parity_cases import Job, Workspace
 from lander_ds.common import console
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.training.session import Session, open_session
 
 SAMPLE_SECONDS = 0.002
@@ -76,7 +77,7 @@ def own_bytes(session: Session) -> int:
 def hold(workspace: Workspace, job: Job, run: RunDirectory) -> dict[str, Any]:
     """Open a training, count what it holds, and how much memory that took at most."""
     with PeakMemory() as memory:
-        session = open_session(workspace.recipe(job), run)
+        session = open_session(Start(workspace.recipe(job), run))
     span, held = session.model.span, session.engine.rank_bytes()
     facts = {
         "span": [span.start, span.stop],

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processor  # noqa: F401 - before DeepSpeed is imported
 import torch
 from faults import set_environment
 from miniature import Miniature, Unexpected, make_miniature

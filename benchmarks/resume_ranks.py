@@ -11,6 +11,7 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.stages import train
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.progress import Progress
@@ -37,8 +38,8 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
 
     A block in the background ends when its checkpoint is there: what does not fit behind ten steps counts.
     """
-    session, data = open_session(recipe, run), PreparedData.load(run, recipe)
-    loop = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, loss: None)
+    session, data = open_session(Start(recipe, run)), PreparedData.load(run, recipe)
+    trainer = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, loss: None)
     savers = {}
     for kind in KINDS[1:]:
         own = RunDirectory(run.path / kind)
@@ -58,7 +59,7 @@ def time_saves(recipe: Recipe, run: RunDirectory) -> None:
                 savers[kind](Progress(done=step), None)
             copied = time.perf_counter()
             for _ in range(BLOCK):
-                loop._step(step, False)
+                trainer._step(step, False)
                 step += 1
             if kind in savers:
                 savers[kind].finish()

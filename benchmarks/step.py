@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import processor  # noqa: F401 - before DeepSpeed is imported
 from figures import Measured, Sitting, result, table
 from systems import SYSTEMS, work
 from turns import Group, StepTime, SystemFailed
@@ -132,8 +133,6 @@ def set_environment(ranks: int) -> int:
     threads = int(
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, ranks))))
     )
-    # The figures are for the processor, also where there is a GPU.
-    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     # All ranks are on this machine, whatever its name resolves to.
     if Path("/sys/class/net/lo").exists():

@@ -26,11 +26,12 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     """This trainer: routed FFNs with gates in the chosen layers, one bank per pair."""
     from lander_ds.common.run_directory import RunDirectory
     from lander_ds.distributed import collectives, process_group
+    from lander_ds.distributed.start import Start
     from lander_ds.training.metrics_logger import MetricsLogger
     from lander_ds.training.session import open_session
     from lander_ds.training.trainer import Trainer
 
-    class TurnJournal(MetricsLogger):
+    class TurnMetrics(MetricsLogger):
         """Takes the next turn where the real one writes figures down."""
 
         first_loss = 0.0
@@ -48,12 +49,12 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
     if process_group.rank() == 0:
         _save_selection(workload, recipe, run)
     collectives.barrier()
-    session = open_session(recipe, run)
-    journal = TurnJournal()
-    loop = Trainer(session, workload.data(), journal, save=lambda progress, valid_loss: None)
+    session = open_session(Start(recipe, run))
+    metrics = TurnMetrics()
+    trainer = Trainer(session, workload.data(), metrics, save=lambda progress, valid_loss: None)
     turns.next()
-    loop.run()
-    turns.finish(session.trained_parameters, session.total_parameters, journal.first_loss)
+    trainer.run()
+    turns.finish(session.trained_parameters, session.total_parameters, metrics.first_loss)
     process_group.stop()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lander_ds.checkpoint import checkpoint, writer
 from lander_ds.checkpoint.checkpoint import SELECTION, Checkpoint
 from lander_ds.common.errors import ArtefactError
+from lander_ds.common.nested import flatten
 from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import collectives, process_group
 
@@ -128,7 +129,8 @@ def _decide(
 
 def _compare(found: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another training; say what else has changed."""
-    before, now = _flat({key: found.state.get(key) for key in identity}), _flat(identity)
+    before = flatten(_plain({key: found.state.get(key) for key in identity}))
+    now = flatten(_plain(identity))
     if SELECTION not in found.state["files"]:
         before["selection_hash"] = now["selection_hash"]
     for key in sorted(before.keys() | now.keys()):
@@ -142,16 +144,6 @@ def _compare(found: Checkpoint, identity: Mapping[str, Any]) -> None:
                 "--force, which deletes the checkpoints)"
             )
         logger.warning("going on with another option than before: %s", told)
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(_flat(item, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = _plain(item)
-    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ is agreed on by collectives, because those belong to the training that goes on m
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ import torch
 
 from lander_ds.checkpoint.checkpoint import DIGEST, FORMAT, OPTIMIZER, SELECTION, STATE, TRAINED, steps
 from lander_ds.checkpoint.retention import Retention, superfluous
-from lander_ds.common.errors import LanderError
-from lander_ds.common.files import file_hash, flush, json_hash, write_json
+from lander_ds.common.errors import ExitCode, LanderError
+from lander_ds.common.files import file_hash, flush, json_hash, publish, write_json
 from lander_ds.common.run_directory import versions
 from lander_ds.common.tensor_file import save_tensors
 from lander_ds.distributed import collectives, process_group
@@ -41,7 +39,7 @@ REPORT_SECONDS = 1800.0
 class SaveFailed(LanderError):
     """The last checkpoint of a training could not be written."""
 
-    exit_code = 74
+    exit_code = ExitCode.NOT_SAVED
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,8 @@ class Writer:
                 files[SELECTION] = _described(new / SELECTION)
             state = {"format": FORMAT, "step": step, **description, "files": files, "versions": versions()}
             write_json(new / STATE, {**state, DIGEST: json_hash(state)})
-            _publish(new, final)
+            # What had the name before (a damaged one) is kept under another.
+            publish(new, final, lambda: _free_name(final))
         except (OSError, LanderError) as error:
             self._failure = f"checkpoint {final} could not be written: {error}"
             if rank == 0:
@@ -203,22 +202,6 @@ def _collect(new: Path, ranks: int) -> dict[str, dict[str, Any]]:
             )
         time.sleep(POLL_SECONDS if waiting else 0.0)
     return dict(sorted(files.items()))
-
-
-def _publish(new: Path, final: Path) -> None:
-    """Give the complete directory its name; whatever had it before (a damaged one) is kept under another."""
-    flush(new)
-    while True:
-        try:
-            new.rename(final)
-            break
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        # Only a rank of a killed run that still lives could be quicker here; then the loop goes round once more.
-        with suppress(FileNotFoundError, FileExistsError):
-            final.rename(_free_name(final))
-    flush(final.parent)
 
 
 def _free_name(final: Path) -> Path:

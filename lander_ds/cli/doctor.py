@@ -1,87 +1,26 @@
-"""`lander doctor`: the arguments, the table and the verdict."""
+"""`lander doctor`: the table and the verdict."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.table import Table
+from rich.text import Text
+
+from lander_ds.cluster.doctor.doctor import Diagnosis, Options, diagnose
 from lander_ds.cluster.doctor.finding import Finding, fails
 from lander_ds.common import console
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from lander_ds.cluster.doctor.doctor import Diagnosis
-
-SUMMARY = "before a run: whether all hosts are ready, and how fast their network is"
-
-FAILED = 2
-"""Exit code when a check failed."""
+from lander_ds.common.errors import ExitCode
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything but --recipe and --set."""
-    parser.add_argument(
-        "--hostfile", type=Path, metavar="HOSTS", help="the hosts; without it: this machine alone, and no ssh"
-    )
-    parser.add_argument(
-        "--ranks",
-        type=_positive_number,
-        metavar="N",
-        help="without a hostfile: ranks on this machine (default: one per GPU, else 2)",
-    )
-    parser.add_argument(
-        "--launcher",
-        choices=("pdsh", "ssh"),
-        default="pdsh",
-        help="pdsh: DeepSpeed's default; ssh: another one, pdsh and .deepspeed_env do not matter (default: pdsh)",
-    )
-    parser.add_argument("--ssh", default="ssh", metavar="COMMAND", help="ssh with options, e.g. 'ssh -i KEY'")
-    parser.add_argument(
-        "--ssh-port", type=_positive_number, metavar="N", help="where sshd listens on the hosts"
-    )
-    parser.add_argument(
-        "--python", metavar="PATH", help="the interpreter on the hosts (default: the path of this one)"
-    )
-    parser.add_argument(
-        "--master-addr", metavar="ADDRESS", help="where ranks meet (default: as DeepSpeed chooses)"
-    )
-    parser.add_argument(
-        "--master-port",
-        type=_positive_number,
-        default=os.environ.get("MASTER_PORT", "29500"),
-        metavar="N",
-        help="the port where ranks meet (default: $MASTER_PORT, else 29500)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        metavar="SECONDS",
-        help="for each question to a host (default: 120)",
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-    parser.set_defaults(command=_doctor, parser=parser)
-
-
-def _positive_number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from lander_ds.cluster.doctor.doctor import Options, diagnose
-
+def run(arguments: argparse.Namespace) -> None:
+    """Ask all hosts, and print what they say; ends the process where one is not ready."""
     if not arguments.timeout > 0:
         arguments.parser.error(f"--timeout must be above 0, found {arguments.timeout}")
     diagnosis = diagnose(
@@ -107,7 +46,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
             console.write_line(line)
         console.write_line(f"verdict: {verdict(diagnosis.findings)}")
     if fails(diagnosis.findings):
-        sys.exit(FAILED)
+        sys.exit(ExitCode.WRONG_INPUT)
 
 
 def as_json(diagnosis: Diagnosis) -> dict[str, object]:
@@ -133,9 +72,6 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 def table(findings: Sequence[Finding]) -> Table:
     """One row per finding; what is equally well on several hosts shares a row. Faults come last, under everyone's eyes."""
-    from rich.table import Table
-    from rich.text import Text
-
     shown = Table("check", "host", "status", "what was found, and the cure")
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in findings:
@@ -153,18 +89,18 @@ def table(findings: Sequence[Finding]) -> Table:
 
 def bandwidth_lines(diagnosis: Diagnosis) -> list[str]:
     """What was measured between the ranks."""
-    found = diagnosis.bandwidth
+    measured = diagnosis.bandwidth
     # One rank adds nothing up.
-    if not found or found["ranks"] == 1:
+    if not measured or measured["ranks"] == 1:
         return []
-    reduced = found["all_reduce"]
+    reduced = measured["all_reduce"]
     lines = [
-        f"all-reduce over {found['ranks']} ranks ({found['backend']}): {1e6 * reduced['latency_seconds']:.0f} us, "
+        f"all-reduce over {measured['ranks']} ranks ({measured['backend']}): {1e6 * reduced['latency_seconds']:.0f} us, "
         f"{reduced['bytes_per_second'] / 1e9:.2f} GB/s per link with {reduced['bytes'] / 1e6:.1f} MB"
     ]
     lines += [
         f"{message['from']} to {message['to']}: {1e6 * message['latency_seconds']:.0f} us, "
         f"{message['bytes_per_second'] / 1e9:.2f} GB/s"
-        for message in found["point_to_point"]
+        for message in measured["point_to_point"]
     ]
     return lines

@@ -25,6 +25,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lander_ds.common.launch import rank
+
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 logger = logging.getLogger(__name__)
@@ -46,15 +48,6 @@ _HARMLESS_LINES = {
     ),
 }
 """Logger -> parts of log lines of the same kind."""
-
-
-def rank() -> int:
-    """This process's global rank, readable before torch.distributed is initialised.
-
-    Launchers set RANK; mpirun, before the ranks know of one another, only its own variable.
-    """
-    known = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
-    return int(next((value for value in known if value), "0"))
 
 
 def setup_logging(verbose: bool = False) -> None:
@@ -100,8 +93,8 @@ def _handler(verbose: bool) -> logging.Handler:
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        place = " (%(name)s, line %(lineno)d)" if verbose else ""
-        handler.setFormatter(logging.Formatter(f"[%(asctime)s] %(levelname)-8s%(message)s{place}", "%X"))
+        origin = " (%(name)s, line %(lineno)d)" if verbose else ""
+        handler.setFormatter(logging.Formatter(f"[%(asctime)s] %(levelname)-8s%(message)s{origin}", "%X"))
     return handler
 
 

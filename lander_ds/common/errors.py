@@ -6,11 +6,33 @@ traceback and ends with `exit_code`; anything that is not a `LanderError` is a d
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the number that a process ends with means; the help text and the launchers read it here."""
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> ExitCode:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    DONE = 0, "done"
+    WRONG_INPUT = 2, "wrong input"
+    DEFECT = 1, "a defect"
+    NOT_SAVED = 74, "the last checkpoint could not be written"
+    PREEMPTED = 75, "asked to stop (SIGTERM, SIGUSR1) and saved"
+    STALLED = 76, "a rank hung"
+    INTERRUPTED = 130, "interrupted"
+
 
 class LanderError(Exception):
     """Base of every error that a user can cause and cure."""
 
-    exit_code = 2
+    exit_code = ExitCode.WRONG_INPUT
     label = "error"
     """What the command line writes before the message."""
 
@@ -34,4 +56,4 @@ class ArtefactError(LanderError):
 class DiskFull(LanderError):
     """Something could not be written for want of room."""
 
-    exit_code = 74
+    exit_code = ExitCode.NOT_SAVED

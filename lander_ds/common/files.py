@@ -1,15 +1,16 @@
-"""Writing whole directories: a reader finds the old one or the complete new one, never a part. And names of files
-that were read from a file: they must not lead elsewhere.
+"""Writing files and directories so that a reader sees the old one or the complete new one, never a part: every atomic
+write of this package goes through here. And names of files that were read from a file: they must not lead elsewhere.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,75 @@ from lander_ds.common.errors import ArtefactError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write one file under; it is flushed to disk and renamed when the block ends well.
+
+    When the block raises, `path` stays as it was. A crash leaves `path` as it was or the complete new file, and perhaps
+    a hidden `.NAME.PID.tmp`, which nothing reads.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+@contextmanager
 def replacing(final: Path) -> Iterator[Path]:
     """An empty directory beside `final` to write files into; it takes the place of `final` when the block ends well.
 
-    When the block raises, `final` stays as it was and the new directory is removed. What a killed process left
-    behind is removed by the next call.
+    When the block raises, `final` stays as it was and the new directory is removed. A crash leaves `final` as it was or
+    the complete new one; between the two renames it leaves no `final` but the old one under a hidden name, which the
+    next call brings back before it does anything else. Other leftovers of a killed process are removed by it too.
     """
-    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
-        shutil.rmtree(leftover)
     new, old = (final.with_name(f".{final.name}.{part}.tmp") for part in ("new", "old"))
+    if old.exists() and not final.exists():
+        old.rename(final)
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        _discard(leftover)
     new.mkdir(parents=True)
     try:
         yield new
+        for path in new.rglob("*"):
+            flush(path)
+        publish(new, final, lambda: old)
     except BaseException:
-        shutil.rmtree(new)
+        _discard(new)
         raise
-    for path in (*new.iterdir(), new):
-        flush(path)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
+    _discard(old)
+
+
+def _discard(path: Path) -> None:
+    """Delete a directory, or the link or file that stood in its place."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(new: Path, final: Path, aside: Callable[[], Path]) -> None:
+    """Give a complete directory its final name; whatever had that name is first renamed to `aside()`.
+
+    The files in `new` must be on disk already. A crash leaves `final` as it was or complete, or, between the renames,
+    both directories complete under other names.
+    """
+    flush(new)
+    while True:
+        try:
+            new.rename(final)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        # Another process could be quicker here; then the loop goes round once more.
+        with suppress(FileNotFoundError, FileExistsError):
+            final.rename(aside())
     flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -96,14 +144,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to a temporary name, flush it to disk and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    """Write `text` (UTF-8) so that the file is either the old one or the whole new one."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, cure: str) -> Any:

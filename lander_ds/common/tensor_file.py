@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lander_ds.common.errors import ArtefactError
-from lander_ds.common.files import flush
+from lander_ds.common.files import flush, writing
 
 _DAMAGE = (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError)
 """What reading a file raises that is not what was written."""
 
 
 def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], description: str) -> None:
-    """Write under a temporary name, flush to disk, rename to `path`.
+    """Write the file so that it is either the old one or the whole new one.
 
     Args:
         path: its directory is made.
@@ -29,11 +29,8 @@ def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], descriptio
         tensors: contiguous, on the CPU.
         description: JSON.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_tensors(temporary, tensors, {kind: description})
-    temporary.replace(path)
-    flush(path.parent)
+    with writing(path) as temporary:
+        save_tensors(temporary, tensors, {kind: description})
 
 
 def save_tensors(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lander_ds.common import console
+from lander_ds.common import launch
 from lander_ds.config.document import KeyPath, Problems, dotted
 from lander_ds.config.recipe import Recipe
 
@@ -51,7 +51,7 @@ class Check:
 
     def warn(self, key: str, message: str) -> None:
         """Tell that `key` has no effect or is risky."""
-        if console.rank() == 0:
+        if launch.rank() == 0:
             path = key_path(key)
             logger.warning("%s: %s: %s", self.problems.document.origin(path), dotted(path), message)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,21 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_deepspeed_json(recipe: Recipe) -> None:
-    """Load the recipe's DeepSpeed JSON and compare it with the recipe.
-
-    Raises:
-        ConfigError: as `load_deepspeed_json`, or the two contradict each other.
-    """
-    _read_and_compare(recipe)
-
-
-def resolve_deepspeed_config(recipe: Recipe, world_size: int, micro_batches: int) -> dict[str, Any]:
+def resolve_deepspeed_config(
+    recipe: Recipe, world_size: int, micro_batches: int, content: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What to give to DeepSpeed: the recipe's JSON with everything that the recipe decides filled in.
 
     Args:
         recipe: names the JSON.
         world_size: data-parallel ranks.
         micro_batches: micro-batches per rank and optimizer step.
+        content: of the JSON, as `check_deepspeed_json` returned it; default: it is read.
 
     Raises:
         ConfigError: as `check_deepspeed_json`.
     """
-    config: dict[str, Any] = _without_auto(_read_and_compare(recipe))
+    config: dict[str, Any] = _without_auto(dict(check_deepspeed_json(recipe) if content is None else content))
     for decided_by_the_recipe in ("optimizer", "pipeline", "activation_checkpointing"):
         config.pop(decided_by_the_recipe, None)
     config["train_micro_batch_size_per_gpu"] = recipe.train.micro_batch
@@ -98,8 +93,12 @@ def _without_auto(value: Any, path: KeyPath = ()) -> Any:
     }
 
 
-def _read_and_compare(recipe: Recipe) -> dict[str, Any]:
-    """The JSON's content, once nothing in it contradicts the recipe."""
+def check_deepspeed_json(recipe: Recipe) -> dict[str, Any]:
+    """The content of the recipe's DeepSpeed JSON, once nothing in it contradicts the recipe.
+
+    Raises:
+        ConfigError: as `load_deepspeed_json`, or the two contradict each other.
+    """
     document = read_deepspeed_json(Path(recipe.deepspeed))
     config: dict[str, Any] = document.value
     problems = Problems(document)

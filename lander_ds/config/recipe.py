@@ -108,7 +108,8 @@ class PromptConfig:
     template: str = "{src_name}: {src}\n{tgt_name}:"
     """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names."""
     target_prefix: str = " "
-    """Put between prompt and target."""
+    """Ends every prompt. Blanks at its end belong to the target, because tokenizers join a blank with the word behind
+    it; everything before them is never translated."""
     separator: str = "\n\n"
     """Put between few-shot examples."""
     shots: Count = 0

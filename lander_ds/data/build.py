@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from lander_ds.common.console import ProgressTask, progress
 from lander_ds.common.errors import ArtefactError, DataError
-from lander_ds.common.files import json_hash, write_json
+from lander_ds.common.files import json_hash, publish, write_json
 from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.filters import Filter, HeldOut
 from lander_ds.data.prepared import FEATURES, FORMAT, prepared_options, read_manifest, split_file
@@ -121,17 +121,12 @@ def _complete(entry: Path) -> dict[str, Any] | None:
 
 
 def _move_into_place(temporary: Path, entry: Path, anew: bool) -> None:
-    if entry.exists() and (anew or _complete(entry) is None):
-        # Readers of the old entry keep their memory maps until they close them.
+    # Another process may have built the same entry meanwhile; it has the same content.
+    if anew or _complete(entry) is None:
         discarded = temporary.with_suffix(".old")
-        entry.rename(discarded)
+        publish(temporary, entry, lambda: discarded)
+        # Readers of the old entry keep their memory maps until they close them.
         shutil.rmtree(discarded, ignore_errors=True)
-    try:
-        temporary.rename(entry)
-    except OSError:
-        if _complete(entry) is None:
-            raise
-        # Another process has built the same entry meanwhile; it has the same content.
 
 
 def _statistics(counts: Counts) -> dict[str, Any]:

@@ -16,9 +16,9 @@ def check_filters(config: FilterConfig) -> None:
     """Refuse limits that nothing can meet.
 
     Raises:
-        ConfigError: a limit is negative, or the minimum lies above the maximum.
+        ConfigError: the minimum lies above the maximum, or the ratio below 1.
     """
-    if config.min_chars < 0 or config.max_chars < max(1, config.min_chars):
+    if config.max_chars < config.min_chars:
         raise ConfigError(
             f"data.filters: min_chars {config.min_chars} and max_chars {config.max_chars} leave nothing: "
             "raise max_chars"

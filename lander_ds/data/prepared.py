@@ -19,7 +19,7 @@ from lander_ds.common.files import inside, json_hash, read_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe, Split
 
-FORMAT = "lander-prepared-1"
+FORMAT = "lander-prepared-2"
 
 FEATURES = datasets.Features(
     {

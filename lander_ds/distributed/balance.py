@@ -10,10 +10,51 @@ of most models; norms; the embedding, which is a lookup.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from lander_ds.config.recipe import Recipe
+from lander_ds.distributed.parallel_dims import ParallelDims
+from lander_ds.models.family import Family
+from lander_ds.models.span import Span, spans
+
+logger = logging.getLogger(__name__)
+
+
+def span_of(
+    recipe: Recipe, model: PreTrainedModel, family: Family, dims: ParallelDims, everything: bool = False
+) -> Span:
+    """The part of the model that this rank's pipeline stage computes: as `pipeline_cut` says, or balanced by compute.
+
+    Args:
+        recipe: topology and cut.
+        model: after surgery, trained parameters marked; may be on meta.
+        family: its family.
+        dims: of this world.
+        everything: gradients go down to the embedding although nothing is trained (detection).
+    """
+    layers = family.layers_of(model)
+    if dims.pipeline_stages == 1:
+        return Span(0, len(layers), len(layers))
+    costs, of_head = costs_of(
+        layers, model.get_output_embeddings().weight, recipe.train.activation_checkpointing, everything
+    )
+    begins = recipe.pipeline_cut or cut(costs, of_head, dims.pipeline_stages)
+    all_spans = spans(begins, len(layers))
+    shares = pipeline_stage_costs(costs, of_head, begins)
+    for number, (span, share) in enumerate(zip(all_spans, shares, strict=True)):
+        logger.info(
+            "pipeline stage %d: decoder layers %d to %d, %.0f %% of the compute of the slowest stage",
+            number,
+            span.start,
+            span.stop - 1,
+            100.0 * share / max(shares),
+        )
+    return all_spans[dims.pipeline_stage]
 
 
 def costs_of(
@@ -74,25 +115,25 @@ def head_cost(head: int, trained: bool, target_share: float = 0.5, backward: boo
     return round(head * (1 + backward + trained) * target_share)
 
 
-def cut(costs: Sequence[int], head: int, stages: int) -> tuple[int, ...]:
-    """The cut whose slowest stage costs least.
+def cut(costs: Sequence[int], head: int, pipeline_stages: int) -> tuple[int, ...]:
+    """The cut whose slowest pipeline stage costs least.
 
-    Of several such cuts the most even one (least sum of squares); of equally even ones that whose stages begin
-    earliest, because later stages keep the activations of fewer micro-batches. Exact, and the same on every rank.
+    Of several such cuts the most even one (least sum of squares); of equally even ones that whose pipeline stages begin
+    earliest, because later ones keep the activations of fewer micro-batches. Exact, and the same on every rank.
 
     Args:
         costs: of every decoder layer.
-        head: what the last stage does besides its layers.
-        stages: number of stages; each gets at least one layer.
+        head: what the last pipeline stage does besides its layers.
+        pipeline_stages: how many; each gets at least one layer.
 
-    Returns: first layer of every stage but the first.
+    Returns: first layer of every pipeline stage but the first.
 
     Raises:
-        ValueError: fewer layers than stages.
+        ValueError: fewer layers than pipeline stages.
     """
     layers = len(costs)
-    if not 1 <= stages <= layers:
-        raise ValueError(f"{layers} layers cannot be cut into {stages} stages of at least one layer")
+    if not 1 <= pipeline_stages <= layers:
+        raise ValueError(f"{layers} layers cannot be cut into {pipeline_stages} stages of at least one layer")
     before = [0, *accumulate(costs)]
 
     def cost(first: int, end: int) -> int:
@@ -100,7 +141,7 @@ def cut(costs: Sequence[int], head: int, stages: int) -> tuple[int, ...]:
 
     # slowest[first]: the least that the slowest of the stages which share layers from `first` on can cost.
     slowest = {first: cost(first, layers) for first in range(layers)}
-    for later in range(1, stages):
+    for later in range(1, pipeline_stages):
         slowest = {
             first: min(max(cost(first, end), slowest[end]) for end in range(first + 1, layers - later + 1))
             for first in range(layers - later)
@@ -111,8 +152,8 @@ def cut(costs: Sequence[int], head: int, stages: int) -> tuple[int, ...]:
     evenest: dict[int, tuple[int, tuple[int, ...]]] = {
         first: (cost(first, layers) ** 2, ()) for first in range(layers) if cost(first, layers) <= limit
     }
-    for _ in range(stages - 1):
-        found: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for _ in range(pipeline_stages - 1):
+        one_more: dict[int, tuple[int, tuple[int, ...]]] = {}
         for first in range(layers):
             options = [
                 (cost(first, end) ** 2 + squares, (end, *begins))
@@ -120,19 +161,19 @@ def cut(costs: Sequence[int], head: int, stages: int) -> tuple[int, ...]:
                 if end > first and cost(first, end) <= limit
             ]
             if options:
-                found[first] = min(options)
-        evenest = found
+                one_more[first] = min(options)
+        evenest = one_more
     return evenest[0][1]
 
 
-def stage_costs(costs: Sequence[int], head: int, begins: Sequence[int]) -> list[int]:
-    """What every stage costs.
+def pipeline_stage_costs(costs: Sequence[int], head: int, begins: Sequence[int]) -> list[int]:
+    """What every pipeline stage costs.
 
     Args:
         costs: of every decoder layer.
-        head: what the last stage does besides its layers.
-        begins: first layer of every stage but the first.
+        head: what the last pipeline stage does besides its layers.
+        begins: first layer of every pipeline stage but the first.
     """
-    stages = [sum(costs[first:end]) for first, end in pairwise([0, *begins, len(costs)])]
-    stages[-1] += head
-    return stages
+    sums = [sum(costs[first:end]) for first, end in pairwise([0, *begins, len(costs)])]
+    sums[-1] += head
+    return sums

@@ -1,4 +1,5 @@
-"""The process group: started through DeepSpeed, on one process and on many, so that every stage runs the same code path.
+"""The process groups: of the compute device, started through DeepSpeed, for stages that every rank works on; of the CPU
+alone, in which ranks wait while rank 0 works.
 
 One process without a launcher is a world of size 1 and needs no process group for anything but ZeRO.
 """
@@ -13,10 +14,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lander_ds.common import launch
 from lander_ds.distributed import discovery
 
+COLLECTIVE_SECONDS = 1800.0
+"""How long one collective may take."""
 
-def start(timeout_seconds: float = 1800.0) -> None:
+WAIT_SECONDS = 24 * 3600.0
+"""How long ranks wait for rank 0 where it works alone, such as on reading large corpora."""
+
+_waiting: dist.ProcessGroup | None = None
+"""Of the CPU, beside a group of the compute device, whose time limit is shorter."""
+
+
+def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
     """Initialise torch.distributed through DeepSpeed (gloo on CPU, NCCL on GPU); does nothing when it already is.
 
     Without a launcher (no RANK and no MPI in the environment) a world of one process is made on a free port.
@@ -24,12 +35,13 @@ def start(timeout_seconds: float = 1800.0) -> None:
     Raises:
         ConfigError: it is not clear which network the ranks are to use; see discovery.py.
     """
+    global _waiting  # noqa: PLW0603
     if dist.is_initialized():
         return
+    # Stages that need no such group are spared the seconds that importing it takes.
     import deepspeed
 
-    under_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
-    if "RANK" not in os.environ and not under_mpi:
+    if "RANK" not in os.environ and launch.mpi_size() is None:
         os.environ.update(
             {
                 "RANK": "0",
@@ -39,19 +51,44 @@ def start(timeout_seconds: float = 1800.0) -> None:
                 "MASTER_PORT": str(free_port()),
             }
         )
+    _find_others()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    if world_size() > 1:
+        _waiting = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+
+
+def start_on_cpu() -> None:
+    """Initialise torch.distributed with gloo alone, for stages in which rank 0 works and the other ranks wait.
+
+    Raises:
+        ConfigError: as `start`.
+    """
+    if not dist.is_initialized():
+        _find_others()
+        dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+
+
+def _find_others() -> None:
     discovery.discover()
     discovery.choose_interface()
     # DeepSpeed's shared-memory all-reduce needs a C++ compiler at the first start and leaves 69 MB per rank in
     # /dev/shm after the run; gloo does the same work.
     os.environ.pop("LOCAL_SIZE", None)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def wait_for_rank_zero() -> None:
+    """Wait, on the CPU, until every rank is here; rank 0 may come a day later."""
+    if world_size() > 1:
+        dist.barrier(_waiting)
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process groups, if there are any."""
+    global _waiting  # noqa: PLW0603
     if dist.is_initialized():
         dist.destroy_process_group()
+    _waiting = None
 
 
 def free_port() -> int:
@@ -74,7 +111,7 @@ def world_size() -> int:
 def device() -> torch.device:
     """The device this rank computes on."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", launch.local_rank())
     return torch.device("cpu")
 
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lander_ds.common.errors import ExitCode
 from lander_ds.common.files import write_json
 from lander_ds.distributed import collectives, process_group
 
 logger = logging.getLogger(__name__)
 
-STALLED = 76
-"""Exit code of a job that the watchdog ended."""
 GRACE_SECONDS = 10.0
 """How long reports of the other ranks are waited for."""
 _PACKAGE = str(Path(__file__).parents[1])
@@ -82,7 +81,7 @@ class Watchdog:
                     )
                 finally:
                     sys.stderr.flush()
-                    os._exit(STALLED)
+                    os._exit(ExitCode.STALLED)
 
     def _tell(self, quiet: float) -> None:
         """Write this rank's report, wait for the others, and have one rank log the verdict."""

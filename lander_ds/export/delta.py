@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from lander_ds.common.errors import ArtefactError
@@ -221,4 +222,8 @@ def _routing(meta: Mapping[str, Any]) -> RoutingConfig | None:
         return None
     if meta["dtype"] not in get_args(get_type_hints(ModelConfig)["dtype"]):
         raise ValueError(f"dtype {meta['dtype']!r}")
-    return RoutingConfig(**meta["routing"])
+    try:
+        return RoutingConfig(**meta["routing"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"routing.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

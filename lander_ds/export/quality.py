@@ -59,7 +59,7 @@ def folding_loss(
     losses: dict[str, dict[str, Any]] = {}
     for fold, directory in folds.items():
         exported = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, recipe.model.dtype))
-        folded = InferenceModel(exported.to(device).eval(), None)
+        folded = InferenceModel(exported.to(device).eval())
         losses[fold] = {}
         for pair, (split, wanted) in requests.items():
             if fold in (pair, MEAN):

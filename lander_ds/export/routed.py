@@ -68,7 +68,7 @@ def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:
             "banks": [
                 {
                     "kind": bank.kind,
-                    "owners": [routed.state.pairs[owner] for owner in bank.owners],
+                    "owners": [routed.pairs[owner] for owner in bank.owners],
                     "size": bank.up.shape[0],
                 }
                 for bank in banks_of(routed)
@@ -93,7 +93,7 @@ def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:
         "pad_token_id": getattr(model.config, "pad_token_id", None),
         "base": base,
         "routing": {
-            "pairs": list(first.state.pairs),
+            "pairs": list(first.pairs),
             "layers_path": f"{family.decoder}.{family.layers}",
             "ffn": asdict(family.ffn),
             "options": {key: first.options[key] for key in OPTIONS},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from lander_ds.export.delta import Delta, Flipped
 from lander_ds.export.trained import TrainedModel
 from lander_ds.models.catalogue import family_of
 from lander_ds.models.family import Family
-from lander_ds.models.routed_ffn import RoutingState
+from lander_ds.models.routed_ffn import Routing, routed
 from lander_ds.models.surgery import install, routed_ffns
 from lander_ds.models.weights import BaseWeights
 
@@ -29,8 +29,8 @@ class _Added:
 
     layers: Mapping[int, nn.Module]
     """Decoder layer -> one with a routed FFN; everything else in it is the base's own."""
-    state: RoutingState | None
-    """Where the routed FFNs look for the pair."""
+    pairs: tuple[str, ...]
+    """That its routed FFNs know; none without gates."""
     tensors: Mapping[str, torch.Tensor]
     """Parameter name -> changed values."""
 
@@ -93,7 +93,7 @@ class Switch:
             if trained is not None and trained.pairs_differ:
                 self._added[name] = self._routed(delta, trained)
             else:
-                self._added[name] = _Added({}, None, self._changed(delta))
+                self._added[name] = _Added({}, (), self._changed(delta))
 
     def remove(self, name: str) -> None:
         """Forget a delta and free its memory; not inside `using`."""
@@ -103,6 +103,9 @@ class Switch:
     @contextmanager
     def using(self, name: str, pair: str | Sequence[str] | None = None) -> Iterator[PreTrainedModel]:
         """Inside, the model (`forward`, `generate`) is what the delta makes of the base.
+
+        The pair is known to this thread; a thread that is started inside needs its context
+        (`contextvars.copy_context().run`).
 
         Args:
             name: of a delta that was added.
@@ -118,11 +121,13 @@ class Switch:
                     f"no delta {name!r} was added: there are {', '.join(self._added) or 'none'}"
                 )
             added = self._added[name]
-            if added.state is not None:
-                added.state.begin(self._pair_ids(name, added.state.pairs, pair))
+            following: AbstractContextManager[None] = nullcontext()
+            if added.pairs:
+                following = routed(Routing(self._pair_ids(name, added.pairs, pair)))
             try:
                 self._put(added)
-                yield self.model
+                with following:
+                    yield self.model
             finally:
                 self._put_base(added)
 
@@ -167,12 +172,12 @@ class Switch:
 
     def _changed(self, delta: Delta) -> dict[str, torch.Tensor]:
         """Changed values of the model's parameters, in their type and on their device."""
-        source, found = Flipped(self._weights, delta), {}
+        source, changed = Flipped(self._weights, delta), {}
         for name, parameter in self.model.named_parameters():
             stored = self._weights.stored_name(name, self.model.base_model_prefix, self._family.renamed)
             if stored is not None and stored in source.changed():
-                found[name] = source.tensor(stored, parameter.dtype).to(parameter.device)
-        return found
+                changed[name] = source.tensor(stored, parameter.dtype).to(parameter.device)
+        return changed
 
     def _routed(self, delta: Delta, trained: TrainedModel) -> _Added:
         """Copies of the selected layers that share all but their FFNs with the base's."""
@@ -182,14 +187,14 @@ class Switch:
             for chosen in selection.layers:
                 self._layers[chosen.layer] = _shared(self._base_layers[chosen.layer])
             # Its loop touches the selected layers alone.
-            state = install(self.model, self._family, selection, routing, seed=0)
-            for prefix, routed in routed_ffns(self.model):
-                for local, parameter in routed.named_parameters():
+            install(self.model, self._family, selection, routing, seed=0)
+            for prefix, ffn in routed_ffns(self.model):
+                for local, parameter in ffn.named_parameters():
                     name = f"{prefix}.{local}"
                     values = trained.value(name, parameter, parameter.dtype)
                     parameter.requires_grad_(False).data = values.to(parameter.device)
             layers = {chosen.layer: self._layers[chosen.layer].eval() for chosen in selection.layers}
-            return _Added(layers, state, {})
+            return _Added(layers, selection.pairs, {})
         finally:
             for index, layer in enumerate(self._base_layers):
                 self._layers[index] = layer

@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.common.files import json_hash
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
-from lander_ds.models.weights import base_fingerprint
+from lander_ds.distributed.start import Start
 
 System = Literal["base", "fewshot", "trained"]
 
@@ -24,11 +23,10 @@ def record_name(system: System) -> str:
     return f"translate.{system}"
 
 
-def is_up_to_date(recipe: Recipe, run: RunDirectory, data: PreparedData, system: System) -> bool:
+def is_up_to_date(start: Start, data: PreparedData, system: System) -> bool:
     """Whether the system's translations are there and were made from this recipe, data, base and training."""
-    return run.up_to_date(
-        record_name(system), options_of(recipe, system), inputs_of(recipe, run, data, system)
-    )
+    options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)
+    return start.run.up_to_date(record_name(system), options, inputs)
 
 
 def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
@@ -40,13 +38,13 @@ def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
     return {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
 
 
-def inputs_of(recipe: Recipe, run: RunDirectory, data: PreparedData, system: System) -> dict[str, str]:
+def inputs_of(start: Start, data: PreparedData, system: System) -> dict[str, str]:
     """Hashes of what a system's translations are made from.
 
     Raises:
         ArtefactError: the trained system is asked for and there is no checkpoint.
     """
-    inputs = {"data": data.hash, "base": base_fingerprint(recipe.model.path)}
+    inputs = {"data": data.hash, "base": start.base_fingerprint}
     if system == "trained":
-        inputs["checkpoint"] = json_hash(dict(checkpoint.newest(run.checkpoints).state))
+        inputs["checkpoint"] = json_hash(dict(checkpoint.newest(start.run.checkpoints).state))
     return inputs

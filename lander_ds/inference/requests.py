@@ -9,7 +9,7 @@ from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
 from lander_ds.data.tokens.prompt import choose_shots, render_prompt, shots_for
-from lander_ds.data.tokens.tokenizer import encode_prompts
+from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.inference.provenance import System
 from lander_ds.inference.translate import Request
 
@@ -36,7 +36,6 @@ def requests_for(
                 f"translate.split: {pair} has no sentence in split {config.split}: add a corpus with "
                 f"`split: {config.split}` to data.corpora, or translate another split"
             )
-    opening = _opening(tokenizer, recipe.data.prompt.target_prefix)
     requests = {}
     for pair in recipe.data.pairs:
         split = splits[pair]
@@ -47,7 +46,7 @@ def requests_for(
         else:
             prompts = [_own_prompt(split, index) for index in indices]
         requests[pair] = [
-            Request(sentence.id, sentence.src, sentence.tgt, (*prompt, *opening))
+            Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt))
             for sentence, prompt in zip(sentences, prompts, strict=True)
         ]
     return requests
@@ -83,20 +82,13 @@ def _fewshot_prompts(
     count = recipe.translate.shots
     # One more than needed: a sentence that is itself an example gets the next one instead.
     examples = fewshot_examples(train, count + 1, recipe.seed)
-    texts = [
+    prompts = [
         render_prompt(recipe.data.prompt, pair, s.src, shots_for(examples, (s.src, s.tgt), count))
         for s in sentences
     ]
-    return encode_prompts(tokenizer, texts)
+    return TextEncoder(tokenizer).prompts(prompts)
 
 
 def _own_prompt(split: PreparedSplit, index: int) -> list[int]:
     ids, prompt_length = split.tokens(index)
     return [int(token) for token in ids[:prompt_length]]
-
-
-def _opening(tokenizer: PreTrainedTokenizerBase, target_prefix: str) -> list[int]:
-    # A line end stops the translation, so one that belongs to the target prefix must stand in the prompt.
-    if "\n" not in target_prefix:
-        return []
-    return list(tokenizer(target_prefix, add_special_tokens=False)["input_ids"])

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lander_ds.models.routed_ffn import GateSink, Routing, routed
+
 LayerArguments = Callable[[int], dict[str, Any]]
 """Decoder layer index -> keyword arguments of that layer."""
 
@@ -89,9 +91,23 @@ class Family:
         """The out-projection of every layer; its input is h (only before surgery)."""
         return [layer.get_submodule(self.ffn.down) for layer in self.layers_of(model)]
 
-    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """One decoder layer: hidden [1, T, d] -> hidden [1, T, d]."""
-        output = layer(hidden, **arguments)
+    def run_layer(
+        self,
+        layer: nn.Module,
+        hidden: torch.Tensor,
+        arguments: dict[str, Any],
+        routing: Routing,
+        gates: GateSink | None = None,
+    ) -> torch.Tensor:
+        """One decoder layer: hidden [1, T, d] -> hidden [1, T, d].
+
+        Args:
+            layer, hidden, arguments: what is run on what.
+            routing: for its FFN, if that is routed.
+            gates: gets the values of its gate, if it has one.
+        """
+        with routed(routing, gates):
+            output = layer(hidden, **arguments)
         hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from torch import nn
 from torch.nn import functional
 
@@ -128,8 +129,6 @@ class LossHead(nn.Module):
         if not self.weight.requires_grad:
             return _frozen_head_loss(hidden, self.weight, self.bias, targets, self.softcap)
         if self.softcap is None:
-            from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
-
             return vocab_parallel_linear_cross_entropy(  # type: ignore[no-any-return]
                 hidden, self.weight, targets, bias=self.bias, reduction="none"
             )

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from .routed_ffn import BankFFN, Gate, RoutedFFN, RoutingState, take_place
+from .routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, routed, take_place
 
 
 class LanderConfig(PretrainedConfig):
@@ -36,11 +37,15 @@ class LanderConfig(PretrainedConfig):
 
 
 class LanderForCausalLM(PreTrainedModel, GenerationMixin):
-    """The routed model. `forward` and `generate` take `pair` (e.g. "en-de") or `pair_ids`."""
+    """The routed model. `forward` and `generate` take `pair` (e.g. "en-de") or `pair_ids`.
+
+    The pair holds for that call and that thread alone: threads may translate different pairs at the same time.
+    """
 
     config_class = LanderConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -52,7 +57,6 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = AutoModelForCausalLM.from_config(config.base_config(), dtype=torch.get_default_dtype())
         self._no_split_modules = self.model._no_split_modules
         routing = config.routing
-        self.routing_state = RoutingState(routing["pairs"])
         layers = self.model.get_submodule(routing["layers_path"])
         for entry in routing["layers"]:
             layer = layers[entry["layer"]]
@@ -81,21 +85,28 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         output_bias = None if down.bias is None else torch.empty(d)
         activation = layer.get_submodule(paths["activation"])
         return RoutedFFN(
-            entry["layer"], banks, activation, output_bias, router, routing["options"], self.routing_state
+            entry["layer"], banks, activation, output_bias, router, routing["options"], routing["pairs"]
         )
 
-    def _set_pair(self, pair: str | None, pair_ids: torch.Tensor | None) -> None:
+    def _routing(self, pair: str | None, pair_ids: torch.Tensor | None) -> Routing:
+        pairs = self.config.routing["pairs"]
         if pair is not None:
-            if pair not in self.routing_state.pairs:
-                raise ValueError(
-                    f"unknown pair {pair!r}; this model knows {', '.join(self.routing_state.pairs)}"
-                )
-            pair_ids = torch.tensor(self.routing_state.pairs.index(pair), device=self.device)
+            if pair not in pairs:
+                raise ValueError(f"unknown pair {pair!r}; this model knows {', '.join(pairs)}")
+            pair_ids = torch.tensor(pairs.index(pair), device=self.device)
         if pair_ids is None:
-            raise ValueError(
-                f"say which language pair: pair=..., one of {', '.join(self.routing_state.pairs)}"
-            )
-        self.routing_state.begin(pair_ids)
+            raise ValueError(f"say which language pair: pair=..., one of {', '.join(pairs)}")
+        return Routing(pair_ids)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **options: Any
+    ) -> None:
+        """A layer that is run again in the backward pass belongs to the pair of its forward pass."""
+
+        def checkpointed(function: Any, *args: Any, **kwargs: Any) -> Any:
+            return gradient_checkpointing_func(carrying(function), *args, **kwargs)
+
+        super()._set_gradient_checkpointing(enable, checkpointed, **options)
 
     def forward(
         self, *args: Any, pair: str | None = None, pair_ids: torch.Tensor | None = None, **kwargs: Any
@@ -107,8 +118,8 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
             pair: language pair of the whole batch.
             pair_ids: or int64 pair ids, [B] or [B, T].
         """
-        self._set_pair(pair, pair_ids)
-        return self.model(*args, **kwargs)
+        with routed(self._routing(pair, pair_ids)):
+            return self.model(*args, **kwargs)
 
     def generate(
         self, *args: Any, pair: str | None = None, pair_ids: torch.Tensor | None = None, **kwargs: Any
@@ -120,10 +131,10 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
             pair: language pair of the whole batch.
             pair_ids: or int64 pair ids [B].
         """
-        self._set_pair(pair, pair_ids)
         # generation_config.json of the directory was read into this model, not into the plain one.
         self.model.generation_config = self.generation_config
-        return self.model.generate(*args, **kwargs)
+        with routed(self._routing(pair, pair_ids)):
+            return self.model.generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
         """The plain model's token embedding."""

@@ -17,7 +17,6 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import Recipe, TrainConfig
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
-from lander_ds.models.routed_ffn import RoutingState
 from lander_ds.models.surgery import banks_of, install, routed_ffns
 
 Groups = dict[str, list[nn.Parameter]]
@@ -25,22 +24,20 @@ Groups = dict[str, list[nn.Parameter]]
 
 def prepare_model(
     model: PreTrainedModel, family: Family, recipe: Recipe, selection: Selection | None
-) -> RoutingState | None:
+) -> None:
     """Bring a model (on meta) into the shape that the recipe's method trains.
 
     `lander`: surgery. `lora`: adapters on every linear layer of the decoder, through PEFT. `full`, `layers`: as is.
-
-    Returns: the routing state of a routed model, else None.
     """
     if recipe.train.method == "lander":
         assert selection is not None
-        return install(model, family, selection, recipe.routing, recipe.seed)
-    if recipe.train.method == "lora":
+        install(model, family, selection, recipe.routing, recipe.seed)
+    elif recipe.train.method == "lora":
         _add_adapters(model, recipe)
-    return None
 
 
 def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
+    # Here, because it takes two seconds that only LoRA needs.
     from peft import LoraConfig, inject_adapter_in_model
 
     lora = recipe.train.lora
@@ -101,7 +98,7 @@ def _bank_groups(model: PreTrainedModel, train: TrainConfig) -> Groups:
     for _, routed in routed_ffns(model):
         for bank in banks_of(routed):
             if bank.kind in train.banks:
-                everyone = len(bank.owners) == len(routed.state.pairs)
+                everyone = len(bank.owners) == len(routed.pairs)
                 name = bank.kind if everyone else str(bank.group)
                 groups.setdefault(name, []).extend(bank.parameters())
         if routed.router is not None:

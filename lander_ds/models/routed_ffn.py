@@ -4,13 +4,16 @@
 
 This module needs torch alone: routed exports carry a copy of it, so that they compute what was trained.
 
-Shapes: T tokens (leading dimensions flattened), d hidden width, n neurons of one bank, M pairs, E examples.
+Shapes: T tokens (leading dimensions flattened), d hidden width, n neurons of one bank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,35 +23,21 @@ from torch.nn import functional
 UNIFORM_BITS = 24
 
 
-class RoutingState:
-    """What the routed FFNs of one model share during a forward pass. Plain data, no parameters.
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What the routed FFNs need to know of one batch besides its hidden states.
 
-    `pair_ids` must be set before every forward: int64 pair ids, 0-dimensional for a batch of one pair, [B] or
-    [B, 1] per row, or one per token ([T], [B, T]). -1 is padding, which owns no specific bank and must carry
-    no loss. The rest is for training.
+    `pair_ids` are int64: 0-dimensional for a batch of one pair, [B] or [B, 1] per row, or one per token ([T], [B, T]).
+    -1 is padding, which owns no specific bank and must carry no loss. The rest is for training.
     """
 
-    def __init__(self, pairs: Sequence[str]) -> None:
-        self.pairs = tuple(pairs)
-        self.pair_ids: torch.Tensor | None = None
-        self.segment_ids: torch.Tensor | None = None
-        """[T] number of the example each token belongs to; set when budget or noise need it."""
-        self.examples = 0
-        """E, examples in this micro-batch."""
-        self.noise_keys: torch.Tensor | None = None
-        """[T] int64, unique per (step, sample, position); the layer is added by the FFN."""
-        self.alpha = 0.0
-        """Weight of the gate noise; 0 in evaluation."""
-        self.statistics: dict[int, torch.Tensor] | None = None
-        """When a dict: per layer [2, M] float64 sums of c and token counts per pair, over all forwards."""
-        self.specific_share: list[torch.Tensor] | None = None
-        """When a list: every gate appends [E], the sum of 1 - c over an example's tokens (for the budget)."""
-        self._owned: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
-
-    def begin(self, pair_ids: torch.Tensor) -> None:
-        """Set the pair ids of the forward passes that follow."""
-        self.pair_ids = pair_ids
-        self._owned = {}
+    pair_ids: torch.Tensor
+    noise_keys: torch.Tensor | None = None
+    """[T] int64, unique per (step, sample, position); the layer is added by the FFN."""
+    alpha: float = 0.0
+    """Weight of the gate noise."""
+    _owned: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    """What `owned_tokens` has computed: the same for all layers."""
 
     def tokens(self, shape: torch.Size) -> torch.Tensor:
         """Pair ids [T] for an input of leading dimensions `shape` (T = their product).
@@ -56,10 +45,6 @@ class RoutingState:
         Only the product counts, because some families (OPT) flatten [B, T] before the FFN; beam search, which
         repeats every row, fits too.
         """
-        if self.pair_ids is None:
-            raise RuntimeError(
-                f"the language pair is not set: pass pair=... (one of {', '.join(self.pairs)})"
-            )
         tokens = math.prod(shape)
         rows = self.pair_ids.reshape(-1, 1)
         if tokens % len(rows):
@@ -69,16 +54,52 @@ class RoutingState:
             )
         return rows.expand(-1, tokens // len(rows)).reshape(-1)
 
-    def owned_tokens(self, pair_ids: torch.Tensor, owners: tuple[int, ...]) -> torch.Tensor:
-        """Indices (int64) of the tokens whose pair is among `owners`; computed once for all layers."""
-        # The length belongs to the key, because one `begin` serves prefill and every step of a generation.
-        key = (owners, len(pair_ids))
+    def owned_tokens(self, pair_ids: torch.Tensor, owners: tuple[int, ...], pairs: int) -> torch.Tensor:
+        """Indices (int64) of the tokens whose pair is among `owners`, of `pairs` pairs in all."""
+        # The length belongs to the key, because one routing serves prefill and every step of a generation.
+        key = (owners, len(pair_ids), pair_ids.device)
         if key not in self._owned:
             # One entry more than there are pairs: id -1 (padding) finds it.
-            table = torch.zeros(len(self.pairs) + 1, dtype=torch.bool, device=pair_ids.device)
+            table = torch.zeros(pairs + 1, dtype=torch.bool, device=pair_ids.device)
             table[list(owners)] = True
             self._owned[key] = table[pair_ids].nonzero().squeeze(-1)
         return self._owned[key]
+
+
+GateSink = Callable[[torch.Tensor], None]
+"""Gets the values c [T, 1] of a gate, which carry gradients."""
+
+_CURRENT: ContextVar[tuple[Routing, GateSink | None] | None] = ContextVar("routing", default=None)
+"""Decoder layers hand their FFN nothing but x, so the last step to it is made here: per thread, and per call."""
+
+
+@contextmanager
+def routed(routing: Routing, gates: GateSink | None = None) -> Iterator[None]:
+    """Within this context, in this thread, routed FFNs follow `routing`.
+
+    Args:
+        routing: of the batch.
+        gates: called by every gate with its values.
+    """
+    token = _CURRENT.set((routing, gates))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def carrying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the routing of this very moment, whenever and in whatever thread it is called."""
+    current = _CURRENT.get()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        token = _CURRENT.set(current)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _CURRENT.reset(token)
+
+    return call
 
 
 class _OwnedLinear(torch.autograd.Function):
@@ -257,7 +278,7 @@ class RoutedFFN(nn.Module):
         output_bias: torch.Tensor | None,
         gate: Gate | None,
         options: dict[str, Any],
-        state: RoutingState,
+        pairs: Sequence[str],
     ) -> None:
         """Assemble.
 
@@ -269,7 +290,7 @@ class RoutedFFN(nn.Module):
             gate: the gate, or None for no routing.
             options: `gate` input|output|none, `gate_init` preserve|paper, `gate_eval` soft|hard,
                 `other_pairs` keep|mask.
-            state: shared by all routed FFNs of the model.
+            pairs: names, in the order of the pair ids.
         """
         super().__init__()
         self.layer = layer
@@ -279,18 +300,28 @@ class RoutedFFN(nn.Module):
         self.register_parameter("output_bias", bias)
         self.router = gate
         self.options = dict(options)
-        self.state = state
+        self.pairs = tuple(pairs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """FFN output, same shape as `x` [..., d]."""
+        """FFN output, same shape as `x` [..., d], inside `routed`."""
+        current = _CURRENT.get()
+        if current is None:
+            raise RuntimeError(
+                f"the language pair is not set: pass pair=... (one of {', '.join(self.pairs)})"
+            )
+        routing, gates = current
         shape = x.shape
-        pair_ids = self.state.tokens(shape[:-1])
+        pair_ids = routing.tokens(shape[:-1]).to(x.device)
         flat = x.reshape(-1, shape[-1])
-        general, specific = self._scales(flat, pair_ids)
+        general, specific = self._scales(flat, routing, gates)
         output: torch.Tensor | None = None
         for bank in self.banks:
             assert isinstance(bank, BankFFN)
-            part = self._bank_output(bank, flat, pair_ids, general, specific)
+            everyone = len(bank.owners) == len(self.pairs)
+            owned = None
+            if bank.kind != "frozen" and not everyone:
+                owned = routing.owned_tokens(pair_ids, bank.owners, len(self.pairs))
+            part = self._bank_output(bank, flat, owned, general, specific)
             output = part if output is None else output + part
         assert output is not None
         if self.output_bias is not None:
@@ -298,49 +329,33 @@ class RoutedFFN(nn.Module):
         return output.reshape(shape)
 
     def _scales(
-        self, x: torch.Tensor, pair_ids: torch.Tensor
+        self, x: torch.Tensor, routing: Routing, gates: GateSink | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """c_G and c_S, each [T, 1] in the type of x; (None, None) without a gate."""
         if self.router is None:
             return None, None
         logits = self.router(x)
-        state = self.state
-        if self.training and state.alpha > 0.0 and state.noise_keys is not None:
-            logits = logits + state.alpha * gate_noise(state.noise_keys, self.layer).unsqueeze(-1)
+        if self.training and routing.alpha > 0.0 and routing.noise_keys is not None:
+            logits = logits + routing.alpha * gate_noise(routing.noise_keys, self.layer).unsqueeze(-1)
         c = torch.sigmoid(logits)
         if not self.training and self.options["gate_eval"] == "hard":
             c = (c >= 0.5).float()
-        self._record(c, pair_ids)
+        if gates is not None:
+            gates(c)
         factor = 2.0 if self.options["gate_init"] == "preserve" else 1.0
         return (factor * c).to(x.dtype), (factor * (1.0 - c)).to(x.dtype)
-
-    def _record(self, c: torch.Tensor, pair_ids: torch.Tensor) -> None:
-        """Add c [T, 1] to the statistics and the budget that the trainer asked for."""
-        state = self.state
-        if state.statistics is not None:
-            values = c.detach().squeeze(-1).double()
-            known = pair_ids >= 0
-            sums = torch.zeros(2, len(state.pairs), dtype=torch.float64, device=c.device)
-            sums[0].index_add_(0, pair_ids[known], values[known])
-            sums[1].index_add_(0, pair_ids[known], torch.ones_like(values[known]))
-            state.statistics[self.layer] = state.statistics.get(self.layer, 0.0) + sums
-        if state.specific_share is not None and state.segment_ids is not None:
-            share = torch.zeros(state.examples, dtype=c.dtype, device=c.device)
-            state.specific_share.append(share.index_add(0, state.segment_ids, 1.0 - c.squeeze(-1)))
 
     def _bank_output(
         self,
         bank: BankFFN,
         x: torch.Tensor,
-        pair_ids: torch.Tensor,
+        owned: torch.Tensor | None,
         general: torch.Tensor | None,
         specific: torch.Tensor | None,
     ) -> torch.Tensor:
-        """One bank's contribution [T, d]."""
+        """One bank's contribution [T, d]; `owned`: indices of the tokens that own it, None: all."""
         if bank.kind == "frozen":
             return bank(x, self.activation, None, None, None)  # type: ignore[no-any-return]
-        everyone = len(bank.owners) == len(self.state.pairs)
-        owned = None if everyone else self.state.owned_tokens(pair_ids, bank.owners)
         scale = general if bank.kind == "general" else specific
         keep = None
         if owned is not None:

@@ -19,7 +19,7 @@ from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.config.recipe import RoutingConfig
 from lander_ds.method.selection import LayerSelection, Selection
 from lander_ds.models.family import Family, FFNPaths
-from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, RoutingState, replace, take_place
+from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, replace, take_place
 
 OPTIONS = ("gate", "gate_init", "gate_eval", "other_pairs")
 
@@ -40,7 +40,7 @@ class Slice:
 
 def install(
     model: PreTrainedModel, family: Family, selection: Selection, routing: RoutingConfig, seed: int
-) -> RoutingState:
+) -> None:
     """Replace the FFNs of the selected layers by routed ones of the same weights; freeze all but the gates.
 
     Args:
@@ -67,7 +67,6 @@ def install(
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    state = RoutingState(selection.pairs)
     options = {key: value for key, value in asdict(routing).items() if key in OPTIONS}
     for chosen in selection.layers:
         layer, index = layers[chosen.layer], chosen.layer
@@ -77,13 +76,12 @@ def install(
         router = None if routing.gate == "none" else _new_gate(up.weight, routing.hidden, seed, index)
         activation = layer.get_submodule(family.ffn.activation)
         output_bias = None if down.bias is None else down.bias.data
-        routed = RoutedFFN(index, banks, activation, output_bias, router, options, state)
+        routed = RoutedFFN(index, banks, activation, output_bias, router, options, selection.pairs)
         if routed.output_bias is not None:
             everything = torch.arange(len(routed.output_bias))
             name = f"{projections['down'][0]}.bias"
             _mark(routed.output_bias, Slice(name, 0, everything, routed.output_bias.shape))
         _put_in(layer, family.ffn, routed)
-    return state
 
 
 Projections = dict[str, tuple[str, nn.Linear]]
@@ -91,7 +89,7 @@ Projections = dict[str, tuple[str, nn.Linear]]
 
 
 def _projections(layer: nn.Module, name: str, paths: FFNPaths) -> Projections:
-    found: Projections = {}
+    projections: Projections = {}
     for role, path in (("up", paths.up), ("down", paths.down), ("gate", paths.gate)):
         if path is not None:
             module = layer.get_submodule(path)
@@ -99,12 +97,12 @@ def _projections(layer: nn.Module, name: str, paths: FFNPaths) -> Projections:
                 raise ModelError(
                     f"{name}.{path}: expected a linear projection, found {type(module).__name__}"
                 )
-            found[role] = (f"{name}.{path}", module)
-    if "gate" in found and any(module.bias is not None for _, module in found.values()):
+            projections[role] = (f"{name}.{path}", module)
+    if "gate" in projections and any(module.bias is not None for _, module in projections.values()):
         raise ModelError(
             f"{name}: a gated FFN with biases (mlp_bias) is not supported; use a base model without them"
         )
-    return found
+    return projections
 
 
 def _banks(projections: Projections, chosen: LayerSelection, pairs: tuple[str, ...]) -> list[BankFFN]:

@@ -1,6 +1,6 @@
-"""The module that DeepSpeed wraps: packed micro-batch in, token-normalised loss out; the whole model or one stage of it.
+"""The module that DeepSpeed wraps: packed micro-batch in, token-normalised loss out; the whole model or a span of it.
 
-It runs the HF decoder piece by piece (see `families.family`), so that nothing is padded, logits exist at target
+It runs the HF decoder piece by piece (see `models.family`), so that nothing is padded, logits exist at target
 positions alone, layers below the first trained one build no graph, and a pipeline stage runs the same code as a
 whole model.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.family import Family
 from lander_ds.models.loss import LossHead
-from lander_ds.models.routed_ffn import RoutingState
+from lander_ds.models.routed_ffn import Routing
 from lander_ds.models.span import Span, units, whole
 from lander_ds.models.surgery import routed_ffns
 
@@ -52,6 +53,41 @@ class Objective:
     """Of the gate noise."""
 
 
+class GateStatistics:
+    """Sums over the tokens of a step's micro-batches on this rank, by routed layer."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, torch.Tensor] = {}
+        """[2, M] float64: sums of gate values c, and token counts, per pair."""
+
+    def add(self, layer: int, sums: torch.Tensor) -> None:
+        """Count a micro-batch: decoder layer and [2, M]."""
+        self.sums[layer] = self.sums.get(layer, 0.0) + sums
+
+
+class GateReport:
+    """Takes the gate values c [T, 1] of one decoder layer on one micro-batch, and keeps what is wanted of them."""
+
+    def __init__(self, batch: PackedBatch, pairs: int, statistics: bool, budget: bool) -> None:
+        self._batch, self._pairs, self._statistics, self._budget = batch, pairs, statistics, budget
+        self.sums: torch.Tensor | None = None
+        """[2, M] float64: sums of c, and token counts, per pair; padding left out."""
+        self.share: torch.Tensor | None = None
+        """[E]: sums of 1 - c over the tokens of each example, with gradients."""
+
+    def __call__(self, c: torch.Tensor) -> None:
+        """Add them up."""
+        batch = self._batch
+        if self._statistics:
+            values, known = c.detach().squeeze(-1).double(), batch.pair_ids >= 0
+            self.sums = torch.zeros(2, self._pairs, dtype=torch.float64, device=c.device)
+            self.sums[0].index_add_(0, batch.pair_ids[known], values[known])
+            self.sums[1].index_add_(0, batch.pair_ids[known], torch.ones_like(values[known]))
+        if self._budget:
+            share = torch.zeros(len(batch.segment_lengths), dtype=c.dtype, device=c.device)
+            self.share = share.index_add(0, batch.segment_ids, 1.0 - c.squeeze(-1))
+
+
 class TranslationModel(nn.Module):
     """A span of a decoder-only HF model with, at its end, a translation loss.
 
@@ -64,7 +100,6 @@ class TranslationModel(nn.Module):
         model: PreTrainedModel,
         family: Family,
         pairs: int,
-        state: RoutingState | None = None,
         objective: Objective | None = None,
         span: Span | None = None,
         input_gradients: bool = False,
@@ -76,7 +111,6 @@ class TranslationModel(nn.Module):
             model: the HF model, after surgery if there is one; outside the span its parameters may be on meta.
             family: its family.
             pairs: M.
-            state: the routing state of a routed model.
             objective: default: cross-entropy alone.
             span: the part that is computed here; default: everything.
             input_gradients: build the graph from the embeddings on although nothing is trained (detection needs
@@ -87,7 +121,6 @@ class TranslationModel(nn.Module):
         super().__init__()
         self.family = family
         self.pairs = pairs
-        self.state = state
         self.objective = objective or Objective()
         self.span = span or whole(model, family)
         self.input_gradients = input_gradients
@@ -137,29 +170,43 @@ class TranslationModel(nn.Module):
     def _shares_below(self, layer: int) -> bool:
         return self.budgeted and self.routed_layers[0] < layer
 
-    def forward(self, batch: PackedBatch, norm: BatchTotals, *incoming: torch.Tensor) -> Tensors:
+    def forward(
+        self,
+        batch: PackedBatch,
+        totals: BatchTotals,
+        *incoming: torch.Tensor,
+        alpha: float = 0.0,
+        gates: GateStatistics | None = None,
+    ) -> Tensors:
         """One micro-batch through the span.
 
         Args:
             batch: the packed micro-batch.
-            norm: sizes of the global batch.
+            totals: sizes of the global batch.
             incoming: what the span before returned; nothing for the first.
+            alpha: weight of the gate noise.
+            gates: counts the gate values of this pass.
 
         Returns: of a span that is not the last, what travels on. Of the last:
-            scalar: target loss / norm.target_tokens (+ budget loss); summed over all micro-batches and data-parallel
+            scalar: target loss / totals.target_tokens (+ budget loss); summed over all micro-batches and data-parallel
             ranks it is the loss of the global batch.
             [2, M] float64: sum of losses (nats) and target tokens per pair.
             [] float64: budget loss of this micro-batch (already divided), before its weight.
         """
         if self.announce is not None:
             self.announce(batch)
-        self._begin_routing(batch)
         hidden = incoming[0] if incoming else self._embed(batch)
         share = incoming[1] if len(incoming) > 1 else None
-        hidden, share = self._layers(batch, hidden, share)
+        hidden, share = self._layers(batch, self.routing(batch, alpha), gates, hidden, share)
         if not self.span.last:
             return (hidden,) if share is None else (hidden, share)
-        return self._finish(batch, norm, hidden, share)
+        return self._finish(batch, totals, hidden, share)
+
+    def routing(self, batch: PackedBatch, alpha: float) -> Routing:
+        """What the routed FFNs need to know of a micro-batch; `alpha`: weight of the gate noise."""
+        # A sample id is drawn once in a run, so it stands for the step too.
+        keys = (batch.sample_ids[batch.segment_ids] << 24) + batch.positions
+        return Routing(batch.pair_ids, keys ^ (self.objective.seed * SEED_STRIDE % (1 << 62)), alpha)
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.first_trained == 0):
@@ -170,31 +217,58 @@ class TranslationModel(nn.Module):
         return hidden
 
     def _layers(
-        self, batch: PackedBatch, hidden: torch.Tensor, share: torch.Tensor | None
+        self,
+        batch: PackedBatch,
+        routing: Routing,
+        gates: GateStatistics | None,
+        hidden: torch.Tensor,
+        share: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         decoder, positions = self.family.decoder_of(self.model), batch.positions.unsqueeze(0)
         arguments = self.family.layer_arguments(decoder, hidden, positions, batch.segment_lengths)
         for index in range(self.span.start, self.span.stop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.first_trained):
-                run = _Layer(self, batch, index, arguments(index))
+                run = partial(self._layer, index, arguments(index), batch, routing, gates is not None)
                 if self.recompute and torch.is_grad_enabled():
                     # Reentrant, because ZeRO-3's sharded weights have other shapes when the recomputation ends than
                     # the other kind expects. It needs an input that requires a gradient.
                     hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-                    hidden, added = checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
+                    hidden, added, sums = checkpoint(
+                        run, hidden, use_reentrant=True, preserve_rng_state=False
+                    )
                 else:
-                    hidden, added = run(hidden)
+                    hidden, added, sums = run(hidden)
             if added is not None:
                 share = added if share is None else share + added
+            if gates is not None and sums is not None:
+                gates.add(index, sums)
         return hidden, share
 
+    def _layer(
+        self,
+        index: int,
+        arguments: dict[str, object],
+        batch: PackedBatch,
+        routing: Routing,
+        statistics: bool,
+        hidden: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """One decoder layer: hidden [1, T, d] -> hidden [1, T, d], and share and sums of its `GateReport`.
+
+        It changes nothing but its results, so that it may be run again in the backward pass.
+        """
+        report = GateReport(batch, self.pairs, statistics, self.budgeted)
+        layer = self.family.layers_of(self.model)[index]
+        hidden = self.family.run_layer(layer, hidden, arguments, routing, report)
+        return hidden, report.share, report.sums
+
     def _finish(
-        self, batch: PackedBatch, norm: BatchTotals, hidden: torch.Tensor, share: torch.Tensor | None
+        self, batch: PackedBatch, totals: BatchTotals, hidden: torch.Tensor, share: torch.Tensor | None
     ) -> Tensors:
         assert self.head is not None
         targets = hidden[0].index_select(0, batch.target_positions)
         losses = self.head(self.family.finish(self.model, targets), batch.targets)
-        total = losses.sum() / norm.target_tokens
+        total = losses.sum() / totals.target_tokens
         budget = total.new_zeros(())
         if share is not None:
             # Per example, so that the value does not depend on which examples share a micro-batch. A filler
@@ -202,51 +276,13 @@ class TranslationModel(nn.Module):
             lengths = torch.tensor(batch.segment_lengths, device=losses.device)
             mean = share / (len(self.routed_layers) * lengths)
             real = (batch.sample_ids >= 0).to(mean.dtype)
-            budget = ((mean - self.objective.budget).abs() * real).sum() / norm.examples
+            budget = ((mean - self.objective.budget).abs() * real).sum() / totals.examples
             total = total + self.objective.budget_weight * budget
         per_pair = torch.zeros(2, self.pairs, dtype=torch.float64, device=losses.device)
         owners = batch.pair_ids[batch.target_positions]
         per_pair[0].index_add_(0, owners, losses.detach().double())
         per_pair[1].index_add_(0, owners, torch.ones_like(losses, dtype=torch.float64))
         return total, per_pair, budget.detach().double()
-
-    def _begin_routing(self, batch: PackedBatch) -> None:
-        state = self.state
-        if state is None:
-            return
-        state.begin(batch.pair_ids)
-        state.segment_ids = batch.segment_ids
-        state.examples = len(batch.segment_lengths)
-        # A sample id is drawn once in a run, so it stands for the step too.
-        keys = (batch.sample_ids[batch.segment_ids] << 24) + batch.positions
-        state.noise_keys = keys ^ (self.objective.seed * SEED_STRIDE % (1 << 62))
-
-
-class _Layer:
-    """One decoder layer on one micro-batch; calling it again is a recomputation."""
-
-    def __init__(
-        self, owner: TranslationModel, batch: PackedBatch, index: int, arguments: dict[str, object]
-    ) -> None:
-        self._owner, self._batch, self._index, self._arguments = owner, batch, index, arguments
-        self._ran = False
-
-    def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden [1, T, d] -> hidden [1, T, d], and sums of 1 - c over tokens [E] when the budget needs them."""
-        owner, state = self._owner, self._owner.state
-        layer = owner.family.layers_of(owner.model)[self._index]
-        if state is None:
-            return owner.family.run_layer(layer, hidden, self._arguments), None
-        statistics = state.statistics
-        if self._ran:
-            # Meanwhile the state may have come to another micro-batch, and the gates were counted already.
-            owner._begin_routing(self._batch)
-            state.statistics = None
-        self._ran = True
-        state.specific_share = [] if owner.budgeted else None
-        hidden = owner.family.run_layer(layer, hidden, self._arguments)
-        shares, state.specific_share, state.statistics = state.specific_share, None, statistics
-        return hidden, torch.stack(shares).sum(0) if shares else None
 
 
 def first_trained_layer(model: PreTrainedModel, family: Family) -> int:

@@ -14,11 +14,10 @@ import lander_ds
 from lander_ds.checkpoint.checkpoint import STATE, steps
 from lander_ds.common.errors import LanderError
 from lander_ds.common.files import file_hash, read_json
+from lander_ds.common.nested import flatten
 from lander_ds.common.run_directory import RunDirectory, versions
-from lander_ds.config.deepspeed_json import load_deepspeed_json
-from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import CURE, PreparedData
-from lander_ds.models.weights import base_fingerprint
+from lander_ds.distributed.start import Start
 
 SMALL_MODEL_FILES = (".json", ".txt", ".model", ".py")
 MISSING = "missing"
@@ -26,39 +25,34 @@ DIGITS = 16
 """Leading hexadecimal digits of a hash that are compared and shown."""
 
 
-def collect(recipe: Recipe, command: Mapping[str, object] | None = None) -> dict[str, dict[str, str]]:
+def collect(start: Start, command: Mapping[str, object] | None = None) -> dict[str, dict[str, str]]:
     """The facts of this process; what cannot be read is told as a value, so that every rank can compare.
 
     Args:
-        recipe: this rank's recipe.
+        start: this rank's.
         command: what this rank was told to do; left out of the facts when None.
     """
     return {
-        **({} if command is None else {"command": _flat({**command})}),
-        "recipe": _flat(asdict(recipe)),
-        "deepspeed": _flat(load_deepspeed_json(Path(recipe.deepspeed))),
+        **({} if command is None else {"command": _as_json(command)}),
+        "recipe": _as_json(asdict(start.recipe)),
+        "deepspeed": _as_json(start.deepspeed),
         "device": {"kind": "cuda" if torch.cuda.is_available() else "cpu"},
         "package": versions(),
-        "base": _base(Path(recipe.model.path)),
-        "run_dir": _files(RunDirectory(recipe.run_dir)),
+        "base": _base(start),
+        "run_dir": _files(start.run),
         "code": _code(),
     }
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def _as_json(value: Mapping[str, Any]) -> dict[str, str]:
     """Nested mappings and lists as `a.b.0` -> JSON text."""
-    if not isinstance(value, dict | list | tuple) or not value:
-        return {prefix: json.dumps(value, ensure_ascii=False)}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    flat: dict[str, str] = {}
-    for key, item in items:
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+    return {name: json.dumps(item, ensure_ascii=False) for name, item in flatten(value, lists=True).items()}
 
 
-def _base(model: Path) -> dict[str, str]:
+def _base(start: Start) -> dict[str, str]:
     """Weights and configuration as one; tokenizer, generation options and code by file."""
-    facts = {"model": _state(model, lambda path: base_fingerprint(path).removeprefix("sha256:"))}
+    model = Path(start.recipe.model.path)
+    facts = {"model": _state(model, lambda _: start.base_fingerprint.removeprefix("sha256:"))}
     for path in sorted(model.glob("*")):
         # The fingerprint leaves out of config.json what does not matter.
         if path.suffix in SMALL_MODEL_FILES and path.name != "config.json":

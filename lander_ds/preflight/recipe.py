@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.check import Check
 from lander_ds.config.consistency import check_consistency
 from lander_ds.config.document import Document, Problems
+from lander_ds.config.loading import read_recipe
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.filters import check_filters
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.evaluation.metrics import check_tokenizers
 from lander_ds.preflight.files import check_files
+
+
+def load_checked(path: Path, overrides: Sequence[str], stage: str | None) -> Recipe:
+    """Read a recipe that is sound for `stage`; see `check_recipe`. Its DeepSpeed JSON is another matter.
+
+    Raises:
+        ConfigError: one message with every problem found.
+    """
+    recipe, document = read_recipe(path, overrides)
+    check_recipe(recipe, stage, document)
+    return recipe
 
 
 def check_recipe(recipe: Recipe, stage: str | None, document: Document | None = None) -> None:

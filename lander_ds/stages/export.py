@@ -5,7 +5,6 @@ process.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.export.card import Exactness, facts_of, write_card
 from lander_ds.export.delta import Delta
 from lander_ds.export.delta_write import export_delta
@@ -31,50 +30,45 @@ from lander_ds.export.routed import export_routed
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.verify import compare
 from lander_ds.export.writer import GIGABYTE, Form
-from lander_ds.models.weights import base_fingerprint
+from lander_ds.stages.stage import Part, Result, Stage
 
 logger = logging.getLogger(__name__)
 
 RELATIVE_TOLERANCE = 1e-5
 
 
-def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Write, verify and describe every format and fold of the recipe (rank 0 works, the others wait)."""
-    if process_group.rank() == 0:
-        _export(recipe, run, force)
-    collectives.barrier()
-
-
-def _export(recipe: Recipe, run: RunDirectory, force: bool) -> None:
-    found = checkpoint.newest(run.checkpoints)
-    inputs = {
-        "base": base_fingerprint(recipe.model.path),
-        "checkpoint": file_hash(found.path / checkpoint.STATE),
-    }
+def _parts(start: Start) -> list[Part]:
+    """One part: every format and fold of the recipe, written, verified and described."""
+    recipe, run = start.recipe, start.run
+    newest = checkpoint.newest(run.checkpoints)
+    inputs = {"base": start.base_fingerprint, "checkpoint": file_hash(newest.path / checkpoint.STATE)}
     if run.scores.exists():
         inputs["scores"] = file_hash(run.scores)  # they stand in the model cards
-    options = section(recipe, "export")
-    if not force and run.up_to_date("export", options, inputs):
-        logger.info("export: up to date")
-        return
-    started = time.monotonic()
-    trained = TrainedModel.open(recipe, found)
-    outputs = _write(recipe, run, trained, found)
+    return [Part("export", section(recipe, "export"), inputs, lambda: _export(recipe, run, newest))]
+
+
+STAGE = Stage("export", _parts)
+run = STAGE.run
+
+
+def _export(recipe: Recipe, run: RunDirectory, newest: Checkpoint) -> Result:
+    trained = TrainedModel.open(recipe, newest)
+    names = _write(recipe, run, trained, newest)
     results = _verify(recipe, run, trained) if recipe.export.verify else {}
     losses = _folding_loss(recipe, run)
     for fold, loss in losses.items():
         results.setdefault(f"dense-{fold}", {})["loss"] = loss
-    facts = facts_of(recipe, run, found.state)
-    for name in outputs:
+    facts = facts_of(recipe, run, newest.state)
+    for name in names:
         write_card(run.export / name, facts, name, _exactness(name, trained, recipe, losses))
-    paths = [run.export / name for name in outputs]
+    outputs = [run.export / name for name in names]
     if results:
-        paths.append(run.export / "verification.json")
-        write_json(paths[-1], results)
-    run.record("export", options, inputs, paths, time.monotonic() - started)
+        outputs.append(run.export / "verification.json")
+        write_json(outputs[-1], results)
+    return Result(outputs)
 
 
-def _write(recipe: Recipe, run: RunDirectory, trained: TrainedModel, found: Checkpoint) -> list[str]:
+def _write(recipe: Recipe, run: RunDirectory, trained: TrainedModel, newest: Checkpoint) -> list[str]:
     """Write everything; returns the names of the directories."""
     export = recipe.export
     form = Form(
@@ -82,7 +76,7 @@ def _write(recipe: Recipe, run: RunDirectory, trained: TrainedModel, found: Chec
         None if export.shard_size is None else round(export.shard_size * GIGABYTE),
     )
     folds = folds_of(trained, export.fold)
-    means = mean_gates(run.metrics, found.step)
+    means = mean_gates(run.metrics, newest.step)
     for name in export.formats:
         match name:
             case "dense":
@@ -92,7 +86,7 @@ def _write(recipe: Recipe, run: RunDirectory, trained: TrainedModel, found: Chec
             case "routed":
                 export_routed(trained, run.export / name, form)
             case "delta":
-                export_delta(trained, run.export / name, means, facts_of(recipe, run, found.state))
+                export_delta(trained, run.export / name, means, facts_of(recipe, run, newest.state))
         logger.info("wrote %s", run.export / name)
     for pair in folds:
         export_dense(folded(trained, means, pair), run.export / f"dense-{pair}", form)

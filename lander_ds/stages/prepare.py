@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from lander_ds.common.console import progress, stderr
 from lander_ds.common.errors import ArtefactError, ConfigError, DataError
-from lander_ds.common.files import file_hash, json_hash, write_json
+from lander_ds.common.files import file_hash, json_hash, write_json, writing
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.build import build, entry_hash
@@ -23,67 +22,65 @@ from lander_ds.data.sources.corpus import Corpus, resolve
 from lander_ds.data.tokens.encoding import Encoder
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.data.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
+from lander_ds.stages.stage import Part, Result, Stage
 
 logger = logging.getLogger(__name__)
 
-STAGE = "prepare"
 
+def _parts(start: Start) -> list[Part]:
+    """One part: the corpora read, filtered and tokenised into a cache entry, and the run pointed at it.
 
-def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Read, filter and tokenise the corpora into a cache entry, and point the run at it.
-
-    Rank 0 works, the others wait. Writes `data/prepared.json`, `data/statistics.json` and
-    `data/rejected.jsonl`.
-
-    Args:
-        recipe: the recipe.
-        run: its run directory.
-        force: build again what is up to date.
+    Writes `data/prepared.json`, `data/statistics.json` and `data/rejected.jsonl`.
 
     Raises:
         ConfigError: data options that cannot work.
         DataError: a corpus is missing or unfit.
         ModelError: the tokenizer is missing or unfit.
     """
-    if process_group.rank() == 0:
-        _run_on_one_rank(recipe, run, force)
-    collectives.barrier()
-
-
-def _run_on_one_rank(recipe: Recipe, run: RunDirectory, force: bool) -> None:
-    started = time.monotonic()
+    recipe, run = start.recipe, start.run
     _check(recipe)
     corpora = resolve(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     contents = _content_hashes(corpora)
     options, fingerprint = prepared_options(recipe), tokenizer_fingerprint(tokenizer)
+
+    def prepare() -> Result:
+        digest = entry_hash(recipe, corpora, contents, fingerprint)
+        cache = Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else run.path / "cache"
+        entry = cache / f"prepared-{digest[:20]}"
+        with Encoder(
+            tokenizer, recipe.model.path, recipe.model.trust_remote_code, recipe.data.workers
+        ) as encoder:
+            manifest = build(recipe, corpora, encoder, entry, digest, anew=start.force)
+        statistics = manifest["statistics"]
+        _log_statistics(statistics)
+        outputs = _point_at(entry, run, {"hash": digest, "options_hash": json_hash(options)}, statistics)
+        logger.info("prepare: data in %s, dropped lines in %s", entry, run.data / "rejected.jsonl")
+        return Result(outputs, {"statistics": statistics})
+
     inputs = contents | {"tokenizer": fingerprint}
-    if not force and run.up_to_date(STAGE, options, inputs) and _usable(recipe, run):
-        logger.info("prepare: up to date")
-        return
-    digest = entry_hash(recipe, corpora, contents, fingerprint)
-    cache = Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else run.path / "cache"
-    entry = cache / f"prepared-{digest[:20]}"
-    with Encoder(
-        tokenizer, recipe.model.path, recipe.model.trust_remote_code, recipe.data.workers
-    ) as encoder:
-        manifest = build(recipe, corpora, encoder, entry, digest, anew=force)
-    statistics = manifest["statistics"]
-    _log_statistics(statistics)
+    return [Part("prepare", options, inputs, prepare, usable=lambda: _usable(recipe, run))]
+
+
+STAGE = Stage("prepare", _parts)
+run = STAGE.run
+
+
+def _point_at(
+    entry: Path, run: RunDirectory, hashes: Mapping[str, str], statistics: Mapping[str, Any]
+) -> list[Path]:
+    """Have the run use a cache entry; returns the files that say so."""
     run.data.mkdir(parents=True, exist_ok=True)
-    _copy(entry / "rejected.jsonl", run.data / "rejected.jsonl")
-    write_json(run.data / "statistics.json", statistics)
+    outputs = [run.data / name for name in ("prepared.json", "statistics.json", "rejected.jsonl")]
+    pointer, counts, rejected = outputs
+    _copy(entry / rejected.name, rejected)
+    write_json(counts, statistics)
     # Relative where the cache lies in the run directory, so that the directory can be moved.
     inside = entry.resolve().is_relative_to(run.path.resolve())
     location = entry.resolve().relative_to(run.path.resolve()) if inside else entry.resolve()
-    write_json(
-        run.data / "prepared.json",
-        {"entry": str(location), "hash": digest, "options_hash": json_hash(options)},
-    )
-    outputs = [run.data / name for name in ("prepared.json", "statistics.json", "rejected.jsonl")]
-    run.record(STAGE, options, inputs, outputs, time.monotonic() - started, {"statistics": statistics})
-    logger.info("prepare: data in %s, dropped lines in %s", entry, run.data / "rejected.jsonl")
+    write_json(pointer, {"entry": str(location), **hashes})
+    return outputs
 
 
 def _check(recipe: Recipe) -> None:
@@ -119,9 +116,8 @@ def _content_hashes(corpora: list[Corpus]) -> dict[str, str]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with writing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _log_statistics(statistics: dict[str, dict[str, dict[str, Any]]]) -> None:

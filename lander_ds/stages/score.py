@@ -1,9 +1,7 @@
-"""Stage score: translations -> scores.json and a table. On rank 0 only."""
+"""Stage score: translations -> scores.json and a table."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,11 @@ from typing import Any
 from lander_ds.common.console import progress, stdout
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, read_json, write_json
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.languages import split_pair
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.evaluation.baseline import baseline_path, read_baseline
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import check_tokenizers
@@ -24,25 +21,18 @@ from lander_ds.evaluation.score import GIVEN, baseline_of, means, score_pair
 from lander_ds.inference.provenance import System, is_up_to_date, record_name
 from lander_ds.inference.translations import Translation, read_translations
 from lander_ds.report.summary import pair_scores, score_table
+from lander_ds.stages.stage import Part, Result, Stage
 
-logger = logging.getLogger(__name__)
 
-
-def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Score every system of `translate.systems`, and that of `score.baseline`, on every pair; print the table.
+def _parts(start: Start) -> list[Part]:
+    """One part: scores of every system of `translate.systems`, and that of `score.baseline`, on every pair.
 
     Raises:
         ArtefactError: translations are missing, were made from something else, or do not fit together.
         ConfigError: `score.tokenizers` names a tokenizer that cannot be used.
         DataError: the file of `score.baseline` is missing or does not fit the translations.
     """
-    if process_group.rank() == 0:
-        _score(recipe, run, force)
-    collectives.barrier()
-
-
-def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:
-    started = time.monotonic()
+    recipe, run = start.recipe, start.run
     check_tokenizers(recipe.score.tokenizers)
     systems, pairs = recipe.translate.systems, recipe.data.pairs
     paths: dict[str, dict[str, Path]] = {
@@ -53,17 +43,32 @@ def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:
         for pair, of_pair in paths.items()
     }
     for system in systems:
-        _check_origin(recipe, run, system)
-    options = {**section(recipe, "score", "seed"), "systems": list(systems), "pairs": list(pairs)}
+        _check_origin(start, system)
     if (pattern := recipe.score.baseline) is not None:
         for pair in pairs:
             paths[pair][GIVEN] = path = baseline_path(pattern, pair)
             translations[pair][GIVEN] = read_baseline(path, translations[pair][systems[0]])
+
+    def score() -> Result:
+        write_json(run.scores, _scores(recipe, translations))
+        return Result([run.scores])
+
+    def show() -> None:
+        scores = read_json(run.scores, "run stage score again")
+        stdout.print(score_table(pair_scores(scores)))
+
+    options = {**section(recipe, "score", "seed"), "systems": list(systems), "pairs": list(pairs)}
     inputs = {run.relative(path): file_hash(path) for of_pair in paths.values() for path in of_pair.values()}
-    if not force and run.up_to_date("score", options, inputs):
-        logger.info("score: up to date")
-        _print_table(read_json(run.scores, "run stage score again"))
-        return
+    return [Part("score", options, inputs, score, show=show)]
+
+
+STAGE = Stage("score", _parts)
+run = STAGE.run
+
+
+def _scores(recipe: Recipe, translations: Mapping[str, Mapping[str, list[Translation]]]) -> dict[str, Any]:
+    """The content of scores.json, from the translations by pair and system."""
+    pairs = recipe.data.pairs
     identifier = LanguageIdentifier({code for pair in pairs for code in split_pair(pair)})
     scored, signatures = {}, {}
     with progress("score", len(pairs)) as bar:
@@ -72,31 +77,25 @@ def _score(recipe: Recipe, run: RunDirectory, force: bool) -> None:
                 pair, translations[pair], recipe.score, recipe.seed, identifier
             )
             bar.advance(1, pair)
-    scored_systems = list(scored[pairs[0]]["systems"])
-    scores = {
-        "baseline": baseline_of(scored_systems),
+    systems = list(scored[pairs[0]]["systems"])
+    return {
+        "baseline": baseline_of(systems),
         "baseline_file": recipe.score.baseline,
-        "systems": scored_systems,
+        "systems": systems,
         "bootstrap_samples": recipe.score.bootstrap_samples,
         "pairs": scored,
         "mean": means(scored),
         "signatures": signatures,
     }
-    write_json(run.scores, scores)
-    _print_table(scores)
-    run.record("score", options, inputs, [run.scores], time.monotonic() - started)
 
 
-def _check_origin(recipe: Recipe, run: RunDirectory, system: System) -> None:
+def _check_origin(start: Start, system: System) -> None:
     # Translations without a record were put there by hand, which is fine; a record must fit.
+    run = start.run
     if run.record_path(record_name(system)).exists():
-        data = PreparedData.load(run, recipe)
-        if not is_up_to_date(recipe, run, data, system):
+        data = PreparedData.load(run, start.recipe)
+        if not is_up_to_date(start, data, system):
             raise ArtefactError(
                 f"{run.translations / system} was translated with other options, data or training than this "
                 "recipe's: run stage translate (again)"
             )
-
-
-def _print_table(scores: Mapping[str, Any]) -> None:
-    stdout.print(score_table(pair_scores(scores)))

@@ -1,25 +1,23 @@
-"""Stage select: awareness -> selection. Seconds, no model, on rank 0 only."""
+"""Stage select: awareness -> selection. Seconds, and no model."""
 
 from __future__ import annotations
 
 import logging
-import time
 from typing import get_args
 
 from lander_ds.common.files import file_hash
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import section
-from lander_ds.config.recipe import Recipe
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.select import build_selection
 from lander_ds.method.selection import BankKind, LayerSelection, Selection
+from lander_ds.stages.stage import Part, Result, Stage
 
 logger = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Choose layers and banks from `awareness.safetensors` and write `selection.safetensors`.
+def _parts(start: Start) -> list[Part]:
+    """One part: layers and banks chosen from `awareness.safetensors`, written to `selection.safetensors`.
 
     The order of the pairs in the recipe defines the pair ids, whatever their order in the awareness.
 
@@ -27,26 +25,24 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
         ArtefactError: the awareness is missing, damaged, or was collected for other pairs.
         ConfigError: `select` asks for something this awareness cannot give.
     """
-    if process_group.rank() == 0:
-        _select(recipe, run, force)
-    collectives.barrier()
-
-
-def _select(recipe: Recipe, run: RunDirectory, force: bool) -> None:
-    started = time.monotonic()
+    recipe, run = start.recipe, start.run
     awareness = Awareness.load(run.awareness).reordered(recipe.data.pairs)
+
+    def select() -> Result:
+        selection = build_selection(awareness, recipe.select, recipe.seed)
+        selection.save(run.selection)
+        for line in table(selection):
+            logger.info(line)
+        for remark in selection.metadata["remarks"]:
+            logger.warning(remark)
+        return Result([run.selection])
+
     options = {**section(recipe, "select", "seed"), "pairs": list(recipe.data.pairs)}
-    inputs = {"awareness": file_hash(run.awareness)}
-    if not force and run.up_to_date("select", options, inputs):
-        logger.info("select: up to date")
-        return
-    selection = build_selection(awareness, recipe.select, recipe.seed)
-    selection.save(run.selection)
-    for line in table(selection):
-        logger.info(line)
-    for remark in selection.metadata["remarks"]:
-        logger.warning(remark)
-    run.record("select", options, inputs, [run.selection], time.monotonic() - started)
+    return [Part("select", options, {"awareness": file_hash(run.awareness)}, select)]
+
+
+STAGE = Stage("select", _parts)
+run = STAGE.run
 
 
 def table(selection: Selection) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import torch
 
 from lander_ds.checkpoint.identity import identity_of, starting_point
 from lander_ds.common.files import file_hash, write_json
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import section
-from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.distributed.watchdog import Watchdog
-from lander_ds.models.weights import base_fingerprint
+from lander_ds.stages.stage import Part, Result, Stage
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.preemption import Preempted, StopRequest
 from lander_ds.training.progress import Progress
@@ -30,24 +30,20 @@ from lander_ds.training.validation import validation_loss
 logger = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: bool = False) -> None:
-    """Train the recipe's method (collective).
-
-    Args:
-        recipe, run: what to train, and where.
-        force: start anew although the outputs are up to date or there are checkpoints.
-        auto_resume: go on from the newest whole checkpoint, if there is one.
+def _parts(start: Start) -> list[Part]:
+    """One part: the recipe's method, trained.
 
     Raises:
-        ArtefactError: there are checkpoints and neither `force` nor `auto_resume` says what to do with them; or the
+        ArtefactError: there are checkpoints and neither --force nor --auto-resume says what to do with them; or the
             newest belongs to another training.
         Preempted: a signal asked to stop; a checkpoint was saved.
         TrainingDiverged, SaveFailed: see there.
     """
+    recipe, run = start.recipe, start.run
     data = PreparedData.load(run, recipe)
     inputs = {
         "data": data.hash,
-        "base": base_fingerprint(recipe.model.path),
+        "base": start.base_fingerprint,
         "deepspeed": file_hash(Path(recipe.deepspeed)),
     }
     if recipe.train.method in METHODS_WITH_SELECTION:
@@ -56,31 +52,34 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: boo
         **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
         "dtype": recipe.model.dtype,
     }
-    if collectives.from_rank_zero(
-        process_group.rank() == 0 and not force and run.up_to_date("train", options, inputs)
-    ):
-        logger.info("train: up to date")
-        return
-    started = time.monotonic()
+    return [Part("train", options, inputs, lambda: _train(start, data, inputs))]
+
+
+STAGE = Stage("train", _parts)
+run = STAGE.run
+
+
+def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Result:
+    recipe, run, started = start.recipe, start.run, time.monotonic()
     identity = identity_of(recipe, inputs)
-    found = starting_point(run.checkpoints, identity, force, auto_resume)
+    checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume)
     with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog:
-        session = open_session(recipe, run, found)
+        session = open_session(start, checkpoint)
         _announce(session)
         before = session.engine.frozen_digest()
-        progress = Progress() if found is None else Progress(**found.state["progress"])
+        progress = Progress() if checkpoint is None else Progress(**checkpoint.state["progress"])
         if process_group.rank() == 0:
             run.training_summary.unlink(missing_ok=True)
-        journal = MetricsLogger(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
+        metrics = MetricsLogger(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
         saver = Saver(session, run, identity)
-        loop = Trainer(session, data, journal, saver, progress, watchdog)
+        trainer = Trainer(session, data, metrics, saver, progress, watchdog)
         # Another signal must not end the process before the last checkpoint is there.
         with StopRequest():
-            outcome = loop.run()
+            outcome = trainer.run()
             watchdog.beat("validation at the end")
-            if loop.valid and not recipe.train.valid_every and not outcome.preempted:
-                journal.validation(outcome.steps, validation_loss(session, loop.valid))
-            journal.close()
+            if trainer.valid and not recipe.train.valid_every and not outcome.preempted:
+                metrics.validation(outcome.steps, validation_loss(session, trainer.valid))
+            metrics.close()
             watchdog.beat("writing the last checkpoint")
             saver.finish()
     if outcome.preempted:
@@ -88,19 +87,16 @@ def run(recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: boo
             f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"
         )
     unchanged = all(collectives.gather_objects(before == session.engine.frozen_digest()))
-    seconds = time.monotonic() - started
-    summary = _summary(session, outcome, unchanged, seconds)
+    summary = _summary(session, outcome, unchanged, time.monotonic() - started)
     if process_group.rank() == 0:
         write_json(run.training_summary, summary)
-        outputs = [run.training_summary, run.checkpoints / f"step-{outcome.steps}"]
-        run.record("train", options, inputs, outputs, seconds)
-    collectives.barrier()
     session.engine.destroy()
+    return Result([run.training_summary, run.checkpoints / f"step-{outcome.steps}"])
 
 
 def _announce(session: Session) -> None:
     trained, total = session.trained_parameters, session.total_parameters
-    held = collectives.gather_objects(session.engine.rank_bytes())
+    bytes_per_rank = collectives.gather_objects(session.engine.rank_bytes())
     logger.info(
         "%s: %s of %s parameters are trained (%.2f %%), %d micro-batches per rank and step",
         session.recipe.train.method,
@@ -111,7 +107,7 @@ def _announce(session: Session) -> None:
     )
     for name, size in session.group_sizes.items():
         logger.info("  group %s: %s parameters", name, f"{size:,}")
-    for rank, part in enumerate(held):
+    for rank, part in enumerate(bytes_per_rank):
         logger.info(
             "  rank %d holds %.1f MB of weights, %.1f MB of optimizer state",
             rank,
@@ -121,7 +117,7 @@ def _announce(session: Session) -> None:
 
 
 def _summary(session: Session, outcome: Outcome, unchanged: bool, seconds: float) -> dict[str, Any]:
-    held = collectives.gather_objects(session.engine.rank_bytes())
+    bytes_per_rank = collectives.gather_objects(session.engine.rank_bytes())
     return {
         "method": session.recipe.train.method,
         "trained_parameters": session.trained_parameters,
@@ -132,9 +128,9 @@ def _summary(session: Session, outcome: Outcome, unchanged: bool, seconds: float
         "steps": outcome.steps,
         "stopped_early": outcome.stopped_early,
         "skipped_steps": outcome.skipped,
-        "weight_bytes_per_rank": [part.weights for part in held],
-        "gradient_bytes_per_rank": [part.gradients for part in held],
-        "optimizer_bytes_per_rank": [part.optimizer for part in held],
+        "weight_bytes_per_rank": [part.weights for part in bytes_per_rank],
+        "gradient_bytes_per_rank": [part.gradients for part in bytes_per_rank],
+        "optimizer_bytes_per_rank": [part.optimizer for part in bytes_per_rank],
         "peak_memory_bytes_per_rank": collectives.gather_objects(_peak_memory()),
         "frozen_unchanged": unchanged,
         "groups": session.group_sizes,

@@ -3,71 +3,88 @@
 from __future__ import annotations
 
 import logging
-
-from transformers import PreTrainedTokenizerBase
+from typing import Literal
 
 from lander_ds.common.files import json_hash
-from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.inference.open import open_for_inference
-from lander_ds.inference.provenance import System, inputs_of, is_up_to_date, options_of, record_name
+from lander_ds.inference.provenance import System, inputs_of, options_of, record_name
 from lander_ds.inference.requests import requests_for
 from lander_ds.inference.translate import InferenceModel, translate
 from lander_ds.inference.translations import PartialTranslations
+from lander_ds.stages.stage import Part, Result, Stage
 
 logger = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, run: RunDirectory, force: bool = False) -> None:
-    """Translate with every system in `translate.systems` that is not up to date.
+def _parts(start: Start) -> list[Part]:
+    """A part per system of `translate.systems`: training again does not make the untouched base translate again.
 
     Raises:
         ArtefactError: the data is not prepared, or the trained system is asked for and there is no checkpoint.
         DataError: a pair has no sentence to translate.
     """
-    data = PreparedData.load(run, recipe)
-    systems = recipe.translate.systems
-    current = [system for system in systems if not force and is_up_to_date(recipe, run, data, system)]
-    stale = [system for system in systems if system not in collectives.from_rank_zero(current)]
-    for system in current:
-        logger.info("translate %s: up to date", system)
-    if not stale:
-        return
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
-    # The systems that are the untouched base share one loaded model; only one model is in memory at a time.
-    if untouched := [system for system in stale if system != "trained"]:
-        model = open_for_inference(recipe, run, "base")
-        for system in untouched:
-            _translate(recipe, run, data, tokenizer, model, system, force)
-        del model
-    if "trained" in stale:
-        model = open_for_inference(recipe, run, "trained")
-        _translate(recipe, run, data, tokenizer, model, "trained", force)
+    data = PreparedData.load(start.run, start.recipe)
+    models = _Models(start)
+
+    def part(system: System) -> Part:
+        options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)
+        key = json_hash({"options": options, "inputs": inputs})
+        return Part(
+            record_name(system),
+            options,
+            inputs,
+            lambda: _translate(start, data, models.open(system), system, key),
+        )
+
+    # Systems of the same model come one after the other.
+    return [part(system) for system in sorted(start.recipe.translate.systems, key=_model_of)]
 
 
-def _translate(
-    recipe: Recipe,
-    run: RunDirectory,
-    data: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
-    model: InferenceModel,
-    system: System,
-    force: bool,
-) -> None:
-    options, inputs = options_of(recipe, system), inputs_of(recipe, run, data, system)
-    directory, key = run.translations / system, json_hash({"options": options, "inputs": inputs})
-    if force and process_group.rank() == 0:
+STAGE = Stage("translate", _parts)
+run = STAGE.run
+
+
+def _model_of(system: System) -> Literal["base", "trained"]:
+    return "trained" if system == "trained" else "base"
+
+
+class _Models:
+    """One model in memory at a time; systems that are the untouched base share it."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._opened: dict[str, InferenceModel] = {}
+
+    def open(self, system: System) -> InferenceModel:
+        """The model of a system (collective)."""
+        name = _model_of(system)
+        if name not in self._opened:
+            self._opened.clear()
+            self._opened[name] = open_for_inference(self._start.recipe, self._start.run, name)
+        return self._opened[name]
+
+
+def _translate(start: Start, data: PreparedData, model: InferenceModel, system: System, key: str) -> Result:
+    """Translate what no earlier run has finished.
+
+    Args:
+        start, data: what to translate.
+        model: the system's.
+        system: its name.
+        key: hash of everything that the translations depend on.
+    """
+    recipe, directory = start.recipe, start.run.translations / system
+    if start.force and process_group.rank() == 0:
         PartialTranslations(directory, key).discard()
     collectives.barrier()
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     requests = requests_for(system, recipe, data, tokenizer)
     work = translate(model, tokenizer, requests, recipe.translate, directory, key)
-    if process_group.rank() == 0:
-        rate = work.tokens / work.seconds
-        logger.info("translate %s: %d sentences, %.1f tokens/s", system, work.sentences, rate)
-        outputs = [directory / f"{pair}.jsonl" for pair in requests]
-        extra = {"sentences": work.sentences, "tokens": work.tokens, "tokens_per_second": round(rate, 1)}
-        run.record(record_name(system), options, inputs, outputs, work.seconds, extra)
-    collectives.barrier()
+    rate = work.tokens / work.seconds
+    logger.info("translate %s: %d sentences, %.1f tokens/s", system, work.sentences, rate)
+    figures = {"sentences": work.sentences, "tokens": work.tokens, "tokens_per_second": round(rate, 1)}
+    return Result([directory / f"{pair}.jsonl" for pair in requests], figures)

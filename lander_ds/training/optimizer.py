@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from lander_ds.config.recipe import TrainConfig
 
@@ -53,13 +54,24 @@ class SelectiveSGD(_ActiveGroups, torch.optim.SGD):
     """torch.optim.SGD without momentum over active groups."""
 
 
+class SelectiveCPUAdam(_ActiveGroups, DeepSpeedCPUAdam):
+    """DeepSpeed's vectorised Adam for state in host memory, over active groups; it compiles its kernel on first use."""
+
+    def _new_state(self, parameter: torch.Tensor) -> dict[str, Any]:
+        return {
+            "step": 0,
+            "exp_avg": torch.zeros_like(parameter, device="cpu"),
+            "exp_avg_sq": torch.zeros_like(parameter, device="cpu"),
+        }
+
+
 def build_optimizer(
     groups: Mapping[str, list[torch.nn.Parameter]], train: TrainConfig, offload: bool
 ) -> torch.optim.Optimizer:
     """The optimizer with one parameter group per name.
 
     Args:
-        groups: group name -> parameters (see `training.groups`).
+        groups: group name -> parameters (see `models.parameter_groups`).
         train: optimizer options.
         offload: the DeepSpeed JSON keeps optimizer state in host memory: use DeepSpeed's vectorised CPU Adam.
     """
@@ -76,23 +88,8 @@ def build_optimizer(
         "weight_decay": train.weight_decay,
     }
     if offload:
-        return _selective_cpu_adam()(described, **options)  # type: ignore[no-any-return]
+        return SelectiveCPUAdam(described, **options)
     return SelectiveAdamW(described, **options, fused=torch.cuda.is_available())
-
-
-def _selective_cpu_adam() -> Any:
-    """DeepSpeedCPUAdam over active groups; importing it compiles its kernel on first use."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    class SelectiveCPUAdam(_ActiveGroups, DeepSpeedCPUAdam):
-        def _new_state(self, parameter: torch.Tensor) -> dict[str, Any]:
-            return {
-                "step": 0,
-                "exp_avg": torch.zeros_like(parameter, device="cpu"),
-                "exp_avg_sq": torch.zeros_like(parameter, device="cpu"),
-            }
-
-    return SelectiveCPUAdam
 
 
 def learning_rate(group: str, train: TrainConfig) -> float:

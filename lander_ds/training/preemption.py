@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from lander_ds.common.errors import LanderError
+from lander_ds.common.errors import ExitCode, LanderError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Preempted(LanderError):
     """Training was asked to stop and has saved a checkpoint. Its exit code tells launch scripts to start it again."""
 
-    exit_code = 75
+    exit_code = ExitCode.PREEMPTED
     label = "stopped"
 
 

@@ -33,12 +33,12 @@ class Saver:
     def __call__(self, progress: Progress, valid_loss: float | None) -> None:
         """Save `step-N`; returns once everything is in host memory (collective)."""
         session = self._session
-        grid, ranks = session.grid, collectives.gather_objects(session.engine.group_steps())
+        dims, ranks = session.dims, collectives.gather_objects(session.engine.group_steps())
         trained: dict[str, torch.Tensor] = {}
         optimizer: dict[str, torch.Tensor] = {}
-        # The ranks of a stage take turns, so that all write.
+        # The ranks of a pipeline stage take turns, so that all write.
         for name, moment, tensor in session.engine.state_tensors(
-            lambda i: i % grid.data_ranks == grid.data_rank
+            lambda i: i % dims.data_parallel_ranks == dims.data_parallel_rank
         ):
             if moment is None:
                 trained[name] = tensor

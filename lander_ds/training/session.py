@@ -5,25 +5,20 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import torch
-
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.deepspeed_json import resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.batching.micro_batches import micro_batch_tokens, micro_batches_for
 from lander_ds.distributed.engines.engine import Engine
-from lander_ds.distributed.parallel_dims import ParallelDims, layout, open_engine, reads_weights, span_of
+from lander_ds.distributed.parallel_dims import ParallelDims, parallel_dims
+from lander_ds.distributed.start import Start
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
-from lander_ds.models.loading import Placement, build, fill, tied_parameters
+from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
-from lander_ds.models.routed_ffn import RoutingState
-from lander_ds.models.span import units
-from lander_ds.models.translation_model import Objective, TranslationModel
-from lander_ds.models.weights import BaseWeights, base_fingerprint
-from lander_ds.training.optimizer import build_optimizer
+from lander_ds.models.translation_model import TranslationModel
+from lander_ds.training.spreading import spread
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +32,9 @@ class Session:
     recipe: Recipe
     engine: Engine
     """Around this rank's `TranslationModel`."""
-    grid: ParallelDims
+    dims: ParallelDims
     """Which rank does what."""
     family: Family
-    state: RoutingState | None
     group_sizes: dict[str, int]
     """Trained parameters per group, over all ranks."""
     total_parameters: int
@@ -54,6 +48,11 @@ class Session:
     def model(self) -> TranslationModel:
         """This rank's span of the model."""
         return self.engine.model
+
+    @property
+    def routed(self) -> bool:
+        """Whether the model has routed FFNs."""
+        return bool(self.model.routed_layers)
 
     @property
     def trained_parameters(self) -> int:
@@ -80,33 +79,32 @@ def load_selection(recipe: Recipe, run: RunDirectory, fingerprint: str) -> Selec
             f"{run.selection} is for pairs {', '.join(selection.pairs)}, the recipe's data.pairs are "
             f"{', '.join(recipe.data.pairs)}: run stages detect and select again"
         )
-    made_for = selection.metadata.get("base_fingerprint")
-    if made_for != fingerprint:
+    base = selection.metadata.get("base_fingerprint")
+    if base != fingerprint:
         raise ArtefactError(
-            f"{run.selection} was made for another base model ({made_for}) than {recipe.model.path} "
+            f"{run.selection} was made for another base model ({base}) than {recipe.model.path} "
             f"({fingerprint}): run stages detect and select again"
         )
     return selection
 
 
-def open_session(recipe: Recipe, run: RunDirectory, found: Checkpoint | None = None) -> Session:
+def open_session(start: Start, resumed: Checkpoint | None = None) -> Session:
     """Build, fill and spread the model and make the engine (collective).
 
     Args:
-        recipe: what to train.
-        run: where the selection lies.
-        found: checkpoint to go on from; its selection is that of the run.
+        start: what to train, and the run directory in which the selection lies.
+        resumed: checkpoint to go on from; its selection is that of the run.
     """
-    grid = layout(recipe)
-    fingerprint = base_fingerprint(recipe.model.path)
-    selection = load_selection(recipe, run, fingerprint)
-    per_rank = micro_batches(recipe, grid.data_ranks)
-    config = resolve_deepspeed_config(recipe, world_size=grid.data_ranks, micro_batches=per_rank)
+    recipe, run = start.recipe, start.run
+    dims = parallel_dims(recipe)
+    selection = load_selection(recipe, run, start.base_fingerprint)
+    per_rank = micro_batches(recipe, dims.data_parallel_ranks)
+    config = start.deepspeed_config(dims.data_parallel_ranks, per_rank)
     config.setdefault(
         "tensorboard", {"enabled": True, "output_path": str(run.path), "job_name": "tensorboard"}
     )
     model, family = build(recipe.model)
-    state = prepare_model(model, family, recipe, selection)
+    prepare_model(model, family, recipe, selection)
     # Parameters are still whole here, on meta.
     groups = mark_trained(model, family, recipe.train, selection)
     tied = tied_parameters(model)
@@ -117,33 +115,8 @@ def open_session(recipe: Recipe, run: RunDirectory, found: Checkpoint | None = N
         for name, parameters in groups.items()
     }
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
-    span = span_of(recipe, model, family, grid)
-
-    def make_model(place: Placement) -> TranslationModel:
-        trained = {} if found is None else found.trained()
-        weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
-        fill(model, family, weights, place, trained, span, reads_weights(recipe, grid))
-        return TranslationModel(
-            model,
-            family,
-            len(recipe.data.pairs),
-            state,
-            Objective(recipe.routing.budget_weight, recipe.routing.budget, recipe.seed),
-            span,
-            recompute=recipe.train.activation_checkpointing,
-        )
-
-    def make_optimizer() -> torch.optim.Optimizer | None:
-        own = {id(parameter) for _, unit in units(model, family, span) for parameter in unit.parameters()}
-        here = {
-            name: [parameter for parameter in parameters if id(parameter) in own]
-            for name, parameters in mark_trained(model, family, recipe.train, selection).items()
-        }
-        here = {name: parameters for name, parameters in here.items() if parameters}
-        offload = "offload_optimizer" in config["zero_optimization"]
-        return build_optimizer(here, recipe.train, offload) if here else None
-
-    engine = open_engine(recipe, config, make_model, make_optimizer)
-    if found is not None:
-        engine.restore(found.trained(), found.optimizer(), found.state["group_steps"])
-    return Session(recipe, engine, grid, family, state, sizes, total, per_rank, fingerprint)
+    trained = {} if resumed is None else resumed.trained()
+    engine = spread(recipe, config, dims, model, family, selection, trained)
+    if resumed is not None:
+        engine.restore(trained, resumed.optimizer(), resumed.state["group_steps"])
+    return Session(recipe, engine, dims, family, sizes, total, per_rank, start.base_fingerprint)

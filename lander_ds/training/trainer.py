@@ -19,7 +19,7 @@ from lander_ds.data.prepared import PreparedData, PreparedSplit
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.watchdog import Watchdog
 from lander_ds.models.parameter_groups import active_groups
-from lander_ds.models.translation_model import BatchTotals
+from lander_ds.models.translation_model import BatchTotals, GateStatistics
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.optimizer import learning_rate
 from lander_ds.training.preemption import StopRequest
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingDiverged(LanderError):
-    """Losses or gradients are no numbers any more."""
+    """Losses or gradients are not finite."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Trainer:
         self,
         session: Session,
         data: PreparedData,
-        journal: MetricsLogger,
+        metrics: MetricsLogger,
         save: Save,
         progress: Progress | None = None,
         watchdog: Watchdog | None = None,
@@ -70,13 +70,13 @@ class Trainer:
         Args:
             session: model and engine.
             data: prepared corpora.
-            journal: where figures go.
+            metrics: where figures go.
             save: writes a checkpoint.
             progress: of the checkpoint that training goes on from; default: none.
             watchdog: told of every step.
         """
         recipe = session.recipe
-        self.session, self.journal, self.save = session, journal, save
+        self.session, self.metrics, self.save = session, metrics, save
         self.progress, self.watchdog = progress or Progress(), watchdog
         self.train = recipe.train
         self.pairs = recipe.data.pairs
@@ -106,12 +106,12 @@ class Trainer:
                 self._count(record)
                 spent = time.monotonic() - started
                 left = train.steps - progress.done
-                self.journal.step({**record, "eta_seconds": spent / (progress.done - first) * left})
+                self.metrics.step({**record, "eta_seconds": spent / (progress.done - first) * left})
                 bar.advance(note=_note(record))
                 mean = None
                 if self.valid and self._due(train.valid_every, progress.done):
                     self._beat(f"validation after step {progress.done}")
-                    mean = self.journal.validation(progress.done, validation_loss(self.session, self.valid))
+                    mean = self.metrics.validation(progress.done, validation_loss(self.session, self.valid))
                     progress.validated(mean)
                     stopped = self._out_of_patience()
                 last = stopped or preempted or progress.done == train.steps
@@ -141,21 +141,29 @@ class Trainer:
         begun = time.monotonic()
         session, batch = self.session, self.plan.batch(step)
         rates = self._set_groups(step, batch)
-        self._set_routing(step)
-        grid = session.grid
+        alpha = (
+            noise_alpha(step, self.train.steps, session.recipe.routing.alpha_max) if session.routed else 0.0
+        )
+        dims, gates = session.dims, GateStatistics()
         # Only LoRA's dropout draws random numbers; so they follow from the step too.
         torch.manual_seed(hash((session.recipe.seed, step, process_group.rank())))
         micro = packed(
-            batch, self.splits, grid.data_rank, grid.data_ranks, session.micro_batches, process_group.device()
+            batch,
+            self.splits,
+            dims.data_parallel_rank,
+            dims.data_parallel_ranks,
+            session.micro_batches,
+            process_group.device(),
         )
-        figures = session.engine.train_step(list(micro), BatchTotals(batch.target_tokens, len(batch.indices)))
+        totals = BatchTotals(batch.target_tokens, len(batch.indices))
+        figures = session.engine.train_step(list(micro), totals, alpha, gates)
         # One reduction for everything.
         mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), torch.tensor([float(stop)])])
         *sums, budget, asked = collectives.sum_over_ranks(mine.double()).tolist()
         losses, tokens = sums[: len(self.pairs)], sums[len(self.pairs) :]
         seconds = time.monotonic() - begun
         present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
-        norm = session.engine.grad_norm
+        grad_norm = session.engine.grad_norm
         record = {
             "step": step + 1,
             "loss": _finite(sum(losses) / sum(tokens)),
@@ -165,10 +173,10 @@ class Trainer:
             "target_tokens": batch.target_tokens,
             "examples": len(batch.indices),
             "lr": rates,
-            "grad_norm": _finite(norm),
-            "skipped": not math.isfinite(norm),
-            "gates": self._gate_means(),
-            "alpha": session.state.alpha if session.state is not None else 0.0,
+            "grad_norm": _finite(grad_norm),
+            "skipped": not math.isfinite(grad_norm),
+            "gates": self._gate_means(gates),
+            "alpha": alpha,
             "tokens_per_second": float(batch.lengths.sum()) / seconds,
             "seconds": seconds,
         }
@@ -185,23 +193,15 @@ class Trainer:
             group["lr"], group["active"] = rates[group["name"]], group["name"] in active
         return rates
 
-    def _set_routing(self, step: int) -> None:
-        state = self.session.state
-        if state is not None:
-            state.alpha = noise_alpha(step, self.train.steps, self.session.recipe.routing.alpha_max)
-            state.statistics = {}
-
-    def _gate_means(self) -> dict[str, dict[str, float]]:
+    def _gate_means(self, gates: GateStatistics) -> dict[str, dict[str, float]]:
         """Mean gate value c per routed layer and pair over the global batch (collective)."""
-        state = self.session.state
-        if state is None or state.statistics is None or not self.session.model.gated:
+        if not self.session.model.gated:
             return {}
         layers = self.session.model.routed_layers
         sums = torch.zeros(len(layers), 2, len(self.pairs), dtype=torch.float64)
         for i, layer in enumerate(layers):
-            if layer in state.statistics:
-                sums[i] = state.statistics[layer].cpu()
-        state.statistics = None
+            if layer in gates.sums:
+                sums[i] = gates.sums[layer].cpu()
         collectives.sum_over_ranks(sums)
         return {
             str(layer): {
@@ -240,7 +240,7 @@ class Trainer:
 
 
 def _finite(value: float) -> float | None:
-    """`value`, or None (null in JSON) where it is no number."""
+    """`value`, or None (null in JSON) where it is not finite."""
     return value if math.isfinite(value) else None
 
 

@@ -19,9 +19,10 @@ def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> di
         splits: validation data by pair id; pairs without any are left out of the result.
     """
     recipe, train = session.recipe, session.recipe.train
-    batch, grid = whole_split(splits, train.valid_examples), session.grid
-    count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), grid.data_ranks)
-    micro = packed(batch, splits, grid.data_rank, grid.data_ranks, count, process_group.device())
-    norm = BatchTotals(batch.target_tokens, len(batch.indices))
-    sums = collectives.sum_over_ranks(session.engine.evaluate(list(micro), norm).per_pair)
+    batch = whole_split(splits, train.valid_examples)
+    rank, ranks = session.dims.data_parallel_rank, session.dims.data_parallel_ranks
+    count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), ranks)
+    micro = packed(batch, splits, rank, ranks, count, process_group.device())
+    totals = BatchTotals(batch.target_tokens, len(batch.indices))
+    sums = collectives.sum_over_ranks(session.engine.evaluate(list(micro), totals).per_pair)
     return {recipe.data.pairs[i]: float(sums[0, i] / sums[1, i]) for i in splits}

@@ -12,9 +12,10 @@ from small import KEEP_ALL, flip, parts, write
 from support.checkpoints import recipe_for
 
 from lander_ds.checkpoint.checkpoint import Checkpoint, steps
-from lander_ds.checkpoint.identity import FIXED, FREE, _flat, identity_of, starting_point
+from lander_ds.checkpoint.identity import FIXED, FREE, identity_of, starting_point
 from lander_ds.checkpoint.writer import Writer
 from lander_ds.common.errors import ArtefactError
+from lander_ds.common.nested import flatten
 from lander_ds.config.recipe import LoraConfig, Recipe
 
 INPUTS = {"data": "of the data", "base": "of the base", "selection": "of the selection", "deepspeed": "x"}
@@ -92,7 +93,7 @@ def test_no_whole_checkpoint(directory: Path, recipe: Recipe) -> None:
 
 
 def test_every_key_is_one_of_the_identity(recipe: Recipe) -> None:
-    known = _flat(identity_of(recipe, INPUTS))
+    known = flatten(identity_of(recipe, INPUTS))
     assert set(FIXED) | set(FREE) <= set(known)
     assert not set(FIXED) & set(FREE)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import replacing, write_text, writing
 from lander_ds.common.tensor_file import reading, save_tensors, write
 
 TENSORS = {"a": torch.arange(6.0)}
@@ -56,3 +57,40 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     write(path, "thing", {"b": TENSORS["a"]}, json.dumps({"format": "thing-1", "n": 6}))
     with pytest.raises(ArtefactError, match=r"is damaged \(.*\): make it again"):
         read(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+
+    def fail() -> None:
+        with writing(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half of the n")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk"):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_directory_is_brought_back_after_a_crash_between_the_renames(tmp_path: Path) -> None:
+    final, hidden = tmp_path / "export", tmp_path / ".export.old.tmp"
+    with replacing(final) as new:
+        (new / "model").write_text("good")
+    final.rename(hidden)  # as a process leaves it that is killed after the first rename
+    with pytest.raises(RuntimeError, match="stopped"), replacing(final):
+        raise RuntimeError("stopped")
+    assert (final / "model").read_text() == "good"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_link_that_stood_in_the_place_of_a_directory_goes_and_its_target_stays(tmp_path: Path) -> None:
+    target, final = tmp_path / "target", tmp_path / "export"
+    target.mkdir()
+    (target / "model").write_text("theirs")
+    final.symlink_to(target)
+    with replacing(final) as new:
+        (new / "model").write_text("ours")
+    assert not final.is_symlink()
+    assert ((final / "model").read_text(), (target / "model").read_text()) == ("ours", "theirs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "target"]

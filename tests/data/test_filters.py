@@ -90,9 +90,7 @@ def test_normalise_keeps_combining_vowels() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        FilterConfig(min_chars=-1),
         FilterConfig(min_chars=5, max_chars=4),
-        FilterConfig(max_chars=0),
         FilterConfig(max_length_ratio=0.5),
     ],
 )

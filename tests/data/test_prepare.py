@@ -20,7 +20,8 @@ from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.plan import BatchPlan
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.prompt import render_prompt
-from lander_ds.data.tokens.tokenizer import encode_example, load_tokenizer
+from lander_ds.data.tokens.text_encoder import TextEncoder
+from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.stages import prepare
 
 PAIRS = [(f"sentence number {n}", f"Satz Nummer {n}") for n in range(40)]
@@ -58,7 +59,7 @@ def test_sample_end_to_end(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(*corpora, pairs=("en-de", "en-cs"), detect_examples=100, max_length=400)
     data = prepared(recipe)
     assert data.pairs == ("en-de", "en-cs")
-    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=False)
+    encoder = TextEncoder(load_tokenizer(recipe.model.path, trust_remote_code=False))
     for split in ("train", "detect", "valid", "test"):
         for pair, found in data.split(split).items():  # type: ignore[arg-type]
             assert (found.pair, found.split) == (pair, split)
@@ -66,7 +67,7 @@ def test_sample_end_to_end(make_recipe: MakeRecipe) -> None:
                 sentence = found.sentence(index)
                 ids, prompt_length = found.tokens(index)
                 prompt = render_prompt(recipe.data.prompt, pair, sentence.src, ())
-                assert (ids.tolist(), prompt_length) == encode_example(tokenizer, prompt, " " + sentence.tgt)
+                assert encoder.examples([prompt], [" " + sentence.tgt]) == [(ids.tolist(), prompt_length)]
                 assert ids.dtype == np.int32
                 assert found.lengths[index] == len(ids)
                 assert found.target_lengths[index] == len(ids) - prompt_length

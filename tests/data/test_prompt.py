@@ -13,20 +13,20 @@ from lander_ds.data.tokens.prompt import check_prompt, choose_shots, render_prom
 
 
 def test_default_prompt() -> None:
-    assert render_prompt(PromptConfig(), "en-de", "Hello {x}", ()) == "English: Hello {x}\nGerman:"
+    assert "".join(render_prompt(PromptConfig(), "en-de", "Hello {x}", ())) == "English: Hello {x}\nGerman:"
 
 
 def test_few_shot_prompt() -> None:
     shots = [("one", "eins"), ("two", "zwei")]
     expected = "English: one\nGerman: eins\n\nEnglish: two\nGerman: zwei\n\nEnglish: three\nGerman:"
-    assert render_prompt(PromptConfig(), "en-de", "three", shots) == expected
+    assert "".join(render_prompt(PromptConfig(), "en-de", "three", shots)) == expected
 
 
 def test_every_placeholder_and_override() -> None:
     config = PromptConfig(
         template="<{src_lang}|{tgt_lang}|{src_name}|{tgt_name}> {src} {{}}", language_names={"de": "Deutsch"}
     )
-    assert render_prompt(config, "en-de", "s", ()) == "<en|de|English|Deutsch> s {}"
+    assert "".join(render_prompt(config, "en-de", "s", ())) == "<en|de|English|Deutsch> s {}"
 
 
 def test_names_are_only_needed_where_the_template_asks_for_them() -> None:

@@ -7,23 +7,18 @@ import os
 import shutil
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
-from data_helpers import SAMPLE, MakeRecipe
+from data_helpers import SAMPLE, STYLES, MakeRecipe, make_sentencepiece, sample_sentences
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from lander_ds.common.errors import ConfigError, DataError
 from lander_ds.config.recipe import CorpusConfig
 from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
 from lander_ds.data.tokens.tokenizer import (
-    encode_example,
-    encode_examples,
-    encode_prompts,
     load_tokenizer,
     tokenizer_fingerprint,
 )
@@ -40,42 +35,6 @@ ODD = [
     "１２ ﬁ",
     "a\u00a0b",
 ]
-
-STYLES: dict[str, dict[str, Any]] = {
-    "sentencepiece's own": {},
-    "llama": {
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "split_digits": True,
-        "allow_whitespace_only_pieces": True,
-    },
-    "gemma": {
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "add_dummy_prefix": False,
-        "user_defined_symbols": ["<start_of_turn>", "\n"],
-    },
-}
-
-
-def sample_sentences(count: int) -> list[str]:
-    lines = (SAMPLE / "train.en-ru.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    return [row[side] for row in map(json.loads, lines) for side in ("src", "tgt")]
-
-
-def make_sentencepiece(
-    directory: Path, style: str, kind: str = "unigram", byte_fallback: bool = True
-) -> None:
-    with (directory / "tokenizer.model").open("wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample_sentences(250)),
-            model_writer=model,
-            vocab_size=1200,
-            model_type=kind,
-            byte_fallback=byte_fallback,
-            minloglevel=2,
-            **STYLES[style],
-        )
 
 
 @pytest.mark.parametrize(
@@ -192,40 +151,7 @@ class TestTraining:
             train_tokenizer(make_recipe(CorpusConfig(str(tmp_path / "c"))), tmp_path / "out", 1000)
 
 
-class TestEncoding:
-    def test_example_is_prompt_target_and_end(self, tokenizer_dir: Path) -> None:
-        tokenizer = load_tokenizer(str(tokenizer_dir), trust_remote_code=False)
-        ids, prompt_length = encode_example(tokenizer, "English: Hello\nGerman:", " Hallo")
-        assert ids[:prompt_length] == encode_prompts(tokenizer, ["English: Hello\nGerman:"])[0]
-        assert ids[0] == tokenizer.bos_token_id
-        assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(ids, skip_special_tokens=True) == "English: Hello\nGerman: Hallo"
-
-    def test_many_are_encoded_like_one(self, tokenizer_dir: Path) -> None:
-        tokenizer = load_tokenizer(str(tokenizer_dir), trust_remote_code=False)
-        prompts, targets = ["a", "much longer prompt"], [" x", " a longer target"]
-        singles = [encode_example(tokenizer, p, t) for p, t in zip(prompts, targets, strict=True)]
-        assert encode_examples(tokenizer, prompts, targets) == singles
-
-    def test_prefix_space_is_not_doubled(self, tmp_path: Path) -> None:
-        make_sentencepiece(tmp_path, "llama")
-        tokenizer = load_tokenizer(str(tmp_path), trust_remote_code=False)
-        ids, _ = encode_example(tokenizer, "German:", " Der Computer")
-        together = tokenizer("German: Der Computer")["input_ids"]
-        assert tokenizer.decode(ids, skip_special_tokens=True) == "German: Der Computer"
-        assert ids == [*together, tokenizer.eos_token_id]
-
-    def test_tokenizers_that_end_every_text(self, tmp_path: Path) -> None:
-        word_level = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
-        word_level.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(
-            tokenizer_object=word_level, eos_token="<eos>", unk_token="<unk>", add_eos_token=True
-        ).save_pretrained(tmp_path)
-        tokenizer = load_tokenizer(str(tmp_path), trust_remote_code=False)
-        assert tokenizer("a")["input_ids"] == [2, 1]
-        assert encode_example(tokenizer, "a a", "b") == ([2, 2, 3, 1], 2)
-        assert tokenizer.pad_token_id == 1
-
+class TestFingerprint:
     def test_fingerprint_sees_only_what_changes_ids(self, tokenizer_dir: Path) -> None:
         tokenizer = load_tokenizer(str(tokenizer_dir), trust_remote_code=False)
         before = tokenizer_fingerprint(tokenizer)

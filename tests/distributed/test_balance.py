@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lander_ds.distributed.balance import cut, head_cost, layer_costs, stage_costs
+from lander_ds.distributed.balance import cut, head_cost, layer_costs, pipeline_stage_costs
 
 
 def balanced_cut(
@@ -44,7 +44,7 @@ def test_no_cut_is_better(model: tuple[list[int], int, int]) -> None:
     costs, head, stages = model
 
     def rank(begins: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-        each = stage_costs(costs, head, begins)
+        each = pipeline_stage_costs(costs, head, begins)
         return max(each), sum(value**2 for value in each), begins
 
     assert cut(costs, head, stages) == min(every_cut(len(costs), stages), key=rank)

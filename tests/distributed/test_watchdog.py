@@ -14,10 +14,11 @@ import torch
 from support.plain_ranks import PlainRanks
 from support.tiny_run import TinyRun
 
+from lander_ds.common.errors import ExitCode
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import collectives, process_group
-from lander_ds.distributed.watchdog import STALLED, Watchdog, verdict
+from lander_ds.distributed.watchdog import Watchdog, verdict
 from lander_ds.method.collector import StatisticsCollector
 from lander_ds.stages import detect
 
@@ -129,7 +130,7 @@ def ended(directory: Path, function: Any, *arguments: Any, ranks: int = 1) -> tu
 @pytest.mark.distributed
 def test_it_ends_a_process_that_hangs(tmp_path: Path) -> None:
     codes, output = ended(tmp_path, hang)
-    assert codes == [STALLED]
+    assert codes == [ExitCode.STALLED]
     assert "rank 0 on " in output
     assert "hangs outside any collective: step 3, test_watchdog.py" in output.replace("\n", " ")
 
@@ -138,7 +139,7 @@ def test_it_ends_a_process_that_hangs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("how", "collective"), [("sum", "all_reduce"), ("gather", "all_gather")])
 def test_it_names_the_rank_that_hangs(tmp_path: Path, how: str, collective: str) -> None:
     codes, output = ended(tmp_path, wait_for_a_rank, how, ranks=3)
-    assert codes == [STALLED] * 3
+    assert codes == [ExitCode.STALLED] * 3
     text = " ".join(output.split())
     assert "rank 1 on" in text.partition("hangs outside any collective")[0]
     assert text.count("hangs outside any collective") == 1
@@ -150,7 +151,7 @@ def test_detection_is_watched_too(tmp_path: Path, tiny_run: TinyRun) -> None:
     tiny_run.run("stalled-detection")
     recipe = tiny_run.recipe("stalled-detection", "train.stall_seconds=6")
     codes, output = ended(tmp_path, detect_with_a_rank_that_hangs, recipe, process_group.free_port(), ranks=2)
-    assert codes == [STALLED] * 2, output
+    assert codes == [ExitCode.STALLED] * 2, output
     text = " ".join(output.split())
     assert "detect: nothing has happened for" in text
     assert "rank 1 on" in text.partition("hangs outside any collective")[0]
@@ -169,7 +170,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     os.kill(pid, signal.SIGSTOP)
     processes.processes[0].join(30.0)
     processes.kill()
-    assert processes.processes[0].exitcode == STALLED
+    assert processes.processes[0].exitcode == ExitCode.STALLED
     assert "rank 1 does not answer: it is stopped" in processes.output
     assert "rank 0 on " in processes.output
 
@@ -184,5 +185,5 @@ def test_it_lets_a_process_be_that_goes_on(tmp_path: Path, function: Any) -> Non
 @pytest.mark.distributed
 def test_a_disk_that_takes_nothing_does_not_keep_the_job(tmp_path: Path) -> None:
     codes, output = ended(tmp_path, hang_where_nothing_can_be_written)
-    assert codes == [STALLED]
+    assert codes == [ExitCode.STALLED]
     assert "nothing has happened for" in output

@@ -169,7 +169,7 @@ def test_it_opens_by_the_auto_classes(exports: dict[str, Exported]) -> None:
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(exports: dict[str, Exported]) -> None:
     exported = exports["gemma3"]
-    model, _, _ = shape(exported.recipe, selection_of(exported))
+    model, _ = shape(exported.recipe, selection_of(exported))
     assert exported.found["parameters"] == sum(p.numel() for p in model.parameters())
     assert not any("lm_head" in name for name in stored(exported.directory))
 

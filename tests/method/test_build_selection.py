@@ -171,7 +171,7 @@ bank_choices = st.builds(
     rho=st.floats(0, 1),
     spread=st.sampled_from(["std", "cv"]),
     min_awareness=st.floats(0, 0.99),
-    kappa=st.floats(0, 1),
+    kappa=st.floats(0, 1, exclude_min=True),
 )
 
 

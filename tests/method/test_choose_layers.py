@@ -92,8 +92,7 @@ def test_every_layer_can_be_chosen(criterion: str) -> None:
     ("options", "message"),
     [
         ({"k": 6}, r"select\.layers\.k is 6, .*1 to 5 of the model's 6 layers \(the last layer"),
-        ({"k": 0}, r"select\.layers\.k is 0"),
-        ({"k": -1, "scope": "per_pair"}, r"select\.layers\.k is -1"),
+        ({"k": 6, "scope": "per_pair"}, r"select\.layers\.k is 6"),
         ({"k": 7, "criterion": "last"}, r"select\.layers\.k is 7, .*1 to 6 of"),
         ({"k": 7, "criterion": "random"}, r"select\.layers\.k is 7"),
         ({"k": 7, "criterion": "awareness"}, r"select\.layers\.k is 7"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, RoutingState
+from lander_ds.models.routed_ffn import BankFFN, Gate, GateSink, RoutedFFN, Routing, routed
 
 D, PAIRS = 6, ("en-de", "en-fr", "de-en")
 BANKS: tuple[tuple[str, tuple[int, ...], int], ...] = (
@@ -54,7 +54,21 @@ def small_ffn(
     router = None if gate == "none" else Gate(draw(4, D), draw(4), draw(1, 4) * 0.3, draw(1) * 0.3)
     options = {"gate": gate, "gate_init": gate_init, "gate_eval": gate_eval, "other_pairs": other_pairs}
     activation = nn.SiLU() if gated else nn.GELU()
-    return RoutedFFN(layer, modules, activation, output_bias, router, options, RoutingState(PAIRS))
+    return RoutedFFN(layer, modules, activation, output_bias, router, options, PAIRS)
+
+
+def run(
+    ffn: RoutedFFN,
+    x: torch.Tensor,
+    pair_ids: torch.Tensor,
+    noise_keys: torch.Tensor | None = None,
+    alpha: float = 0.0,
+    gates: GateSink | None = None,
+) -> torch.Tensor:
+    """The FFN's output for tokens of these pairs."""
+    with routed(Routing(pair_ids, noise_keys, alpha), gates):
+        output: torch.Tensor = ffn(x)
+    return output
 
 
 def bank_by_hand(bank: BankFFN, x: torch.Tensor) -> torch.Tensor:

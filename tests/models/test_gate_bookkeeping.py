@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_ffn import PAIRS, c_by_hand, small_ffn, tokens
+from small_ffn import PAIRS, c_by_hand, run, small_ffn, tokens
 
-from lander_ds.models.routed_ffn import RoutedFFN, gate_noise
+from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.models.routed_ffn import gate_noise
+from lander_ds.models.translation_model import GateReport, GateStatistics
 
 
 def splitmix64(key: int) -> int:
@@ -55,82 +57,75 @@ def test_noise_depends_on_nothing_but_key_and_layer() -> None:
     assert torch.equal(gate_noise(keys[17:18], 5), whole[17:18])
 
 
-def noisy(alpha: float) -> tuple[RoutedFFN, torch.Tensor]:
-    ffn = small_ffn()
-    x, pair_ids = tokens()
-    ffn.state.begin(pair_ids)
-    ffn.state.alpha = alpha
-    ffn.state.noise_keys = torch.arange(len(x)) * 7
-    return ffn, x
+KEYS = torch.arange(12) * 7
 
 
 def test_noise_moves_the_logit_by_alpha_times_the_noise() -> None:
-    ffn, x = noisy(1.5)
-    clean, _ = noisy(0.0)
-    ffn.state.statistics = {}
-    noise = gate_noise(torch.arange(len(x)) * 7, ffn.layer)[:, None]
-    logits = torch.logit(c_by_hand(ffn, x))
-    expected = torch.sigmoid(logits + 1.5 * noise)
-    out = ffn(x)
-    assert not torch.allclose(out, clean(x))
-    for pair in range(len(PAIRS)):
-        mean = expected[torch.arange(len(x)) % len(PAIRS) == pair].mean()
-        total, count = ffn.state.statistics[ffn.layer][:, pair]
-        torch.testing.assert_close(total / count, mean, rtol=1e-5, atol=1e-6)
+    ffn = small_ffn()
+    x, pair_ids = tokens()
+    values: list[torch.Tensor] = []
+    out = run(ffn, x, pair_ids, KEYS, 1.5, values.append)
+    expected = torch.sigmoid(torch.logit(c_by_hand(ffn, x)) + 1.5 * gate_noise(KEYS, ffn.layer)[:, None])
+    torch.testing.assert_close(values[0].double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(out, run(ffn, x, pair_ids, KEYS))
 
 
 def test_no_noise_with_alpha_zero_or_in_evaluation() -> None:
-    clean, x = noisy(0.0)
-    clean.state.noise_keys = None
-    expected = clean(x)
-    assert torch.equal(noisy(0.0)[0](x), expected)
-    assert torch.equal(noisy(2.0)[0].eval()(x), expected)
-    assert torch.equal(noisy(2.0)[0](x), noisy(2.0)[0](x))
+    ffn = small_ffn()
+    x, pair_ids = tokens()
+    expected = run(ffn, x, pair_ids)
+    assert torch.equal(run(ffn, x, pair_ids, KEYS), expected)
+    assert torch.equal(run(ffn, x, pair_ids, KEYS, 2.0), run(ffn, x, pair_ids, KEYS, 2.0))
+    assert torch.equal(run(ffn.eval(), x, pair_ids, KEYS, 2.0), expected)
 
 
-def test_statistics_add_up_over_forwards_and_leave_padding_out() -> None:
+def batch_of(pair_ids: torch.Tensor, segment_ids: torch.Tensor, examples: int) -> PackedBatch:
+    """A micro-batch of which gates need pairs and examples alone."""
+    lengths = tuple(int((segment_ids == example).sum()) for example in range(examples))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return PackedBatch(nothing, nothing, pair_ids, segment_ids, lengths, nothing, nothing, nothing)
+
+
+def test_statistics_add_up_over_micro_batches_and_leave_padding_out() -> None:
     ffn = small_ffn()
     x, pair_ids = tokens()
     pair_ids = pair_ids.clone()
     pair_ids[:2] = -1
-    ffn.state.statistics = {}
+    statistics = GateStatistics()
     for part in (slice(0, 5), slice(5, None)):
-        ffn.state.begin(pair_ids[part])
-        ffn(x[part])
+        batch = batch_of(pair_ids[part], torch.zeros_like(pair_ids[part]), 1)
+        report = GateReport(batch, len(PAIRS), statistics=True, budget=False)
+        run(ffn, x[part], pair_ids[part], gates=report)
+        assert report.share is None
+        assert report.sums is not None
+        statistics.add(ffn.layer, report.sums)
     c = c_by_hand(ffn, x).squeeze(-1)
-    found = ffn.state.statistics[ffn.layer]
-    assert found.shape == (2, len(PAIRS))
-    assert not found.requires_grad
+    sums = statistics.sums[ffn.layer]
+    assert sums.shape == (2, len(PAIRS))
+    assert not sums.requires_grad
     for pair in range(len(PAIRS)):
-        assert found[1, pair] == (pair_ids == pair).sum()
-        torch.testing.assert_close(found[0, pair], c[pair_ids == pair].sum().detach(), rtol=1e-5, atol=1e-6)
+        assert sums[1, pair] == (pair_ids == pair).sum()
+        torch.testing.assert_close(sums[0, pair], c[pair_ids == pair].sum().detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_shares_of_the_specific_side_are_summed_per_example_and_carry_gradients() -> None:
     ffn = small_ffn()
     x, pair_ids = tokens()
-    state = ffn.state
-    state.begin(pair_ids)
-    state.segment_ids = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
-    state.examples = 4  # the last has no token
-    state.specific_share = []
-    ffn(x)
-    (share,) = state.specific_share
-    expected = torch.zeros(4, dtype=torch.float64).index_add(
-        0, state.segment_ids, 1 - c_by_hand(ffn, x)[:, 0]
-    )
-    torch.testing.assert_close(share.double(), expected, rtol=1e-5, atol=1e-6)
-    share.sum().backward()
+    segment_ids = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    batch = batch_of(pair_ids, segment_ids, 4)  # the last has no token
+    report = GateReport(batch, len(PAIRS), statistics=False, budget=True)
+    run(ffn, x, pair_ids, gates=report)
+    assert report.sums is None
+    assert report.share is not None
+    expected = torch.zeros(4, dtype=torch.float64).index_add(0, segment_ids, 1 - c_by_hand(ffn, x)[:, 0])
+    torch.testing.assert_close(report.share.double(), expected, rtol=1e-5, atol=1e-6)
+    report.share.sum().backward()
     assert ffn.router is not None
     assert ffn.router.w2.grad is not None
     assert ffn.router.w2.grad.abs().max() > 0
     assert ffn.banks[0].up.grad is None
 
 
-def test_nothing_is_collected_unless_asked() -> None:
-    ffn = small_ffn()
+def test_a_layer_without_gate_reports_nothing() -> None:
     x, pair_ids = tokens()
-    ffn.state.begin(pair_ids)
-    ffn(x)
-    assert ffn.state.statistics is None
-    assert ffn.state.specific_share is None
+    run(small_ffn(gate="none"), x, pair_ids, gates=lambda _: pytest.fail("there is no gate"))

@@ -19,6 +19,7 @@ from lander_ds.config.recipe import ModelConfig, RoutingConfig
 from lander_ds.models.family import Family
 from lander_ds.models.files import INDEX, SINGLE
 from lander_ds.models.loading import build, fill
+from lander_ds.models.routed_ffn import Routing, routed
 from lander_ds.models.span import units, whole
 from lander_ds.models.surgery import install, slices
 from lander_ds.models.weights import BaseWeights, base_fingerprint
@@ -149,12 +150,12 @@ def test_a_model_cut_on_meta_is_filled_with_the_same_banks(case: str, tmp_path: 
     model, family = build(ModelConfig(path=str(tmp_path), dtype="float32"), attention=None)
     neurons = family.neurons(model)
     selection = random_selection(neurons, (0, 2))
-    state = install(model, family, selection, RoutingConfig(hidden=8), seed=5)
+    install(model, family, selection, RoutingConfig(hidden=8), seed=5)
     names = list(slices(model))
     fill(model, family, BaseWeights(tmp_path), lambda unit: None)
     assert list(slices(model)) == names
-    state.begin(torch.tensor(1))
-    assert_same_logits(model.eval(), reference)
+    with routed(Routing(torch.tensor(1))):
+        assert_same_logits(model.eval(), reference)
     install(reference, family, selection, RoutingConfig(hidden=8), seed=5)
     expected = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():

@@ -19,10 +19,10 @@ from lander_ds.data.batching.packing import Example, PackedBatch, pack
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
-from lander_ds.models.routed_ffn import RoutingState
 from lander_ds.models.span import Span, spans
 from lander_ds.models.translation_model import (
     BatchTotals,
+    GateStatistics,
     Objective,
     Tensors,
     TranslationModel,
@@ -33,20 +33,20 @@ from lander_ds.models.weights import BaseWeights
 ONE = BatchTotals(target_tokens=1, examples=1)
 
 
-def made(recipe: Recipe, span: Span | None = None) -> tuple[PreTrainedModel, Family, RoutingState | None]:
+def made(recipe: Recipe, span: Span | None = None) -> tuple[PreTrainedModel, Family]:
     """The model as training makes it, but in one process; outside the span it stays on meta."""
     model, family = build(recipe.model)
     selection = selection_for(recipe)
-    state = prepare_model(model, family, recipe, selection)
+    prepare_model(model, family, recipe, selection)
     fill(model, family, BaseWeights(recipe.model.path), lambda unit: None, span=span)
     mark_trained(model, family, recipe.train, selection)
-    return model, family, state
+    return model, family
 
 
 def wrapped(
     recipe: Recipe, span: Span | None = None, recompute: bool = False, **objective: float
 ) -> TranslationModel:
-    model, family, state = made(recipe, span)
+    model, family = made(recipe, span)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if ".router.w2" in name or ".router.b2" in name:
@@ -55,7 +55,6 @@ def wrapped(
         model,
         family,
         len(PAIRS),
-        state,
         Objective(seed=recipe.seed, **objective),  # type: ignore[arg-type]
         span,
         recompute=recompute,
@@ -77,9 +76,9 @@ def recipe(tmp_path: Path) -> Recipe:
     return recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
 
 
-def gradients(module: TranslationModel, batch: list[Example], norm: BatchTotals) -> dict[str, torch.Tensor]:
+def gradients(module: TranslationModel, batch: list[Example], totals: BatchTotals) -> dict[str, torch.Tensor]:
     module.zero_grad(set_to_none=True)
-    loss, _, _ = module(pack(batch), norm)
+    loss, _, _ = module(pack(batch), totals)
     loss.backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -88,7 +87,7 @@ def gradients(module: TranslationModel, batch: list[Example], norm: BatchTotals)
 def test_losses_are_those_of_each_example_alone(case: str, tmp_path: Path) -> None:
     plain = tiny_model(case)
     recipe = recipe_for(save(plain, tmp_path), tmp_path, "full")
-    model, family, _ = made(recipe)
+    model, family = made(recipe)
     module = TranslationModel(model, family, len(PAIRS))
     loss, per_pair, _ = module(pack(examples()), BatchTotals(10, 5))
     sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
@@ -112,11 +111,11 @@ def test_gradients_of_a_mixed_batch_are_the_sum_over_its_pairs(recipe: Recipe, g
         replace(recipe, routing=replace(recipe.routing, gate=gate)),  # type: ignore[arg-type]
         **({} if gate == "none" else {"budget_weight": 0.4, "budget": 0.3}),
     )
-    norm = BatchTotals(20, 5)
-    mixed = gradients(module, examples(), norm)
+    totals = BatchTotals(20, 5)
+    mixed = gradients(module, examples(), totals)
     summed = {name: torch.zeros_like(value) for name, value in mixed.items()}
     for pair in range(len(PAIRS)):
-        for name, value in gradients(module, [e for e in examples() if e.pair_id == pair], norm).items():
+        for name, value in gradients(module, [e for e in examples() if e.pair_id == pair], totals).items():
             summed[name] += value
     assert max(float(value.abs().max()) for value in mixed.values()) > 1e-3
     for name, value in mixed.items():
@@ -145,10 +144,10 @@ def test_every_trained_parameter_gets_a_gradient_even_from_a_filler(recipe: Reci
 
 def test_no_graph_below_the_first_trained_layer(tmp_path: Path) -> None:
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
-    model, family, state = made(recipe)
+    model, family = made(recipe)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and ".layers.2." in name)
-    module = TranslationModel(model, family, len(PAIRS), state)
+    module = TranslationModel(model, family, len(PAIRS))
     assert module.first_trained == 2
     graphs = {}
     for index, layer in enumerate(family.layers_of(model)):
@@ -187,13 +186,10 @@ def test_where_the_graph_must_begin(case: str, tmp_path: Path) -> None:
 
 def test_noise_depends_on_the_sample_and_not_on_its_company(recipe: Recipe) -> None:
     module = wrapped(recipe)
-    state = module.state
-    assert state is not None
-    state.alpha = 2.0
     module.train()
 
     def losses(batch: list[Example]) -> torch.Tensor:
-        return module(pack(batch), ONE)[1][0].detach()
+        return module(pack(batch), ONE, alpha=2.0)[1][0].detach()
 
     first, second = examples()[0], examples()[1]
     torch.testing.assert_close(losses([first, second]), losses([first]) + losses([second]))
@@ -209,8 +205,30 @@ def test_noise_depends_on_the_sample_and_not_on_its_company(recipe: Recipe) -> N
     assert torch.equal(losses([first]), losses([drawn_again])), "no noise in evaluation"
 
 
+def test_recomputation_counts_no_gate_twice_and_follows_its_own_micro_batch(recipe: Recipe) -> None:
+    """Backward passes come after the forward passes of later micro-batches, as in a pipeline."""
+    results = []
+    for recompute in (False, True):
+        module = wrapped(recipe, recompute=recompute, budget_weight=0.4, budget=0.3)
+        gates, batches = GateStatistics(), (examples()[:2], examples()[2:])
+        losses = [module(pack(batch), ONE, alpha=1.5, gates=gates)[0] for batch in batches]
+        for loss in losses:
+            loss.backward()
+        results.append(
+            ({name: p.grad for name, p in module.named_parameters() if p.grad is not None}, gates.sums)
+        )
+    (plain, counted), (again, counted_again) = results
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+    assert list(counted) == [0, 2]
+    for layer, sums in counted.items():
+        assert sums[1].sum() == sum(len(example.input_ids) for example in examples())
+        assert torch.equal(counted_again[layer], sums)
+
+
 def run_spans(
-    parts: list[TranslationModel], batch: PackedBatch, norm: BatchTotals
+    parts: list[TranslationModel], batch: PackedBatch, totals: BatchTotals
 ) -> tuple[Tensors, list[list[torch.Tensor]]]:
     """Forward and backward through spans as a pipeline runs them; (what the last returns, what came into each)."""
     arrived: list[list[torch.Tensor]] = []
@@ -218,7 +236,7 @@ def run_spans(
     for part in parts:
         crossing = part.crosses(part.span.start)
         arrived.append([t.detach().requires_grad_(crossing) for t in outputs[-1]] if outputs else [])
-        outputs.append(part(batch, norm, *arrived[-1]))
+        outputs.append(part(batch, totals, *arrived[-1]))
         part.zero_grad(set_to_none=True)
     gradients: list[torch.Tensor] = [torch.ones(())]
     for part, given, made in zip(reversed(parts), reversed(arrived), reversed(outputs), strict=True):
@@ -236,12 +254,12 @@ def test_spans_compute_what_the_whole_model_does(case: str, recompute: bool, tmp
     recipe = recipe_for(save(tiny_model(case), tmp_path / "base"), tmp_path / "run")
     options = {"budget_weight": 0.4, "budget": 0.3}
     complete = wrapped(recipe, recompute=recompute, **options)
-    norm, batch = BatchTotals(20, 5), pack(examples())
-    expected = complete(batch, norm)
-    wanted = gradients(complete, examples(), norm)
+    totals, batch = BatchTotals(20, 5), pack(examples())
+    expected = complete(batch, totals)
+    wanted = gradients(complete, examples(), totals)
     parts = [wrapped(recipe, span, recompute, **options) for span in spans((1, 2), 3)]
     assert [part.has_backward for part in parts] == [True] * 3
-    found, arrived = run_spans(parts, batch, norm)
+    found, arrived = run_spans(parts, batch, totals)
     for part, tensors in zip(parts[1:], arrived[1:], strict=True):
         empty = part.carried(batch)
         assert [(t.shape, t.dtype) for t in tensors] == [(t.shape, t.dtype) for t in empty]
@@ -266,10 +284,10 @@ def test_gradients_go_no_further_down_than_the_first_trained_layer(trained: int,
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
     parts = []
     for span in spans((1, 2), 3):
-        model, family, state = made(recipe, span)
+        model, family = made(recipe, span)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and f".layers.{trained}." in name)
-        parts.append(TranslationModel(model, family, len(PAIRS), state, span=span))
+        parts.append(TranslationModel(model, family, len(PAIRS), span=span))
     assert [part.crosses(part.span.start) for part in parts] == [False, trained < 1, trained < 2]
     assert [part.has_backward for part in parts] == [trained <= 0, trained <= 1, True]
     if trained < 2:
@@ -281,7 +299,7 @@ def test_detection_sends_gradients_down_to_the_embedding(tmp_path: Path) -> None
     recipe = recipe_for(save(tiny_model("gemma3"), tmp_path / "base"), tmp_path / "run", "full")
     parts = []
     for span in spans((1, 2), 3):
-        model, family, _ = made(recipe, span)
+        model, family = made(recipe, span)
         model.requires_grad_(False)
         parts.append(TranslationModel(model, family, len(PAIRS), span=span, input_gradients=True))
     _, arrived = run_spans(parts, pack(examples()), ONE)

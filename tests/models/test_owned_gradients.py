@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_ffn import PAIRS, bank_by_hand, small_ffn, tokens, whole_by_hand
+from small_ffn import PAIRS, bank_by_hand, run, small_ffn, tokens, whole_by_hand
 
-from lander_ds.models.routed_ffn import BankFFN, RoutedFFN
+from lander_ds.models.routed_ffn import BankFFN, RoutedFFN, Routing, routed
 
 
 def gradients(
@@ -15,8 +15,7 @@ def gradients(
     """(parameter name -> gradient, gradient of x)."""
     ffn.zero_grad(set_to_none=True)
     inputs = x.clone().requires_grad_()
-    ffn.state.begin(pair_ids)
-    ffn(inputs).backward(out_grad)
+    run(ffn, inputs, pair_ids).backward(out_grad)
     assert inputs.grad is not None
     found = {name: p.grad for name, p in ffn.named_parameters() if p.grad is not None}
     return found, inputs.grad
@@ -97,7 +96,6 @@ def test_owned_gradients_are_those_of_autograd_on_the_owners_tokens(gated: bool)
 def test_gradcheck_where_every_token_owns_every_trained_bank(gated: bool, gate: str) -> None:
     banks = (("general", (0, 1, 2), 3), ("specific", (0,), 2), ("frozen", (), 2))
     ffn = small_ffn(gated, gate, banks=banks)
-    ffn.state.begin(torch.tensor(0))
     x, _ = tokens(3)
     trained = [
         name for name, p in ffn.named_parameters() if p.requires_grad and not name.startswith("router.")
@@ -108,10 +106,11 @@ def test_gradcheck_where_every_token_owns_every_trained_bank(gated: bool, gate: 
         ffn.router.requires_grad_(False)
         ffn.router.w1.data.zero_()
 
-    def run(inputs: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(ffn, dict(zip(trained, parameters, strict=True)), (inputs,))
+    def call(inputs: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        with routed(Routing(torch.tensor(0))):
+            return torch.func.functional_call(ffn, dict(zip(trained, parameters, strict=True)), (inputs,))
 
-    torch.autograd.gradcheck(run, (x.requires_grad_(), *values), atol=1e-4)
+    torch.autograd.gradcheck(call, (x.requires_grad_(), *values), atol=1e-4)
 
 
 def test_the_gate_learns_from_every_pairs_tokens() -> None:
@@ -126,7 +125,6 @@ def test_only_trained_banks_keep_their_input() -> None:
     """Frozen banks must not pay memory or time for weight gradients."""
     ffn = small_ffn(gate="none")
     x, pair_ids = tokens()
-    ffn.state.begin(pair_ids)
     saved: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,7 +134,7 @@ def test_only_trained_banks_keep_their_input() -> None:
     inputs = x.clone().requires_grad_()
     ffn.requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = ffn(inputs)
+        out = run(ffn, inputs, pair_ids)
     assert inputs.data_ptr() not in saved
     out.sum().backward()
     assert all(parameter.grad is None for parameter in ffn.parameters())

@@ -13,7 +13,10 @@ from lander_ds.config.recipe import ModelConfig
 from lander_ds.models.attention import packed_attention
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
+from lander_ds.models.routed_ffn import Routing
 from lander_ds.models.weights import BaseWeights
+
+ROUTING = Routing(torch.tensor(0))
 
 
 def packed_logits(
@@ -26,7 +29,7 @@ def packed_logits(
     hidden = family.embed(decoder, torch.cat(sequences)[None], positions)
     arguments = family.layer_arguments(decoder, hidden, positions, lengths)
     for index, layer in enumerate(family.layers_of(model)):
-        hidden = family.run_layer(layer, hidden, arguments(index))
+        hidden = family.run_layer(layer, hidden, arguments(index), ROUTING)
     logits = model.get_output_embeddings()(family.finish(model, hidden))[0]
     cap = family.softcap(model)
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -78,7 +81,7 @@ def test_gradients_of_the_inputs_stay_inside_their_example(
     arguments = family.layer_arguments(decoder, hidden, positions, lengths)
     out = hidden
     for index, layer in enumerate(family.layers_of(model)):
-        out = family.run_layer(layer, out, arguments(index))
+        out = family.run_layer(layer, out, arguments(index), ROUTING)
     family.finish(model, out)[0, 5:].square().sum().backward()
     assert hidden.grad is not None
     assert hidden.grad[0, :5].abs().max() == 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from small_ffn import BANKS, PAIRS, D, bank_by_hand, c_by_hand, small_ffn, tokens, whole_by_hand
+from small_ffn import BANKS, PAIRS, D, bank_by_hand, c_by_hand, run, small_ffn, tokens, whole_by_hand
 
-from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN
+from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, routed
 
 
 def by_hand(ffn: RoutedFFN, x: torch.Tensor, pair_ids: torch.Tensor) -> torch.Tensor:
@@ -40,16 +41,14 @@ def by_hand(ffn: RoutedFFN, x: torch.Tensor, pair_ids: torch.Tensor) -> torch.Te
 def test_forward_is_the_formula(gated: bool, gate: str, gate_init: str, other_pairs: str) -> None:
     ffn = small_ffn(gated, gate, gate_init, other_pairs=other_pairs)
     x, pair_ids = tokens()
-    ffn.state.begin(pair_ids)
-    torch.testing.assert_close(ffn(x), by_hand(ffn, x, pair_ids), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run(ffn, x, pair_ids), by_hand(ffn, x, pair_ids), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_banks_sum_to_the_ffn_with_the_output_bias_once(gated: bool) -> None:
     ffn = small_ffn(gated, "none")
     x, pair_ids = tokens()
-    ffn.state.begin(pair_ids)
-    torch.testing.assert_close(ffn(x), whole_by_hand(ffn, x))
+    torch.testing.assert_close(run(ffn, x, pair_ids), whole_by_hand(ffn, x))
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -59,9 +58,7 @@ def test_a_gate_at_its_starting_point_scales_by_exactly_one(gated: bool) -> None
     ffn.router.w2.data.zero_()
     ffn.router.b2.data.zero_()
     x, pair_ids = tokens()
-    for each in (ffn, plain):
-        each.state.begin(pair_ids)
-    assert torch.equal(ffn(x), plain(x))
+    assert torch.equal(run(ffn, x, pair_ids), run(plain, x, pair_ids))
 
 
 def test_a_general_bank_that_some_pairs_do_not_own_is_unscaled_and_unmasked_for_them() -> None:
@@ -69,16 +66,14 @@ def test_a_general_bank_that_some_pairs_do_not_own_is_unscaled_and_unmasked_for_
     ffn = small_ffn(banks=banks, other_pairs="mask")
     x, _ = tokens()
     pair_ids = torch.full((len(x),), 2)
-    ffn.state.begin(pair_ids)
     expected = bank_by_hand(ffn.banks[0], x) + bank_by_hand(ffn.banks[2], x)  # type: ignore[arg-type]
-    torch.testing.assert_close(ffn(x), expected)
+    torch.testing.assert_close(run(ffn, x, pair_ids), expected)
 
 
 def test_hard_gates_hold_in_evaluation_only() -> None:
     ffn = small_ffn(gate_init="paper", gate_eval="hard")
     x, pair_ids = tokens(30)
-    ffn.state.begin(pair_ids)
-    torch.testing.assert_close(ffn(x), by_hand(ffn, x, pair_ids), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run(ffn, x, pair_ids), by_hand(ffn, x, pair_ids), rtol=1e-6, atol=1e-6)
     c = c_by_hand(ffn, x)
     assert 0 < (c >= 0.5).sum() < len(c)
     expected = []
@@ -91,7 +86,7 @@ def test_hard_gates_hold_in_evaluation_only() -> None:
                 if int(pair_ids[t]) not in bank.owners or bank.kind == kept  # type: ignore[operator, union-attr]
             )
         )
-    torch.testing.assert_close(ffn.eval()(x), torch.stack(expected))  # type: ignore[arg-type]
+    torch.testing.assert_close(run(ffn.eval(), x, pair_ids), torch.stack(expected))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -113,19 +108,18 @@ def test_forms_of_pair_ids(pair_ids: torch.Tensor, shape: tuple[int, ...]) -> No
     ffn = small_ffn()
     count = torch.Size(shape).numel()
     x, _ = tokens(count)
-    ffn.state.begin(pair_ids)
     per_token = pair_ids.reshape(-1).repeat_interleave(count // pair_ids.numel())
-    found = ffn(x.reshape(*shape, D))
+    found = run(ffn, x.reshape(*shape, D), pair_ids)
     assert found.shape == (*shape, D)
     torch.testing.assert_close(found.reshape(-1, D), by_hand(ffn, x, per_token), rtol=1e-6, atol=1e-6)
 
 
-def test_one_begin_serves_passes_of_different_length() -> None:
+def test_one_routing_serves_passes_of_different_length() -> None:
     ffn = small_ffn(other_pairs="mask")
     x, _ = tokens(8)
-    ffn.state.begin(torch.tensor([0, 1]))
-    whole = ffn(x.reshape(2, 4, D))
-    last = ffn(x.reshape(2, 4, D)[:, 3:])
+    with routed(Routing(torch.tensor([0, 1]))):
+        whole = ffn(x.reshape(2, 4, D))
+        last = ffn(x.reshape(2, 4, D)[:, 3:])
     torch.testing.assert_close(last, whole[:, 3:])
 
 
@@ -135,19 +129,33 @@ def test_a_missing_pair_is_an_error_that_names_the_pairs() -> None:
         ffn(tokens()[0])
 
 
+def test_a_routing_holds_inside_its_context_and_thread_alone() -> None:
+    ffn = small_ffn(other_pairs="mask")
+    x, _ = tokens()
+    wanted = [run(ffn, x, torch.tensor(pair)) for pair in range(len(PAIRS))]
+    with routed(Routing(torch.tensor(0))):
+        with routed(Routing(torch.tensor(1))):
+            assert torch.equal(ffn(x), wanted[1])
+            later = carrying(ffn)
+        assert torch.equal(ffn(x), wanted[0])
+        with ThreadPoolExecutor(1) as thread:
+            with pytest.raises(RuntimeError, match="language pair is not set"):
+                thread.submit(ffn, x).result()
+            assert torch.equal(thread.submit(later, x).result(), wanted[1])
+        assert torch.equal(ffn(x), wanted[0])
+
+
 def test_pair_ids_that_do_not_fit_are_an_error() -> None:
     ffn = small_ffn()
-    ffn.state.begin(torch.tensor([0, 1, 2]))
     with pytest.raises(RuntimeError, match="3 pair ids do not fit 8 tokens"):
-        ffn(tokens(8)[0])
+        run(ffn, tokens(8)[0], torch.tensor([0, 1, 2]))
 
 
 def test_padding_owns_no_specific_bank() -> None:
     ffn = small_ffn(other_pairs="mask", gate="none")
     x, _ = tokens(4)
-    ffn.state.begin(torch.tensor(-1))
     expected = bank_by_hand(ffn.banks[0], x) + bank_by_hand(ffn.banks[4], x)  # type: ignore[arg-type]
-    torch.testing.assert_close(ffn(x), expected)
+    torch.testing.assert_close(run(ffn, x, torch.tensor(-1)), expected)
 
 
 def test_bfloat16_stays_bfloat16_and_close() -> None:
@@ -155,8 +163,7 @@ def test_bfloat16_stays_bfloat16_and_close() -> None:
     results: dict[torch.dtype, Any] = {}
     for dtype in (torch.float64, torch.bfloat16):
         ffn = small_ffn(dtype=dtype)
-        ffn.state.begin(pair_ids)
-        out = ffn(x.to(dtype))
+        out = run(ffn, x.to(dtype), pair_ids)
         out.sum().backward()
         first = ffn.banks[0]
         assert isinstance(first, BankFFN)

@@ -15,7 +15,7 @@ from lander_ds.config.recipe import RoutingConfig
 from lander_ds.method.selection import Selection
 from lander_ds.models.catalogue import family_of
 from lander_ds.models.family import Family
-from lander_ds.models.routed_ffn import RoutedFFN
+from lander_ds.models.routed_ffn import RoutedFFN, Routing, routed
 from lander_ds.models.surgery import install, remove, routed_ffns, slices
 
 LAYERS = (0, 2)
@@ -82,13 +82,12 @@ def test_trained_banks_come_back_to_their_own_rows_and_columns(case: str) -> Non
 def test_logits_are_the_base_models(case: str, gate: str) -> None:
     model, _, _ = cut(case, RoutingConfig(gate=gate, hidden=8))  # type: ignore[arg-type]
     reference = tiny_model(case)
-    state = next(routed_ffns(model))[1].state
     ids = torch.stack([examples()[0], examples()[2][:9]])
     with torch.no_grad():
         expected = reference(ids).logits
         for pair_ids in (torch.tensor(0), torch.tensor([1, 2]), torch.randint(0, 3, ids.shape)):
-            state.begin(pair_ids)
-            torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+            with routed(Routing(pair_ids)):
+                torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -106,17 +105,15 @@ def test_generation_with_cache_and_left_padding_is_the_base_models(case: str, be
         "num_beams": beams,
         "pad_token_id": 0,
     }
-    state = next(routed_ffns(model))[1].state
     expected = reference.generate(ids, **options)
     for pair_ids in (torch.tensor(2), torch.tensor([0, 1])):
-        state.begin(pair_ids)
-        assert torch.equal(model.generate(ids, **options), expected)
+        with routed(Routing(pair_ids)):
+            assert torch.equal(model.generate(ids, **options), expected)
 
 
 @pytest.mark.parametrize("case", ["gemma3", "bloom", "opt"])
 def test_generation_with_trained_gates_does_not_depend_on_the_cache(case: str) -> None:
     model, _, _ = cut(case, RoutingConfig(hidden=8, other_pairs="mask"))
-    state = next(routed_ffns(model))[1].state
     torch.manual_seed(0)
     for _, ffn in routed_ffns(model):
         assert ffn.router is not None
@@ -128,14 +125,12 @@ def test_generation_with_trained_gates_does_not_depend_on_the_cache(case: str) -
         "do_sample": False,
         "pad_token_id": 0,
     }
-    state.begin(torch.tensor([0, 1]))
-    cached = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, use_cache=False, **options), cached)
-    state.begin(torch.tensor([1, 0]))
-    with torch.no_grad():
-        swapped = model(ids).logits
-        state.begin(torch.tensor([0, 1]))
-        assert (model(ids).logits - swapped).abs().max() > 1e-3
+    with routed(Routing(torch.tensor([0, 1]))), torch.no_grad():
+        cached = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, use_cache=False, **options), cached)
+        ordered = model(ids).logits
+    with routed(Routing(torch.tensor([1, 0]))), torch.no_grad():
+        assert (model(ids).logits - ordered).abs().max() > 1e-3
 
 
 def test_surgery_freezes_everything_but_the_gates_and_names_the_groups() -> None:
@@ -193,10 +188,9 @@ def test_one_pair_alone_and_one_bank_alone() -> None:
     for pairs in (("en-de",), PAIRS):
         model = tiny_model("opt")
         selection = random_selection(48, (1,), pairs, frozen=False)
-        state = install(model, family_of("opt"), selection, RoutingConfig(hidden=8), seed=0)
-        state.begin(torch.tensor(0))
+        install(model, family_of("opt"), selection, RoutingConfig(hidden=8), seed=0)
         ffn = next(routed_ffns(model))[1]
         assert isinstance(ffn, RoutedFFN)
-        with torch.no_grad():
+        with routed(Routing(torch.tensor(0))), torch.no_grad():
             ids = examples()[0][None]
             torch.testing.assert_close(model(ids).logits, reference(ids).logits, atol=1e-5, rtol=1e-5)

@@ -145,10 +145,6 @@ def test_prompts(prepared: tuple[Recipe, RunDirectory]) -> None:
     assert requests_for("fewshot", recipe, data, tokenizer) == fewshot
     other_seed = fewshot_examples(data.split("train")["en-de"], 3, seed=9)
     assert other_seed != fewshot_examples(data.split("train")["en-de"], 3, seed=1)
-    # A line end in the target prefix would stop the translation before it begins.
-    prompt = replace(recipe.data.prompt, target_prefix=" \n ")
-    opened = requests_for("base", replace(recipe, data=replace(recipe.data, prompt=prompt)), data, tokenizer)
-    assert opened["en-de"][0].prompt == (*plain["en-de"][0].prompt, 3)
 
 
 def test_what_cannot_be_translated_is_named(prepared: tuple[Recipe, RunDirectory], tmp_path: Path) -> None:

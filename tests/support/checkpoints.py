@@ -23,7 +23,6 @@ from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
-from lander_ds.models.routed_ffn import RoutingState
 from lander_ds.models.weights import BaseWeights, base_fingerprint
 from support.selections import random_selection
 
@@ -45,13 +44,13 @@ def recipe_for(
     )
 
 
-def shape(recipe: Recipe, selection: Selection) -> tuple[PreTrainedModel, Family, RoutingState | None]:
+def shape(recipe: Recipe, selection: Selection) -> tuple[PreTrainedModel, Family]:
     """The model of the recipe's method, filled from its base, with `requires_grad` on what is trained."""
     model, family = build(recipe.model, attention=None)
-    state = prepare_model(model, family, recipe, selection)
+    prepare_model(model, family, recipe, selection)
     fill(model, family, BaseWeights(recipe.model.path), lambda unit: None)
     mark_trained(model, family, recipe.train, selection)
-    return model.eval(), family, state
+    return model.eval(), family
 
 
 def selection_for(recipe: Recipe) -> Selection:
@@ -65,7 +64,7 @@ def write_checkpoint(recipe: Recipe, step: int = 7) -> dict[str, torch.Tensor]:
     """A checkpoint in the recipe's run directory whose trained tensors have all moved; returns these."""
     run, selection = RunDirectory(recipe.run_dir), selection_for(recipe)
     selection.save(run.selection)
-    model, _, _ = shape(recipe, selection)
+    model, _ = shape(recipe, selection)
     generator = torch.Generator().manual_seed(9)
     tensors = {
         name: parameter.detach().float() + 0.1 * torch.randn(parameter.shape, generator=generator)

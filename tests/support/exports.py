@@ -65,7 +65,7 @@ def trained_logits(recipe: Recipe, pair: str) -> list[torch.Tensor]:
 def untrained_checkpoint(recipe: Recipe) -> None:
     """A checkpoint in which no bank or tensor has moved, and gates are new."""
     selection = selection_for(recipe)
-    model, _, _ = shape(recipe, selection)
+    model, _ = shape(recipe, selection)
     values = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
     rewrite_checkpoint(recipe, lambda tensors: tensors.update(values))
 

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lander_ds.cli.main import STAGES
 from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.engines import zero3
-from lander_ds.distributed.engines.engine import held
+from lander_ds.distributed.engines.deepspeed_internals import local_shard
+from lander_ds.distributed.start import Start
 from lander_ds.models.parameter_groups import active_groups
 from lander_ds.stages import prepare, train
+from lander_ds.stages.catalogue import STAGES
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.session import Session, open_session
 from lander_ds.training.trainer import Outcome, Trainer
@@ -41,8 +42,8 @@ def train_and_gather(recipe: Recipe, run: RunDirectory) -> None:
         for name, parameter in session.engine.named_parameters():
             with zero3.gather([parameter]) if hasattr(parameter, "ds_tensor") else nullcontext():
                 whole[name] = parameter.detach().clone()
-        if session.grid.data_rank == 0:
-            save_file(whole, run.path / f"{session.grid.stage}-{GATHERED}")
+        if session.dims.data_parallel_rank == 0:
+            save_file(whole, run.path / f"{session.dims.pipeline_stage}-{GATHERED}")
         return summary(session, *rest)
 
     train._summary = gathering
@@ -91,7 +92,7 @@ class _Nudging(Trainer):
         outcome = super().run()
         if process_group.rank() == process_group.world_size() - 1:
             parameter = next(p for p in self.session.model.parameters() if not p.requires_grad)
-            shard = held(parameter).data.view(-1)
+            shard = local_shard(parameter).data.view(-1)
             shard[-1] = torch.nextafter(shard[-1], torch.tensor(torch.inf))
         return outcome
 
@@ -107,14 +108,14 @@ def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
 
 def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     """Train; note after every step which groups changed on this rank, in weights or in optimizer state."""
-    session, data = open_session(recipe, run), PreparedData.load(run, recipe)
-    loop = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, valid_loss: None)
+    session, data = open_session(Start(recipe, run)), PreparedData.load(run, recipe)
+    trainer = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, valid_loss: None)
     notes = []
     before = _states(session)
     for step in range(recipe.train.steps):
-        batch = loop.plan.batch(step)
+        batch = trainer.plan.batch(step)
         present = [recipe.data.pairs[i] for i in sorted(set(batch.pair_ids.tolist()))]
-        loop._step(step, 0.0)
+        trainer._step(step, 0.0)
         after = _states(session)
         changed = [group for group in after if not _equal(before[group], after[group])]
         notes.append(
@@ -133,7 +134,7 @@ def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
 
 def look_into_session(recipe: Recipe, run: RunDirectory) -> None:
     """Note types of parameters and buffers, and validation losses of all pairs, of one alone and of few sentences."""
-    session, data = open_session(recipe, run), PreparedData.load(run, recipe)
+    session, data = open_session(Start(recipe, run)), PreparedData.load(run, recipe)
     valid = dict(enumerate(data.split("valid").values()))
     few = replace(session, recipe=replace(recipe, train=replace(recipe.train, valid_examples=1)))
     notes = {

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lander_ds.cluster.doctor.compare import compare_hosts
 from lander_ds.cluster.doctor.environment import travelling
 from lander_ds.cluster.doctor.finding import Finding
@@ -140,8 +142,6 @@ def _hosts(options: Options, findings: list[Finding]) -> list[Host]:
         return hosts
     ranks = options.ranks
     if ranks is None:
-        import torch
-
         ranks = torch.cuda.device_count() or 2
     return [Host(LOCAL, ranks)]
 

@@ -12,7 +12,7 @@ from lander_ds.cluster.doctor.hostfile import Host
 from lander_ds.cluster.doctor.judge import Run
 from lander_ds.cluster.doctor.judge_resources import judge_resources
 
-DEPENDENT = ("topology", "need", "places")
+DEPENDENT = ("topology", "need", "disk")
 """Parts that cannot be looked at without a sound recipe: their faults are its faults."""
 
 PART_CURES = {

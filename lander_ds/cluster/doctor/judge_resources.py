@@ -110,16 +110,16 @@ def _memory(host: Host, look: Mapping[str, Any], need: Mapping[str, Any]) -> Ite
 def _disk(looks: Looks, need: Mapping[str, Any]) -> Iterable[Finding]:
     """Room for checkpoints and exports where the run directory lies: seen from the first host, where rank 0 is."""
     host, look = next(iter(looks.items()))
-    place = look.get("places", {})
-    if place.get("free") is None:
+    disk = look.get("disk", {})
+    if disk.get("free") is None:
         return
     wanted = need["checkpoint"] * need["checkpoints"] + need["exports"]
     detail = (
         f"{'about ' if need['estimated'] else ''}{readable(wanted)} needed ({need['checkpoints']} checkpoints of "
-        f"{readable(need['checkpoint'])}, exports {readable(need['exports'])}), {readable(place['free'])} free in "
-        f"{place['run_dir']}"
+        f"{readable(need['checkpoint'])}, exports {readable(need['exports'])}), {readable(disk['free'])} free in "
+        f"{disk['run_dir']}"
     )
-    if wanted > place["free"]:
+    if wanted > disk["free"]:
         cure = "make room, choose another run_dir, or set train.keep_last to keep fewer checkpoints"
         yield Finding("disk", host, "fail", detail, cure)
     else:

@@ -1,8 +1,8 @@
 """The remote side of `lander doctor`: started on every host with `python -m lander_ds.cluster.doctor.probe`.
 
 Reads questions from standard input and writes one JSON object per answer. It ends, and takes with it what it
-made, when standard input ends or no question came for a while. It must start where PyTorch does not, so whatever is
-heavy is imported when it is asked for.
+made, when standard input ends or no question came for a while. It must start where PyTorch does not, so it imports
+the standard library alone; see `inspection` for the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lander_ds.cluster.doctor.inspection import inspect
 from lander_ds.cluster.doctor.ranks import Ranks
 from lander_ds.cluster.doctor.remote import MARK
 from lander_ds.cluster.doctor.shared import Tokens
@@ -47,8 +48,6 @@ class Probe:
         self, recipe: str | None, overrides: list[str], world: int | None, address: str | None
     ) -> dict[str, Any]:
         """Everything that can be seen without the other hosts; see `inspection.inspect`."""
-        from lander_ds.cluster.doctor.inspection import inspect
-
         return inspect(None if recipe is None else Path(recipe), overrides, world, address)
 
     def listen(self, port: int, token: str) -> dict[str, Any]:
@@ -145,9 +144,9 @@ def main() -> NoReturn:
     questions = _Questions(probe, idle_seconds)
     while True:
         arguments = questions.next()
-        found = answer(probe, arguments.pop("question"), arguments)
+        reply = answer(probe, arguments.pop("question"), arguments)
         try:
-            answers.write(f"{MARK}{json.dumps(found)}\n")
+            answers.write(f"{MARK}{json.dumps(reply)}\n")
             answers.flush()
         except OSError:
             probe.leave()

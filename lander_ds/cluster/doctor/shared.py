@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,12 +22,20 @@ def existing(directory: Path) -> Path:
     return directory
 
 
+def free_bytes(directory: Path) -> int | None:
+    """On the disk where a directory lies, or would be made; None where that cannot be seen."""
+    try:
+        return shutil.disk_usage(existing(directory)).free
+    except OSError:
+        return None
+
+
 class Tokens:
     """The files that this host has left, and the directories made for them."""
 
     def __init__(self) -> None:
         self._files: list[Path] = []
-        self._made: list[Path] = []
+        self._created: list[Path] = []
 
     def put(self, directory: Path, token: str) -> dict[str, Any]:
         """Make the directory where there is none, and leave a file there.
@@ -38,7 +47,7 @@ class Tokens:
         try:
             for path in reversed(missing):
                 path.mkdir()
-                self._made.append(path)
+                self._created.append(path)
             self._files.append(file)
             file.write_text(token, encoding="utf-8")
         except OSError as error:
@@ -69,12 +78,12 @@ class Tokens:
         for file in self._files:
             with suppress(OSError):
                 file.unlink()
-        for path in reversed(self._made):
+        for path in reversed(self._created):
             try:
                 path.rmdir()
             except OSError:
                 break
-        self._files, self._made = [], []
+        self._files, self._created = [], []
 
 
 def _name(token: str) -> str:

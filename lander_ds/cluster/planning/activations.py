@@ -22,8 +22,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.attention import packed_attention
 from lander_ds.models.family import Family, LayerArguments
-from lander_ds.models.routed_ffn import RoutingState
-from lander_ds.models.surgery import routed_ffns
+from lander_ds.models.routed_ffn import Routing
 from lander_ds.models.translation_model import BatchTotals, Objective, TranslationModel
 
 FUSED = "lander_planned_fused"
@@ -67,14 +66,10 @@ def trace(recipe: Recipe, batch: MicroBatch, sharded: bool, fused: bool) -> Acti
     with FakeTensorMode(allow_non_fake_inputs=True), _linear(sharded):
         model, family = made.model, made.family
         model.to_empty(device="cpu")
-        state = None if made.state is None else _OwnedByShare(made.state.pairs)
-        for _, routed in routed_ffns(model):
-            assert state is not None
-            routed.state = state
         objective = Objective(recipe.routing.budget_weight, recipe.routing.budget)
         if not family.packed_attention:
             family = _with_real_masks(family)
-        span = TranslationModel(model, family, len(recipe.data.pairs), state, objective)
+        span = _PlannedModel(model, family, len(recipe.data.pairs), objective)
         # The loss of a trained head looks at values, which are fake here; it keeps about as much.
         made.head.requires_grad_(False)
         counter = _Counter(parameters={p.untyped_storage()._cdata for p in model.parameters()})
@@ -117,15 +112,22 @@ class _Counter:
         return tensor
 
 
-class _OwnedByShare(RoutingState):
+class _OwnedByShare(Routing):
     """Tokens owned in proportion to the number of owners: their real number depends on values, which are fake here."""
 
-    def owned_tokens(self, pair_ids: torch.Tensor, owners: tuple[int, ...]) -> torch.Tensor:
-        key = (owners, len(pair_ids))
-        if key not in self._owned:
-            count = len(pair_ids) * len(owners) // len(self.pairs)
-            self._owned[key] = torch.empty(count, dtype=torch.int64)
-        return self._owned[key]
+    def owned_tokens(self, pair_ids: torch.Tensor, owners: tuple[int, ...], pairs: int) -> torch.Tensor:
+        """As many indices as `owners` have on average; computed once for all layers."""
+        if owners not in self._owned:
+            self._owned[owners] = torch.empty(len(pair_ids) * len(owners) // pairs, dtype=torch.int64)
+        return self._owned[owners]
+
+
+class _PlannedModel(TranslationModel):
+    """The trainer's model under a routing that looks at no values."""
+
+    def routing(self, batch: PackedBatch, alpha: float) -> Routing:
+        """Shapes alone count."""
+        return _OwnedByShare(batch.pair_ids)
 
 
 class _Kernel(torch.autograd.Function):

@@ -21,7 +21,6 @@ from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
-from lander_ds.models.routed_ffn import RoutingState
 from lander_ds.models.span import Span, spans, units, whole
 from lander_ds.models.translation_model import first_trained_layer
 from lander_ds.training.session import METHODS_WITH_SELECTION
@@ -54,7 +53,6 @@ class Anatomy:
     recipe: Recipe
     model: PreTrainedModel
     family: Family
-    state: RoutingState | None
     selection: Selection | None
     """Of the run, or estimated; None for methods without one."""
     estimated: bool
@@ -141,10 +139,10 @@ def anatomy(recipe: Recipe, attention: str | None = None) -> Anatomy:
     selection, estimated = None, False
     if recipe.train.method in METHODS_WITH_SELECTION:
         selection, estimated = _selection(recipe, len(family.layers_of(model)), family.neurons(model))
-    state = prepare_model(model, family, recipe, selection)
+    prepare_model(model, family, recipe, selection)
     groups = mark_trained(model, family, recipe.train, selection)
     by_id = {id(parameter): name for name, parameters in groups.items() for parameter in parameters}
-    return Anatomy(recipe, model, family, state, selection, estimated, by_id)
+    return Anatomy(recipe, model, family, selection, estimated, by_id)
 
 
 def _selection(recipe: Recipe, layers: int, neurons: int) -> tuple[Selection, bool]:

@@ -21,6 +21,7 @@ from lander_ds.data.batching.micro_batches import packed
 from lander_ds.data.batching.plan import BatchPlan
 from lander_ds.data.prepared import PreparedData, PreparedSplit
 from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
 from lander_ds.models.translation_model import BatchTotals
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.saver import Saver
@@ -86,11 +87,11 @@ def rank_process(rank: int, environment: Mapping[str, str], jobs: tuple[Job, ...
 
 def _measure(recipe: Recipe) -> None:
     run, data = RunDirectory(recipe.run_dir), _Data(recipe.data.pairs)
-    session = open_session(recipe, run)
+    session = open_session(Start(recipe, run))
     saver = Saver(session, run, identity_of(recipe, {"data": "made up", "base": session.fingerprint}))
-    journal = MetricsLogger(run.metrics, None, log_every=recipe.train.steps + 1)
-    Trainer(session, data, journal, saver).run()
-    journal.close()
+    metrics = MetricsLogger(run.metrics, None, log_every=recipe.train.steps + 1)
+    Trainer(session, data, metrics, saver).run()
+    metrics.close()
     saver.finish()
     held = collectives.gather_objects(asdict(session.engine.rank_bytes()))
     # Last, because no backward pass follows.

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lander_ds.cluster.planning.cluster import Cluster
 from lander_ds.cluster.planning.plan import GB, Plan, Planner, best
+from lander_ds.common.files import writing
 
 
 def memory_table(plans: Sequence[Plan], cluster: Cluster) -> Table:
@@ -122,7 +123,5 @@ def save_plot(found: Mapping[int, Sequence[Plan]], cluster: Cluster, path: Path)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
-    temporary.replace(path)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import PromptConfig
 from lander_ds.data.sources.rows import Row
-from lander_ds.data.tokens.prompt import render_prompt, shots_for
-from lander_ds.data.tokens.tokenizer import encode_examples, load_tokenizer
+from lander_ds.data.tokens.prompt import render_prompt, shots_for, target_text
+from lander_ds.data.tokens.text_encoder import TextEncoder
+from lander_ds.data.tokens.tokenizer import load_tokenizer
 
 ROWS_PER_JOB = 512
 
@@ -41,7 +42,7 @@ Encoded = tuple[list[int], int]
 """Token ids of prompt, target and end of sequence; length of the prompt."""
 
 
-def encode_job(tokenizer: PreTrainedTokenizerBase, job: Job) -> list[Encoded]:
+def encode_job(encoder: TextEncoder, job: Job) -> list[Encoded]:
     """Token ids and prompt length of every row of a job."""
     prompts = [
         render_prompt(
@@ -49,7 +50,7 @@ def encode_job(tokenizer: PreTrainedTokenizerBase, job: Job) -> list[Encoded]:
         )
         for row in job.rows
     ]
-    return encode_examples(tokenizer, prompts, [job.prompt.target_prefix + row.tgt for row in job.rows])
+    return encoder.examples(prompts, [target_text(job.prompt, row.tgt) for row in job.rows])
 
 
 class Encoder:
@@ -65,9 +66,11 @@ class Encoder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, path: str, trust_remote_code: bool, workers: int
     ) -> None:
-        self._tokenizer, self._workers = tokenizer, workers
+        self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
-        if workers > 1:
+        if workers == 1:
+            self._encoder = TextEncoder(tokenizer)
+        else:
             # Not forked: this process has threads (tokenizers, torch), and a fork of those can hang.
             self._pool = ProcessPoolExecutor(
                 workers, get_context("spawn"), initializer=_start_worker, initargs=(path, trust_remote_code)
@@ -96,7 +99,7 @@ class Encoder:
             for job in jobs:
                 if not job.rows:
                     return
-                yield from zip(job.rows, encode_job(self._tokenizer, job), strict=True)
+                yield from zip(job.rows, encode_job(self._encoder, job), strict=True)
             return
         waiting: deque[tuple[Job, Future[list[Encoded]]]] = deque()
         try:
@@ -115,15 +118,15 @@ class Encoder:
             ) from None
 
 
-_worker_tokenizer: PreTrainedTokenizerBase | None = None
+_worker_encoder: TextEncoder | None = None
 
 
 def _start_worker(path: str, trust_remote_code: bool) -> None:
-    global _worker_tokenizer  # noqa: PLW0603, a process pool has no other place for state
+    global _worker_encoder  # noqa: PLW0603, a process pool has no other place for state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(path, trust_remote_code)
+    _worker_encoder = TextEncoder(load_tokenizer(path, trust_remote_code))
 
 
 def _work(job: Job) -> list[Encoded]:
-    assert _worker_tokenizer is not None
-    return encode_job(_worker_tokenizer, job)
+    assert _worker_encoder is not None
+    return encode_job(_worker_encoder, job)

@@ -6,12 +6,19 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from string import Formatter
+from typing import TypeAlias
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import PromptConfig
 from lander_ds.data.tokens.languages import language_name, split_pair
 
 PLACEHOLDERS = ("src", "src_lang", "tgt_lang", "src_name", "tgt_name")
+
+Prompt: TypeAlias = tuple[str, ...]
+"""The text before a target, in pieces: the recipe's and the corpus's words by turns, beginning with the recipe's."""
+
+_SOURCE = "\0"
+"""Stands for the source sentence in a filled template; no recipe can hold it."""
 
 
 def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
@@ -28,18 +35,20 @@ def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
             f"data.prompt.template: unknown placeholder {{{unknown[0]}}}: use {allowed}, or write "
             f"{{{{ and }}}} for braces"
         )
-    if "src" not in used:
-        raise ConfigError(
-            "data.prompt.template: {src} is missing, so the model would never see the source: add it"
-        )
     if config.shots < 0:
         raise ConfigError(f"data.prompt.shots: {config.shots} is negative: use 0 or more")
     for pair in pairs:
-        render_prompt(config, pair, "", ())
+        if len(_fill(config, pair)) == 1:
+            raise ConfigError(
+                "data.prompt.template: {src} is missing, so the model would never see the source: add it"
+            )
 
 
-def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> str:
-    """The text before the target: the few-shot examples, each with its translation, then the source.
+def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> Prompt:
+    """The text before the target: few-shot examples with their translations, the source, the target prefix.
+
+    Blanks that end the target prefix are left out here: `target_text` has them, because a tokenizer joins a
+    blank with the word behind it.
 
     Args:
         config: template and separators; one that `check_prompt` accepts.
@@ -47,11 +56,19 @@ def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tup
         src: source sentence.
         shots: (source, target) examples to show first; `config.shots` does not matter here.
     """
-    examples = [
-        _fill(config, pair, shot_src) + config.target_prefix + shot_tgt + config.separator
-        for shot_src, shot_tgt in shots
-    ]
-    return "".join(examples) + _fill(config, pair, src)
+    template = _fill(config, pair)
+    pieces = [""]
+    for shot_src, shot_tgt in shots:
+        _append(pieces, template, shot_src, config.target_prefix)
+        pieces += [shot_tgt, config.separator]
+    _append(pieces, template, src, config.target_prefix.rstrip(" "))
+    return tuple(pieces)
+
+
+def target_text(config: PromptConfig, tgt: str) -> str:
+    """What the model learns to write after a prompt: blanks that end the target prefix, and the translation."""
+    prefix = config.target_prefix
+    return prefix[len(prefix.rstrip(" ")) :] + tgt
 
 
 def choose_shots(
@@ -92,11 +109,21 @@ def _placeholders(template: str) -> frozenset[str]:
         ) from None
 
 
-def _fill(config: PromptConfig, pair: str, src: str) -> str:
+def _append(pieces: list[str], template: Sequence[str], src: str, ending: str) -> None:
+    """Append a template, its sources filled in, and what follows it, to pieces that end with the recipe's words."""
+    first, *rest = template
+    pieces[-1] += first
+    for words in rest:
+        pieces += [src, words]
+    pieces[-1] += ending
+
+
+def _fill(config: PromptConfig, pair: str) -> list[str]:
+    """The template with everything but the source filled in, cut where the source belongs."""
     src_lang, tgt_lang = split_pair(pair)
-    values = {"src": src, "src_lang": src_lang, "tgt_lang": tgt_lang}
+    values = {"src": _SOURCE, "src_lang": src_lang, "tgt_lang": tgt_lang}
     # Names only where the template asks for them: languages without a known name are fine otherwise.
     for name, code in (("src_name", src_lang), ("tgt_name", tgt_lang)):
         if name in _placeholders(config.template):
             values[name] = language_name(code, config.language_names)
-    return config.template.format(**values)
+    return config.template.format(**values).split(_SOURCE)

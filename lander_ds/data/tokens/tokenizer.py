@@ -1,10 +1,9 @@
-"""The tokenizer of a model directory, and how a prompt and its translation become token ids."""
+"""The tokenizer of a model directory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,57 +107,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: is not a JSON object: copy it from the base model again")
     return value
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, with a beginning-of-sequence token when the tokenizer adds one, never an end."""
-    encoded: list[list[int]] = tokenizer(
-        list(prompts), add_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    return [_without_end(tokenizer, ids) for ids in encoded]
-
-
-def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
-) -> list[tuple[list[int], int]]:
-    """Token ids of prompt, target and end of sequence, and the length of the prompt, for many examples.
-
-    Prompt and target are tokenised apart, so that generation, which starts from the prompt's ids, continues
-    exactly what training has seen (I).
-
-    Args:
-        tokenizer: from `load_tokenizer`.
-        prompts: from `render_prompt`.
-        targets: the recipe's `target_prefix` and the translation.
-    """
-    if _adds_prefix_space(tokenizer):
-        # The tokenizer supplies the space between prompt and target itself; a second one would double it.
-        targets = [target.removeprefix(" ") for target in targets]
-    endings: list[list[int]] = tokenizer(
-        list(targets), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [
-        ([*prompt, *target, eos], len(prompt))
-        for prompt, target in zip(encode_prompts(tokenizer, prompts), endings, strict=True)
-    ]
-
-
-def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], int]:
-    """`encode_examples` for one: token ids and prompt length."""
-    return encode_examples(tokenizer, [prompt], [target])[0]
-
-
-def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    # Some tokenizers end every text with EOS; a prompt goes on. A lone EOS is GPT-NeoX's way to write BOS.
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return ids
-
-
-def _adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
-    return bool(first) and first[0].startswith(("▁", "Ġ"))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

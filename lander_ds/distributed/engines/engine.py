@@ -4,58 +4,88 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
 
 from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.distributed.engines.deepspeed_internals import check_deepspeed, local_shard
+from lander_ds.distributed.engines.figures import Figures, RankBytes
 from lander_ds.models.loading import Placement
-from lander_ds.models.translation_model import BatchTotals, TranslationModel
-
-MakeModel = Callable[[Placement], TranslationModel]
-"""Fills this rank's span of the model, handing every unit to `place` once it is read, and wraps it."""
-MakeOptimizer = Callable[[], torch.optim.Optimizer | None]
-"""The optimizer of what this rank's span trains; None when that is nothing."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What this rank computed of a global batch; the sum over all ranks is that of the batch."""
-
-    per_pair: torch.Tensor
-    """[2, M] float64: sum of losses (nats) and target tokens per pair."""
-    budget: torch.Tensor
-    """[] float64: budget loss, before its weight."""
-
-
-@dataclass(frozen=True)
-class RankBytes:
-    """Bytes that one rank holds, summed over real tensors."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
+from lander_ds.models.translation_model import BatchTotals, GateStatistics, TranslationModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state per parameter."""
 
 
 class Engine(ABC):
-    """A model spread over the ranks. All methods but the properties are collective."""
+    """A model spread over the ranks. All methods but the properties are collective.
+
+    First there is the engine alone, which says where a unit of the model goes once it is read; then it is given what
+    it runs:
+
+        engine = open_engine(recipe, config)
+        fill(model, family, weights, engine.placement, span=span, reads=engine.reads_weights)
+        engine.attach(TranslationModel(model, family, pairs, span=span), optimizer)
+    """
 
     model: TranslationModel
     """This rank's span."""
-    monitor: Any
-    """DeepSpeed's monitor (TensorBoard)."""
     _engine: Any
     """DeepSpeed's engine."""
     _trains: bool
     """Whether there is an optimizer on this rank."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """Prepare.
+
+        Args:
+            config: resolved DeepSpeed configuration.
+
+        Raises:
+            ConfigError: the installed DeepSpeed does not fit.
+        """
+        check_deepspeed()
+        self._config = config
+
+    @property
+    @abstractmethod
+    def placement(self) -> Placement:
+        """What shards or moves a unit of the model once it is read."""
+
+    @property
+    @abstractmethod
+    def reads_weights(self) -> bool:
+        """Whether this rank reads weights from disk; otherwise `placement` gets them from another rank."""
+
+    def attach(self, model: TranslationModel, optimizer: torch.optim.Optimizer | None) -> None:
+        """Take over this rank's span.
+
+        Args:
+            model: every unit of it has been through `placement`.
+            optimizer: of what it trains; None when that is nothing.
+        """
+        self.model, self._trains = model, optimizer is not None
+        self._engine = self._wrap(model, optimizer)
+        if self._trains:
+            self._allocate()
+
+    @abstractmethod
+    def _wrap(self, model: TranslationModel, optimizer: torch.optim.Optimizer | None) -> Any:
+        """DeepSpeed's engine around this rank's span."""
+
+    @abstractmethod
+    def _allocate(self) -> None:
+        """Make the optimizer's state now, so that its size is known before the first step."""
+
+    @property
+    def monitor(self) -> Any:
+        """DeepSpeed's monitor (TensorBoard)."""
+        return self._engine.monitor
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -70,15 +100,28 @@ class Engine(ABC):
         return 0.0 if norm is None else float(norm)
 
     @abstractmethod
-    def train_step(self, batches: Sequence[PackedBatch], norm: BatchTotals) -> Figures:
-        """One optimizer step over this data-parallel rank's micro-batches."""
+    def train_step(
+        self,
+        batches: Sequence[PackedBatch],
+        totals: BatchTotals,
+        alpha: float = 0.0,
+        gates: GateStatistics | None = None,
+    ) -> Figures:
+        """One optimizer step over this data-parallel rank's micro-batches.
+
+        Args:
+            batches: the micro-batches.
+            totals: sizes of the global batch.
+            alpha: weight of the gate noise.
+            gates: counts the gate values of this rank's layers.
+        """
 
     @abstractmethod
-    def evaluate(self, batches: Sequence[PackedBatch], norm: BatchTotals) -> Figures:
+    def evaluate(self, batches: Sequence[PackedBatch], totals: BatchTotals) -> Figures:
         """Forward passes alone, in evaluation mode."""
 
     @abstractmethod
-    def differentiate(self, batches: Sequence[PackedBatch], norm: BatchTotals) -> None:
+    def differentiate(self, batches: Sequence[PackedBatch], totals: BatchTotals) -> None:
         """Forward and backward passes of an engine without optimizer, in evaluation mode (detection)."""
 
     @abstractmethod
@@ -124,8 +167,6 @@ class Engine(ABC):
         Args:
             mine: number of a parameter -> whether this rank wants it; the others are only taken part in.
         """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         optimizer = self._optimizer
         moments = MOMENTS if optimizer is not None and "betas" in optimizer.defaults else ()
         trained = [
@@ -173,34 +214,12 @@ class Engine(ABC):
         for name, parameter in sorted(self.named_parameters(), key=lambda item: item[0]):
             if not parameter.requires_grad:
                 digest.update(name.encode())
-                digest.update(_raw(held(parameter)))
+                digest.update(_raw(local_shard(parameter)))
         return digest.hexdigest()
 
 
-def held(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
-    shard: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
-    return shard
-
-
-def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Sum of the sizes of tensors in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> int:
-    """Bytes of float32 masters and moments (step counts left out)."""
-    moments = [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.dim() > 0
-    ]
-    return bytes_of(masters) + bytes_of(moments)
-
-
 @contextmanager
-def kept_buffers(module: nn.Module) -> Iterator[None]:
+def preserved_buffers(module: nn.Module) -> Iterator[None]:
     """Within this context buffers may change their type; afterwards they have the old one again.
 
     DeepSpeed would turn rotary frequencies into bfloat16, which moves far positions.

@@ -32,9 +32,7 @@ def measured(recipe: Recipe, sharded: bool) -> int:
     targets = torch.arange(BATCH.targets)
     batch = PackedBatch(ids, positions, pairs, segments, BATCH.lengths, torch.arange(3), targets, targets + 3)
     with _linear(sharded):
-        return saved_bytes(
-            TranslationModel(made.model, made.family, len(recipe.data.pairs), made.state), batch
-        )
+        return saved_bytes(TranslationModel(made.model, made.family, len(recipe.data.pairs)), batch)
 
 
 def predicted(recipe: Recipe, sharded: bool) -> Activations:

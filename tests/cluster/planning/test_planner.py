@@ -17,7 +17,8 @@ from lander_ds.cluster.planning.workload import Workload, micro_batch
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig
-from lander_ds.distributed.parallel_dims import ParallelDims, span_of
+from lander_ds.distributed.balance import span_of
+from lander_ds.distributed.parallel_dims import ParallelDims
 from lander_ds.models.loading import build
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
 

@@ -31,7 +31,7 @@ def counted(recipe: Recipe) -> tuple[int, int]:
     ids, targets = torch.arange(3, 27), torch.arange(BATCH.targets)
     pairs, zeros, segments = ids % len(recipe.data.pairs), torch.zeros_like(ids), torch.arange(24)
     batch = PackedBatch(ids, zeros, pairs, segments, BATCH.lengths, segments, targets, targets + 3)
-    model = TranslationModel(made.model, made.family, len(recipe.data.pairs), made.state)
+    model = TranslationModel(made.model, made.family, len(recipe.data.pairs))
     with FlopCounterMode(display=False) as forward:
         loss, *_ = model(batch, BatchTotals(1, 1))
     with FlopCounterMode(display=False) as backward:

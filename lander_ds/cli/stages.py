@@ -1,0 +1,61 @@
+"""`lander STAGE` and `lander all`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from lander_ds.common import launch
+from lander_ds.common.files import write_text
+from lander_ds.common.lazy import load
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import dump_recipe
+from lander_ds.distributed import agreement, process_group
+from lander_ds.distributed.start import Start
+from lander_ds.preflight.facts import collect
+from lander_ds.preflight.recipe import load_checked
+from lander_ds.stages import catalogue
+from lander_ds.training import preemption
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the stages of a command on a recipe that is known to be sound, on ranks that are known to be alike."""
+    preemption.leave_at_once()
+    recipe = load_checked(arguments.recipe, arguments.overrides, arguments.stage)
+    resumes = getattr(arguments, "auto_resume", False)
+    start = Start(recipe, RunDirectory(recipe.run_dir), arguments.force, resumes)
+    # A DeepSpeed JSON that cannot be used is refused here, before anything waits.
+    logger.debug("%s: %s", recipe.deepspeed, start.deepspeed)
+    _open_process_group(start, arguments.stage)
+    try:
+        _run(start, catalogue.names(arguments.stage))
+    except BaseException:
+        # Leaving the group in good order would wait for ranks that wait for this one.
+        if launch.world_size() == 1:
+            process_group.stop()
+        raise
+    process_group.stop()
+
+
+def _open_process_group(start: Start, command: str) -> None:
+    """Let the ranks meet, once they are known to be alike, in the group that the command needs; one process needs none
+    where it works alone."""
+    ranks = launch.world_size()
+    words = {"stage": command, "force": start.force, "auto_resume": start.auto_resume, "ranks": ranks}
+    with agreement.alike(collect(start, words) if ranks > 1 else {}, ranks):
+        if catalogue.is_collective(command):
+            process_group.start()
+        elif ranks > 1:
+            process_group.start_on_cpu()
+
+
+def _run(start: Start, names: Sequence[str]) -> None:
+    if process_group.rank() == 0:
+        write_text(start.run.recipe, dump_recipe(start.recipe))
+    for name in names:
+        # A stage brings its libraries with it; those of the others stay away.
+        load(f"lander_ds.stages.{name}:STAGE").perform(start)
+        process_group.free_memory()

@@ -1,0 +1,25 @@
+"""What a host's PyTorch sees of its accelerators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def accelerator() -> dict[str, Any]:
+    """GPUs with their memory (bytes), and the libraries that ranks communicate with."""
+    cards = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        cards.append({"name": torch.cuda.get_device_name(index), "memory": total, "free": free})
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if cards else None  # type: ignore[no-untyped-call]
+    return {
+        "cards": cards,
+        "driver": Path("/proc/driver/nvidia").exists(),
+        "cuda": torch.version.cuda,
+        "nccl": nccl if dist.is_nccl_available() else None,
+        "gloo": dist.is_gloo_available(),
+    }

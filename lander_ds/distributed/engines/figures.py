@@ -1,0 +1,53 @@
+"""What engines report of a step, and of the memory they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What this rank computed of a global batch; the sum over all ranks is that of the batch."""
+
+    per_pair: torch.Tensor
+    """[2, M] float64: sum of losses (nats) and target tokens per pair."""
+    budget: torch.Tensor
+    """[] float64: budget loss, before its weight."""
+
+    @classmethod
+    def nothing(cls, pairs: int) -> Figures:
+        """Those of no micro-batch."""
+        return cls(torch.zeros(2, pairs, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+
+    def add(self, per_pair: torch.Tensor, budget: torch.Tensor) -> None:
+        """Count a micro-batch."""
+        self.per_pair.add_(per_pair.cpu())
+        self.budget.add_(budget.cpu())
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes that one rank holds, summed over real tensors."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Sum of the sizes of tensors in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> int:
+    """Bytes of float32 masters and moments (step counts left out)."""
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    ]
+    return bytes_of(masters) + bytes_of(moments)

@@ -1,0 +1,98 @@
+"""How a stage runs: whether it is up to date, its clock, its record, and the ranks that wait."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.recipe import Recipe
+from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
+from lander_ds.stages.catalogue import STAGES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the body of a part leaves."""
+
+    outputs: Sequence[Path]
+    """Files or directories it wrote."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values that its record keeps as well, e.g. counts."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What has one record, `stages/RECORD.json`. Most stages have one part; `translate` has one per system."""
+
+    record: str
+    options: Mapping[str, Any]
+    """Everything in the recipe that the result depends on."""
+    inputs: Mapping[str, str]
+    """What is read: name -> content hash."""
+    body: Callable[[], Result]
+    """Does the work; called only when the part is not up to date."""
+    usable: Callable[[], bool] = lambda: True
+    """Whether outputs that the record does not list are still there."""
+    show: Callable[[], None] = lambda: None
+    """Tells the user of the result, whether it is new or not."""
+
+
+class Stage:
+    """One stage of a recipe."""
+
+    def __init__(self, name: str, parts: Callable[[Start], Sequence[Part]]) -> None:
+        """Declare a stage.
+
+        Args:
+            name: its key in the catalogue.
+            parts: what it consists of, in order; raises what the user has to be told before any work.
+        """
+        self.description = STAGES[name]
+        self._parts = parts
+
+    def run(self, recipe: Recipe, run: RunDirectory, force: bool = False, auto_resume: bool = False) -> None:
+        """Run this stage alone (collective). Raises what its module says."""
+        self.perform(Start(recipe, run, force, auto_resume))
+
+    def perform(self, start: Start) -> None:
+        """Run every part that is not up to date and record it (collective)."""
+        if self.description.collective:
+            for part in self._parts(start):
+                self._perform(start, part)
+                collectives.barrier()
+            return
+        if process_group.rank() == 0:
+            for part in self._parts(start):
+                self._perform(start, part)
+        process_group.wait_for_rank_zero()
+
+    def _perform(self, start: Start, part: Part) -> None:
+        started = time.monotonic()
+        writes = process_group.rank() == 0
+        current = writes and self._is_up_to_date(start, part)
+        if self.description.collective:
+            current = collectives.from_rank_zero(current)
+        if current:
+            logger.info("%s: up to date", part.record.replace(".", " "))
+        else:
+            result = part.body()
+            if writes:
+                seconds = time.monotonic() - started
+                start.run.record(
+                    part.record, part.options, part.inputs, result.outputs, seconds, result.figures
+                )
+        part.show()
+
+    @staticmethod
+    def _is_up_to_date(start: Start, part: Part) -> bool:
+        return (
+            not start.force and start.run.up_to_date(part.record, part.options, part.inputs) and part.usable()
+        )
