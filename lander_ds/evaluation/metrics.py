@@ -16,18 +16,16 @@ from sacrebleu.significance import PairedTest
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.data.tokens.languages import normalise_code
+from lander_ds.data.tokens.languages import normalise_code, standard_code
 
 logger = logging.getLogger(__name__)
 
 BOOTSTRAPPED = ("bleu", "chrf", "chrfpp")
 """Metrics with confidence intervals and p-values. `chrf` is chrF2, `chrfpp` chrF2++ (word order 2)."""
 
-_CHINESE = ("zh", "zho", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
-_JAPANESE = ("ja", "jpn")
-_KOREAN = ("ko", "kor")
+_CHINESE = ("zh", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
 # Written without spaces between words, and no segmenter is installed: characters are the words.
-_WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "tha", "lao", "khm", "mya", "bod", "dzo", "shn")
+_WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "shn")
 
 
 @dataclass(frozen=True)
@@ -58,18 +56,18 @@ def bleu_tokenizer(language: str, overrides: Mapping[str, str]) -> str:
         ConfigError: an override names a tokenizer that sacreBLEU does not have, or that is not installed.
     """
     code = normalise_code(language)
-    bare = code.partition("-")[0]
+    bare = standard_code(language).partition("-")[0]
     own = {normalise_code(name): tokenizer for name, tokenizer in overrides.items()}
-    for candidate in (code, bare):
+    for candidate in (code, code.partition("-")[0], bare):
         if candidate in own:
             return _checked_tokenizer(own[candidate], candidate)
-    if bare in _KOREAN:
+    if bare == "ko":
         return _korean_tokenizer()
     if bare in _WITHOUT_SPACES:
         return "char"
     if bare in _CHINESE:
         return "zh"
-    return "ja-mecab" if bare in _JAPANESE else "13a"
+    return "ja-mecab" if bare == "ja" else "13a"
 
 
 def check_tokenizers(overrides: Mapping[str, str]) -> None:
@@ -137,8 +135,8 @@ def translation_error_rate(
         hypotheses: N texts.
         language: target language, as in the recipe.
     """
-    bare = normalise_code(language).partition("-")[0]
-    asian, characters = bare in (*_CHINESE, *_JAPANESE), bare in _WITHOUT_SPACES
+    bare = standard_code(language).partition("-")[0]
+    asian, characters = bare in (*_CHINESE, "ja"), bare in _WITHOUT_SPACES
     metric = TER(normalized=asian, asian_support=asian)
     if characters:
         references, hypotheses = (

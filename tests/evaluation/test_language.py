@@ -55,3 +55,37 @@ def test_unknown_language(identifier: LanguageIdentifier) -> None:
 )
 def test_codes(code: str, expected: str | None) -> None:
     assert identifier_code(code) == expected
+
+
+SERBIAN = {
+    "Cyrl": "Сва људска бића рађају се слободна и једнака у достојанству и правима.",
+    "Latn": "Sva ljudska bića rađaju se slobodna i jednaka u dostojanstvu i pravima.",
+}
+CHINESE = {
+    "Hans": "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心。",
+    "Hant": "人人生而自由，在尊嚴和權利上一律平等。他們賦有理性和良心。",
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "off"),
+    [
+        ("sr_Cyrl", SERBIAN["Cyrl"], 0.0),
+        ("srp_Cyrl", SERBIAN["Cyrl"], 0.0),
+        ("sr_Latn", SERBIAN["Cyrl"], 1.0),
+        ("sr", SERBIAN["Cyrl"], 0.0),
+        ("zh_Hans", CHINESE["Hans"], 0.0),
+        ("zh_Hans", CHINESE["Hant"], 1.0),
+        ("zho_Hant", CHINESE["Hant"], 0.0),
+        ("zho_Hant", CHINESE["Hans"], 1.0),
+        ("zh-TW", CHINESE["Hans"], 1.0),
+        ("zh-CN", CHINESE["Hans"], 0.0),
+        ("zh", CHINESE["Hans"], 0.0),
+        ("zh", CHINESE["Hant"], 0.0),
+        # The same characters in both.
+        ("zh_Hans", "人人生而自由", 0.0),
+        ("zh_Hant", "人人生而自由", 0.0),
+    ],
+)
+def test_scripts_are_told_apart(target: str, text: str, off: float) -> None:
+    assert LanguageIdentifier({"en", target}).off_target([text], target) == off
