@@ -15,6 +15,7 @@ from py3langid.langid import MODEL_FILE
 from py3langid.langid import LanguageIdentifier as Identifier
 
 from lander_ds.data.tokens.languages import normalise_code
+from lander_ds.evaluation.scripts import is_written_in, script_of
 
 LARGE_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "ru", "tr", "vi", "zh")
 """Always candidates: what a model that misses the target language is likely to write."""
@@ -84,7 +85,8 @@ class LanguageIdentifier:
         self._identifier.set_languages(self._candidates)
 
     def off_target(self, texts: Sequence[str], target_language: str) -> float | None:
-        """Share of texts that are written in another language than `target_language`.
+        """Share of texts that are written in another language than `target_language`, or in another script than its
+        code names (`sr_Latn`, `zh-Hant`): the identifier gives one code for all scripts of a language.
 
         Texts without a letter have no language and do not count.
 
@@ -95,8 +97,13 @@ class LanguageIdentifier:
         written = [text for text in texts if any(character.isalpha() for character in text)]
         if target is None or not written:
             return None
-        identified = [str(self._identifier.classify(text)[0]) for text in written]
-        return sum(language != target for language in identified) / len(identified)
+        script = script_of(target_language)
+        fitting = sum(
+            str(self._identifier.classify(text)[0]) == target
+            and (script is None or is_written_in(text, script))
+            for text in written
+        )
+        return (len(written) - fitting) / len(written)
 
 
 def identifier_code(language: str) -> str | None:
