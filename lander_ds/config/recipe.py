@@ -8,10 +8,11 @@ and ranges whenever one of these classes is built. `lander_ds.config.loading` bu
 
 from __future__ import annotations
 
+import os
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from lander_ds.config.strict import STRICT
@@ -25,6 +26,25 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
+
+def _at_home(path: str) -> str:
+    """`path` with the home directory for a `~` or `~user` at its beginning.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(path):
+        user = path.partition("/")[0]
+        raise ValueError(
+            f"{user} is no user's home directory; write the path out, or ./{user} for a name like that"
+        )
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(_at_home)]
+"""A path; `~` is the home directory."""
+
 Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
@@ -34,7 +54,7 @@ CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 class ModelConfig:
     """The base model."""
 
-    path: str
+    path: PathText
     """HF model directory (config.json, safetensors, tokenizer)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the weights and of the arithmetic. The optimizer always keeps float32 masters."""
@@ -64,7 +84,7 @@ class ColumnConfig:
 class CorpusConfig:
     """One corpus, or one family of corpora when `path` holds placeholders."""
 
-    path: str
+    path: PathText
     """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are filled in per pair."""
     split: Split = "train"
     """What the corpus is for. `detect` feeds the detect stage; without one it is cut from `train`."""
@@ -134,7 +154,7 @@ class DataConfig:
     """Longest example in tokens, prompt and target together; longer ones are dropped and counted."""
     detect_examples: Count = 128
     """Sentence pairs per pair set aside from `train` for detection, when no corpus has `split: detect`."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where tokenised corpora are kept, by content hash. Default: `<run_dir>/cache`. Runs may share one."""
     workers: PositiveInt = 1
     """Processes that tokenise."""
@@ -339,7 +359,7 @@ class ScoreConfig:
 
     bootstrap_samples: PositiveInt = 1000
     """Resamples of the paired bootstrap."""
-    baseline: str | None = None
+    baseline: PathText | None = None
     """Another system's translations, scored too; p-values are then against it instead of `base`. One file per
     pair (`{pair}`, `{src}`, `{tgt}` are filled in): JSON lines with `id` and `hyp` as in translations/, or
     text with one translation per line."""
@@ -375,13 +395,13 @@ class ExportConfig:
 class Recipe:
     """Everything that a run needs to know."""
 
-    run_dir: str
+    run_dir: PathText
     """Where every artefact of the run is written."""
     model: ModelConfig
     """The base model."""
     data: DataConfig
     """The corpora."""
-    deepspeed: str
+    deepspeed: PathText
     """DeepSpeed JSON (`ds_configs/<size>/<topology>.json`)."""
     topology: Topology = "zero3"
     """`zero3`: every weight sharded over all ranks. `pipeline`: every rank holds whole layers, ZeRO-1 shards the
