@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lander_ds.checkpoint.identity import identity_of, starting_point
+from lander_ds.common.errors import ConfigError
 from lander_ds.common.files import file_hash, write_json
 from lander_ds.config.loading import section
 from lander_ds.data.prepared import PreparedData
@@ -36,6 +37,7 @@ def _parts(start: Start) -> list[Part]:
     Raises:
         ArtefactError: there are checkpoints and neither --force nor --auto-resume says what to do with them; or the
             newest belongs to another training.
+        ConfigError: the newest checkpoint has more steps than `train.steps`.
         Preempted: a signal asked to stop; a checkpoint was saved.
         TrainingDiverged, SaveFailed: see there.
     """
@@ -63,6 +65,12 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
     recipe, run, started = start.recipe, start.run, time.monotonic()
     identity = identity_of(recipe, inputs)
     checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume)
+    if checkpoint is not None and checkpoint.step > recipe.train.steps:
+        raise ConfigError(
+            f"train.steps: {recipe.train.steps} are fewer than the {checkpoint.step} that {checkpoint.path} has done: set "
+            f"it to {checkpoint.step} or more, or start anew in another run_dir (or with --force, which deletes the "
+            "checkpoints)"
+        )
     with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog:
         session = open_session(start, checkpoint)
         _announce(session)
