@@ -26,13 +26,15 @@ DEFAULT_PORT = 29500
 OUTSIDE = "192.0.2.1"
 """An address that belongs to no network (RFC 5737): only a default route leads there."""
 
+GLOO, NCCL = INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
 VIRTUAL = ("docker", "veth", "br-", "virbr", "cni", "flannel", "cali", "podman", "tun", "tap")
 """Beginnings of the names of interfaces that do not lead to other hosts."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """An IPv4 address of this host."""
+    """An address of this host."""
 
     name: str
     address: str
@@ -74,6 +76,40 @@ def discover() -> None:
         MASTER_PORT=world.bcast(os.environ.get("MASTER_PORT", str(DEFAULT_PORT))),
     )
     host.Free()
+
+
+def check_interfaces() -> None:
+    """Refuse interfaces in the environment that this host does not have.
+
+    GLOO_SOCKET_IFNAME is a list of names; NCCL_SOCKET_IFNAME one of beginnings of names, of names behind `=`, or of what
+    is not to be used behind `^`.
+
+    Raises:
+        ConfigError: names the variable and the interfaces that there are.
+    """
+    present = {interface.name: interface.address for interface in reversed(interfaces(any_family=True))}
+    gloo, nccl = (os.environ.get(name, "") for name in INTERFACE_VARIABLES)
+    missing = {GLOO: _names(gloo) - present.keys()}
+    if nccl.startswith("="):
+        missing[NCCL] = _names(nccl[1:]) - present.keys()
+    elif (
+        nccl
+        and not nccl.startswith("^")
+        and not any(name.startswith(tuple(_names(nccl))) for name in present)
+    ):
+        missing[NCCL] = _names(nccl)
+    for variable, names in missing.items():
+        if names:
+            there = ", ".join(f"{name} ({address})" for name, address in sorted(present.items()))
+            lacking = ", ".join(sorted(names))
+            raise ConfigError(
+                f"{variable}={os.environ[variable]}: {socket.gethostname()} has no interface {lacking} that is up and has "
+                f"an address; it has {there}: set {variable} to one of them, or unset it"
+            )
+
+
+def _names(value: str) -> set[str]:
+    return {name.strip() for name in value.split(",") if name.strip()}
 
 
 def choose_interface() -> None:
@@ -152,15 +188,16 @@ def own_address() -> str:
     )
 
 
-def interfaces() -> list[Interface]:
-    """IPv4 addresses of interfaces that are up, in the system's order."""
+def interfaces(any_family: bool = False) -> list[Interface]:
+    """IPv4 addresses (or also IPv6) of interfaces that are up, in the system's order."""
+    families = (socket.AF_INET, socket.AF_INET6) if any_family else (socket.AF_INET,)
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     return [
         Interface(name, entry.address, entry.netmask or "255.255.255.255")
         for name, entries in psutil.net_if_addrs().items()
         if name in up
         for entry in entries
-        if entry.family == socket.AF_INET
+        if entry.family in families
     ]
 
 

@@ -11,7 +11,13 @@ import pytest
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.distributed import discovery
-from lander_ds.distributed.discovery import Interface, choose_interface, discover, own_address
+from lander_ds.distributed.discovery import (
+    Interface,
+    check_interfaces,
+    choose_interface,
+    discover,
+    own_address,
+)
 from lander_ds.distributed.process_group import free_port
 
 LOOPBACK = Interface("lo", "127.0.0.1", "255.0.0.0")
@@ -36,7 +42,7 @@ def have(monkeypatch: pytest.MonkeyPatch, *interfaces: Interface, towards: str =
             raise ConfigError("no way")
         return towards
 
-    monkeypatch.setattr(discovery, "interfaces", lambda: list(interfaces))
+    monkeypatch.setattr(discovery, "interfaces", lambda any_family=False: list(interfaces))
     monkeypatch.setattr(discovery, "address_towards", address)
 
 
@@ -88,6 +94,37 @@ def test_two_networks_without_a_default_route_are_refused_by_name(monkeypatch: p
         own_address()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert own_address() == INFINIBAND.address
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "missing"),
+    [
+        ("GLOO_SOCKET_IFNAME", "enp9s0", "enp9s0"),
+        ("GLOO_SOCKET_IFNAME", "eth0,ib1", "ib1"),
+        ("GLOO_SOCKET_IFNAME", "eth", "eth"),
+        ("NCCL_SOCKET_IFNAME", "enp9s0", "enp9s0"),
+        ("NCCL_SOCKET_IFNAME", "=eth", "eth"),
+        ("NCCL_SOCKET_IFNAME", "ib1,enp", "enp, ib1"),
+    ],
+)
+def test_an_interface_that_is_not_there_is_named_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, missing: str
+) -> None:
+    have(monkeypatch, LOOPBACK, ETHERNET, INFINIBAND)
+    monkeypatch.setenv(variable, value)
+    there = r"eth0 \(192.0.2.17\), ib0 \(198.51.100.17\), lo \(127.0.0.1\): set " + variable
+    with pytest.raises(ConfigError, match=f"^{variable}={value}: .* has no interface {missing} .*{there}"):
+        check_interfaces()
+
+
+@pytest.mark.parametrize(
+    ("gloo", "nccl"), [("eth0", "=eth0"), ("eth0, ib0", "eth"), ("ib0", "^docker,lo"), ("", "")]
+)
+def test_interfaces_that_are_there_are_taken(monkeypatch: pytest.MonkeyPatch, gloo: str, nccl: str) -> None:
+    have(monkeypatch, LOOPBACK, ETHERNET, INFINIBAND)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
+    check_interfaces()
 
 
 def test_interfaces_of_this_host() -> None:
