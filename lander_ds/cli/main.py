@@ -7,6 +7,7 @@ the same `main` on every rank.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; default those of the process.
     """
+    if argv is None:
+        _speak_utf8()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     console.setup_logging(getattr(arguments, "verbose", False))
     try:
@@ -63,6 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return _leave(ExitCode.DEFECT)
     return ExitCode.DONE
+
+
+def _speak_utf8() -> None:
+    """Begin this process again in Python's UTF-8 mode where the locale is another, such as ASCII.
+
+    Arguments, names of files, output, and files that other libraries open without a word about their encoding all follow
+    the locale; none of it can be changed in a process that runs.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.orig_argv[0], "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        # PYTHONIOENCODING may still ask for less.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report(error: LanderError) -> None:
