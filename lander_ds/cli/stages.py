@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from lander_ds.common import launch
+from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import write_text
 from lander_ds.common.lazy import load
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.common.run_lock import RunLock
 from lander_ds.config.loading import dump_recipe
-from lander_ds.distributed import agreement, process_group
+from lander_ds.distributed import agreement, collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
 from lander_ds.preflight.recipe import load_checked
@@ -53,9 +56,32 @@ def _open_process_group(start: Start, command: str) -> None:
 
 
 def _run(start: Start, names: Sequence[str]) -> None:
+    with _alone(start.run) if "train" in names else nullcontext():
+        if process_group.rank() == 0:
+            write_text(start.run.recipe, dump_recipe(start.recipe))
+        for name in names:
+            # A stage brings its libraries with it; those of the others stay away.
+            load(f"lander_ds.stages.{name}:STAGE").perform(start)
+            process_group.free_memory()
+
+
+@contextmanager
+def _alone(run: RunDirectory) -> Iterator[None]:
+    """Keep other trainings out of the run directory (collective).
+
+    Raises:
+        ArtefactError: there is one.
+    """
+    lock, refusal = RunLock(run.lock), None
     if process_group.rank() == 0:
-        write_text(start.run.recipe, dump_recipe(start.recipe))
-    for name in names:
-        # A stage brings its libraries with it; those of the others stay away.
-        load(f"lander_ds.stages.{name}:STAGE").perform(start)
-        process_group.free_memory()
+        try:
+            lock.take()
+        except ArtefactError as error:
+            refusal = str(error)
+    refusal = collectives.from_rank_zero(refusal)
+    if refusal is not None:
+        raise ArtefactError(refusal)
+    try:
+        yield
+    finally:
+        lock.release()
