@@ -130,6 +130,7 @@ def write_checkpoint(work: Path) -> None:
     """A checkpoint with random values in the banks of the last layers, and a line of gate values."""
     import torch
 
+    from lander_ds.checkpoint.identity import identity_of
     from lander_ds.checkpoint.retention import Retention
     from lander_ds.checkpoint.writer import Parts, Writer
     from lander_ds.common.run_directory import RunDirectory
@@ -162,13 +163,7 @@ def write_checkpoint(work: Path) -> None:
         if parameter.requires_grad
     }
     writer = Writer(run.checkpoints, Retention(), background=False)
-    description = {
-        "method": "lander",
-        "base_fingerprint": metadata["base_fingerprint"],
-        "pairs": list(PAIRS),
-        "routing": asdict(recipe.routing),
-        "lora": asdict(recipe.train.lora),
-    }
+    description = identity_of(recipe, {"base": metadata["base_fingerprint"], "data": "none"})
     writer.save(1, Parts(tensors, {}), description, run.selection)
     writer.finish()
     gates = {str(layer): dict.fromkeys(PAIRS, 0.6) for layer in layers}

@@ -159,12 +159,13 @@ def _norm(tensors: list[torch.Tensor]) -> float:
 def compare_awareness(run: RunDirectory, reference: RunDirectory) -> float:
     """Largest difference of any statistic of any neuron, over the sum of absolute values that it is a sum of."""
     found, expected = Awareness.load(run.awareness), Awareness.load(reference.awareness)
-    worst = 0.0
+    worst = torch.zeros((), dtype=torch.float64)
     for statistic in STATISTICS:
         one, other = getattr(found, statistic), getattr(expected, statistic)
         scale = expected.sum_abs_h if statistic == "sum_h" else other.abs()
-        worst = max(worst, float(((one - other).abs() / scale.clamp_min(1e-12)).max()))
-    return worst
+        # torch's maximum of a NaN and a number is NaN, which keeps to no limit.
+        worst = torch.maximum(worst, ((one - other).abs() / scale.clamp_min(1e-12)).max())
+    return float(worst)
 
 
 def facts_of(workspace: Workspace, job: Job) -> list[dict[str, Any]]:
@@ -193,7 +194,8 @@ def results(workspace: Workspace, jobs: list[Job], large_layers: int) -> dict[st
         aware = awareness[job.model, job.grid]
         limit = LIMITS[job.optimizer]
         sound = (
-            max(figures["max_rel_loss_diff"], figures["max_rel_weight_diff"]) < limit
+            figures["max_rel_loss_diff"] < limit
+            and figures["max_rel_weight_diff"] < limit
             and aware < LIMITS["awareness"]
             and figures["steps"] == STEPS
             and (not job.clip or figures["least_grad_norm"] > job.clip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,20 @@ def identity_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
 
 
 def starting_point(
-    directory: Path, identity: Mapping[str, Any], force: bool, auto_resume: bool
+    directory: Path,
+    identity: Mapping[str, Any],
+    force: bool,
+    auto_resume: bool,
+    is_base: Callable[[object], bool] = lambda recorded: False,
 ) -> Checkpoint | None:
     """The checkpoint to go on from, or None to start anew (collective). `force` deletes checkpoints.
+
+    Args:
+        directory: of the checkpoints.
+        identity: what the training belongs to.
+        force: delete checkpoints and start anew.
+        auto_resume: go on from the newest whole one.
+        is_base: whether a fingerprint in another form than the identity's is that of the base.
 
     Raises:
         ArtefactError: it is not said what to do with the checkpoints there are, or the newest belongs to something
@@ -94,7 +105,7 @@ def starting_point(
     refusal: str | None = None
     if process_group.rank() == 0:
         try:
-            newest = _decide(directory, identity, force, auto_resume)
+            newest = _decide(directory, identity, force, auto_resume, is_base)
         except ArtefactError as error:
             refusal = str(error)
     refusal = collectives.from_rank_zero(refusal)
@@ -108,7 +119,11 @@ def starting_point(
 
 
 def _decide(
-    directory: Path, identity: Mapping[str, Any], force: bool, auto_resume: bool
+    directory: Path,
+    identity: Mapping[str, Any],
+    force: bool,
+    auto_resume: bool,
+    is_base: Callable[[object], bool],
 ) -> Checkpoint | None:
     present = checkpoint.steps(directory)
     if not present:
@@ -122,21 +137,17 @@ def _decide(
             "--auto-resume goes on from there, --force deletes them and starts anew, another run_dir keeps them"
         )
     newest = checkpoint.newest(directory)
-    _compare(newest, identity)
+    _compare(newest, identity, is_base)
     logger.info("going on from %s", newest.path)
     return newest
 
 
-def _compare(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
+def _compare(saved: Checkpoint, identity: Mapping[str, Any], is_base: Callable[[object], bool]) -> None:
     """Refuse a checkpoint of another training; say what else has changed."""
-    before = flatten(_plain({key: saved.state.get(key) for key in identity}))
-    now = flatten(_plain(identity))
-    if SELECTION not in saved.state["files"]:
-        before["selection_hash"] = now["selection_hash"]
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key in FREE:
+    for key, before, now in changes(saved, identity):
+        if key == "base_fingerprint" and is_base(before):
             continue
-        change = f"{key} was {before.get(key)}, now it is {now.get(key)}"
+        change = f"{key} was {before}, now it is {now}"
         if key in FIXED:
             cure = CURES.get(key, "change it back")
             raise ArtefactError(
@@ -144,6 +155,18 @@ def _compare(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
                 "--force, which deletes the checkpoints)"
             )
         logger.warning("going on with another option than before: %s", change)
+
+
+def changes(saved: Checkpoint, identity: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What a checkpoint was trained with otherwise than `identity` says: key, value of then, value of now."""
+    before = flatten(_plain({key: saved.state.get(key) for key in identity}))
+    now = flatten(_plain(identity))
+    if SELECTION not in saved.state["files"]:
+        before.pop("selection_hash", None)
+        now.pop("selection_hash", None)
+    for key in sorted((before.keys() | now.keys()) - set(FREE)):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +39,13 @@ def superfluous(directory: Path, retention: Retention, written: int) -> list[Pat
 
 
 def best(directory: Path, saved: list[int]) -> set[int]:
-    """The step with the lowest mean validation loss, where any was measured; of equal ones the first."""
+    """The step with the lowest finite mean validation loss, where any was measured; of equal ones the first."""
     losses = {}
     for step in saved:
         try:
             loss = load(directory / f"step-{step}").state.get("valid_loss")
         except ArtefactError:
             continue
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):
             losses[step] = loss
     return {min(losses, key=lambda step: (losses[step], step))} if losses else set()

@@ -38,26 +38,26 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """An empty directory beside `final` to write files into; it takes the place of `final` when the block ends well.
+    """An empty directory of the same name to write files into; it takes the place of `final` when the block ends well.
 
     When the block raises, `final` stays as it was and the new directory is removed. A crash leaves `final` as it was or
     the complete new one; between the two renames it leaves no `final` but the old one under a hidden name, which the
     next call brings back before it does anything else. Other leftovers of a killed process are removed by it too.
     """
-    new, old = (final.with_name(f".{final.name}.{part}.tmp") for part in ("new", "old"))
+    beside, old = (final.with_name(f".{final.name}.{part}.tmp") for part in ("new", "old"))
     if old.exists() and not final.exists():
         old.rename(final)
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         _discard(leftover)
+    new = beside / final.name
     new.mkdir(parents=True)
     try:
         yield new
         for path in new.rglob("*"):
             flush(path)
         publish(new, final, lambda: old)
-    except BaseException:
-        _discard(new)
-        raise
+    finally:
+        _discard(beside)
     _discard(old)
 
 

@@ -1,9 +1,13 @@
-"""Artefacts that are one safetensors file: tensors, and a JSON description with their format in its metadata."""
+"""Artefacts that are one safetensors file: tensors, and in its metadata a JSON description with their format and the
+SHA-256 of the whole file. While that is computed, zeros stand in its place. Files of version 0.1.0 lack it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,9 @@ from lander_ds.common.files import flush, writing
 _DAMAGE = (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError)
 """What reading a file raises that is not what was written."""
 
+HASH = "sha256"
+_ZEROS = "0" * 64
+
 
 def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], description: str) -> None:
     """Write the file so that it is either the old one or the whole new one.
@@ -30,7 +37,12 @@ def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], descriptio
         description: JSON.
     """
     with writing(path) as temporary:
-        save_tensors(temporary, tensors, {kind: description})
+        hashed = json.dumps({**json.loads(description), HASH: _ZEROS})
+        save_tensors(temporary, tensors, {kind: hashed})
+        position, digest = _hash(temporary, _ZEROS)
+        with temporary.open("r+b") as stream:
+            stream.seek(position)
+            stream.write(digest.encode())
 
 
 def save_tensors(
@@ -50,14 +62,18 @@ def save_tensors(
 
 
 @contextmanager
-def reading(path: Path, kind: str, form: str, cure: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The open safetensors file and its description; what goes wrong inside is told as damage of the file.
+def reading(
+    path: Path, kind: str, form: str, cure: str, keys: Collection[str] | None = None
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open safetensors file and its description; what goes wrong inside is told as damage of the file. Its hash is
+    compared last, because a fault that has a name says more.
 
     Args:
         path: the file.
         kind: the metadata key.
         form: `format` in the description.
         cure: what a user can do, for messages.
+        keys: what else may be in the description; None: anything.
 
     Raises:
         ArtefactError: the file is missing, of another format, or not what was written.
@@ -69,6 +85,32 @@ def reading(path: Path, kind: str, form: str, cure: str) -> Iterator[tuple[Any, 
             description = json.loads((file.metadata() or {}).get(kind, "{}"))
             if description.get("format") != form:
                 raise ArtefactError(f"{path} is not a {form} file: {cure}")
+            recorded = description.pop(HASH, None)
             yield file, description
+        # One bit makes the key of the hash another one.
+        if keys is not None and (unknown := description.keys() - {"format", *keys}):
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+        if recorded is not None and _hash(path, recorded)[1] != recorded:
+            raise ValueError("its hash is another one than when it was written")
     except _DAMAGE as error:
         raise ArtefactError(f"{path} is damaged ({error}): {cure}") from None
+
+
+def _hash(path: Path, recorded: str) -> tuple[int, str]:
+    """Where in a file `recorded` stands, and the SHA-256 (hex) of the file with zeros there.
+
+    Raises:
+        ValueError: `recorded` is no hash.
+    """
+    with path.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+        if len(recorded) != len(_ZEROS):
+            raise ValueError(f"{recorded!r} is no hash")
+        position = 8 + header.rindex(recorded.encode())
+        stream.seek(0)
+        digest = hashlib.sha256(stream.read(position))
+        digest.update(_ZEROS.encode())
+        stream.seek(len(_ZEROS), os.SEEK_CUR)
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return position, digest.hexdigest()

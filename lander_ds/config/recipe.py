@@ -9,6 +9,7 @@ and ranges whenever one of these classes is built. `lander_ds.config.loading` bu
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
@@ -25,6 +26,10 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
+Split = Literal["train", "detect", "valid", "test"]
+CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
 
 def _at_home(path: str) -> str:
@@ -45,9 +50,14 @@ def _at_home(path: str) -> str:
 PathText = Annotated[str, AfterValidator(_at_home)]
 """A path; `~` is the home directory."""
 
-Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
-Split = Literal["train", "detect", "valid", "test"]
-CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
+
+def _checkpoint_choice(text: str) -> str:
+    if not re.fullmatch(r"last|best|step-[0-9]+", text):
+        raise ValueError("expected last, best or step-N")
+    return text
+
+
+CheckpointChoice = Annotated[str, AfterValidator(_checkpoint_choice)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -336,6 +346,8 @@ class TranslateConfig:
     """Untouched base zero-shot, base with examples in the prompt, the trained model."""
     split: Split = "test"
     """Which split is translated."""
+    checkpoint: CheckpointChoice = "last"
+    """What the system `trained` is: `last`, `best` (lowest mean validation loss) or `step-N`."""
     limit: Limit | None = None
     """At most this many sentences per pair (the first ones)."""
     shots: Count = 4
@@ -376,6 +388,8 @@ class ExportConfig:
     formats: tuple[Literal["dense", "routed", "delta"], ...] = ("routed",)
     """`routed`: exact, ships its own modelling file. `dense`: standard architecture, exact without gates. `delta`:
     only what differs from the base, for `lander delta`; exact both ways."""
+    checkpoint: CheckpointChoice = "last"
+    """What is exported: `last`, `best` (lowest mean validation loss) or `step-N`."""
     fold: tuple[str, ...] = ()
     """Pairs, or `mean`, for each of which `dense-PAIR` is written too: a standard architecture with that pair's mean
     gates folded into the weights (I). An approximation."""

@@ -68,6 +68,11 @@ class PreparedSplit:
         ids: np.ndarray = self._columns["input_ids"][int(index)].values.to_numpy()
         return ids, int(self._prompt_lengths[index])
 
+    def largest_id(self) -> int:
+        """The largest token id in it; -1 when it is empty."""
+        chunks = self._columns["input_ids"].chunks
+        return max((int(chunk.flatten().to_numpy().max(initial=-1)) for chunk in chunks), default=-1)
+
     def sentence(self, index: int) -> Sentence:
         """The text of an example."""
         values = (self._columns[name][int(index)].as_py() for name in ("id", "src", "tgt"))

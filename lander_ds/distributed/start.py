@@ -9,7 +9,7 @@ from typing import Any
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import check_deepspeed_json, resolve_deepspeed_config
 from lander_ds.config.recipe import Recipe
-from lander_ds.models.weights import base_fingerprint
+from lander_ds.models.weights import base_fingerprint, is_base
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Start:
             ModelError: the model cannot be read.
         """
         return base_fingerprint(self.recipe.model.path)
+
+    def is_base(self, recorded: object) -> bool:
+        """Whether an artefact's recorded fingerprint is that of the base model, see `weights.is_base`."""
+        return is_base(recorded, self.base_fingerprint, self.recipe.model.path)
 
     def deepspeed_config(self, data_ranks: int, micro_batches: int) -> dict[str, Any]:
         """What to give to DeepSpeed (see `resolve_deepspeed_config`); a new dict at every call.

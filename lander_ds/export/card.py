@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lander_ds.checkpoint.choice import as_trained
 from lander_ds.common.files import read_json, write_text
 from lander_ds.common.run_directory import RunDirectory, versions
 from lander_ds.config.loading import dump_recipe
@@ -82,7 +83,7 @@ def facts_of(recipe: Recipe, run: RunDirectory, checkpoint_state: Mapping[str, A
         "method": checkpoint_state["method"],
         "step": checkpoint_state["step"],
         "pairs": list(recipe.data.pairs),
-        "recipe": dump_recipe(recipe),
+        "recipe": dump_recipe(as_trained(recipe, checkpoint_state)),
         "data": read_json(statistics, "run stage prepare again") if statistics.exists() else {},
         "corpora": {name: digest for name, digest in inputs.items() if name != "tokenizer"},
         "scores": None if scores is None else pair_scores(scores),
@@ -191,7 +192,7 @@ def _loading(form: str, pairs: Sequence[str]) -> str:
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained(directory{code})\n"
-        "tokenizer = AutoTokenizer.from_pretrained(directory)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(directory{code})\n"
         f'model.generate(**tokenizer(prompt, return_tensors="pt"){argument})\n'
         "```\n"
         + (

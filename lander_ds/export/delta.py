@@ -26,7 +26,7 @@ from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, inside, read_json
 from lander_ds.config.recipe import ModelConfig, RoutingConfig
 from lander_ds.export.bits import Slices, flipped, tensor_hash
-from lander_ds.export.sources import Tensors, kind_of
+from lander_ds.export.sources import Tensors, kind_of, rounded
 from lander_ds.export.trained import TrainedModel, is_gate
 from lander_ds.method.selection import Selection
 from lander_ds.models.loading import build
@@ -167,7 +167,9 @@ class Delta:
         routing = self.routing()
         if routing is None:
             raise ArtefactError(f"{self.path} has no gates or banks: it has only a dense form")
-        model_config = ModelConfig(str(weights.directory), dtype=self.meta["dtype"])
+        model_config = ModelConfig(
+            str(weights.directory), dtype=self.meta["dtype"], allow_pickle=weights.layout.pickled
+        )
         model, family = build(model_config, attention=None)
         selection, gates = self.selection(), self.gates()
         install(model, family, selection, routing, seed=0)
@@ -200,7 +202,7 @@ class Flipped:
         """See `TensorSource`."""
         base = self.weights.read(stored)
         values = self.delta.flip(stored, base) if stored in self.delta.changes else base
-        return values.to(kind_of(base, dtype))
+        return rounded(stored, values, kind_of(base, dtype))
 
 
 def _changes(meta: Mapping[str, Any]) -> dict[str, Change]:

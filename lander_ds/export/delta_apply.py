@@ -13,7 +13,8 @@ import torch
 
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.files import is_inside, replacing, write_text
-from lander_ds.export.card import CARD, Exactness, render, write_card
+from lander_ds.export.card import Exactness, write_card
+from lander_ds.export.companions import companions, copy_companions
 from lander_ds.export.delta import META, Delta, Flipped
 from lander_ds.export.delta_write import write_delta
 from lander_ds.export.dense import export_dense
@@ -22,15 +23,13 @@ from lander_ds.export.routed import export_routed
 from lander_ds.export.stream import Header, Spec
 from lander_ds.export.unrouted import Unrouted
 from lander_ds.export.writer import (
-    COMPANIONS,
     DEFAULT_SHARD_BYTES,
     Form,
-    copy_companions,
     write_files,
     write_weights,
 )
 from lander_ds.models.files import INDEX
-from lander_ds.models.weights import BaseWeights, base_fingerprint, base_name, read_config
+from lander_ds.models.weights import BaseWeights, base_fingerprint, base_name, is_base, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +61,16 @@ def apply_delta(base: Path, delta_path: Path, out: Path, options: Options, force
     delta = Delta.open(delta_path)
     weights = _plain(base, options.allow_pickle)
     delta.check(weights, base, back=False)
-    if base_fingerprint(base) != delta.fingerprint:
+    if not is_base(delta.fingerprint, base_fingerprint(base), base):
         logger.warning(
             "%s is not the base that %s was made from, but every tensor that it touches is the same",
             base,
             delta_path,
         )
     name, exactness, write = _result(delta, weights, options)
-    card = render(delta.meta["facts"], name, exactness)
-    write(out, options.form)
-    write_text(out / CARD, card)
+    with replacing(out) as new:
+        write(new, options.form)
+        write_card(new, delta.meta["facts"], name, exactness)
     logger.info("wrote %s", out)
 
 
@@ -132,8 +131,8 @@ def revert_delta(model: Path, delta_path: Path, out: Path, force: bool) -> None:
             write_files(new, headers, tensor_of, "revert")
             if base["index"] is not None:
                 write_text(new / INDEX, base["index"])
-        copy_companions(model, new)
-    if base["files"] is not None and base_fingerprint(out) != delta.fingerprint:
+        copy_companions(model, new, code=tensors is weights and "auto_map" in read_config(new))
+    if base["files"] is not None and not is_base(delta.fingerprint, base_fingerprint(out), out):
         logger.warning(
             "%s: what the delta touches is the base's again, but other tensors are not: %s holds further changes",
             out,
@@ -160,7 +159,7 @@ def diff_models(base: Path, model: Path, out: Path, force: bool, allow_pickle: b
     with replacing(out) as new:
         description = {"method": "diff", "routing": None, "dtype": None, "gate_means": {}, "facts": facts}
         write_delta(_Other(weights, other), {}, new, description)
-    write_card(out, facts, "delta", Exactness.exact())
+        write_card(new, facts, "delta", Exactness.exact())
     if not Delta.open(out).changes:
         logger.warning("%s and %s have the same weights: the delta is empty", base, model)
     logger.info("wrote %s", out)
@@ -238,9 +237,8 @@ def _tell_other_differences(base: Path, model: Path) -> None:
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key) and key not in _INCIDENTAL]
     files = [
         name
-        for name in COMPANIONS
-        if (model / name).is_file()
-        and (not (base / name).is_file() or (base / name).read_bytes() != (model / name).read_bytes())
+        for name in sorted(companions(model))
+        if not (base / name).is_file() or (base / name).read_bytes() != (model / name).read_bytes()
     ]
     if keys:
         logger.warning(

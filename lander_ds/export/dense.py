@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.files import replacing, write_json
+from lander_ds.export.companions import copy_companions
 from lander_ds.export.sources import TensorSource, kind_of
 from lander_ds.export.stream import Header, Spec
-from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, copy_companions, write_files, write_weights
+from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, write_files, write_weights
 from lander_ds.models.weights import read_config
 
 
@@ -53,11 +54,12 @@ def write_base_layout(source: TensorSource, directory: Path, form: Form, title: 
     write_files(directory, headers, lambda name: source.tensor(name, form.dtype), title)
     if weights.layout.index is not None:
         index = weights.layout.index
-        if same:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        # Without metadata transformers cannot read an index.
+        if same and "metadata" in content:
             shutil.copyfile(index, directory / index.name)
         else:
             total = sum(spec.bytes for header in headers.values() for spec in header.specs.values())
-            content = json.loads(index.read_text(encoding="utf-8"))
             write_json(directory / index.name, {**content, "metadata": {"total_size": total}})
 
 

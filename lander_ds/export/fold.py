@@ -34,7 +34,7 @@ def mean_gates(state: Mapping[str, Any], metrics: Path) -> dict[str, dict[str, f
         state: of the checkpoint.
         metrics: metrics.jsonl, where the values are that checkpoints before version 0.2 do not hold.
     """
-    values = state["progress"].get("gates") or _from_metrics(metrics, state["step"])
+    values = state.get("progress", {}).get("gates") or _from_metrics(metrics, state["step"])
     return {
         layer: {pair: sum(means) / len(means) for pair, means in of_layer.items()}
         for layer, of_layer in values.items()

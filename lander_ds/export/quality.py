@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common import console
 from lander_ds.common.run_directory import RunDirectory
@@ -19,6 +19,7 @@ from lander_ds.data.tokens.languages import split_pair
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.evaluation.metrics import bleu_tokenizer, evaluate
 from lander_ds.export.fold import MEAN
+from lander_ds.export.verify import open_exported
 from lander_ds.inference.decoding import Decoder
 from lander_ds.inference.open import InferenceModel, open_for_inference
 from lander_ds.inference.requests import requests_for
@@ -47,16 +48,20 @@ def folding_loss(
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     pairs = [pair for pair in recipe.data.pairs if MEAN in folds or pair in folds]
     requests = {pair: own for pair in pairs if (own := _requests(recipe, data, tokenizer, pair)) is not None}
-    replicated = replace(recipe, translate=replace(recipe.translate, weights="replicated"))
+    replicated = replace(
+        recipe, translate=replace(recipe.translate, weights="replicated", checkpoint=recipe.export.checkpoint)
+    )
     routed = open_for_inference(replicated, run, "trained")
     ours = {
         pair: _translate(routed, tokenizer, recipe, pair, wanted) for pair, (_, wanted) in requests.items()
     }
-    device = routed.model.device
+    device, generation = routed.model.device, routed.model.generation_config
     del routed
     losses: dict[str, dict[str, Any]] = {}
     for fold, directory in folds.items():
-        exported = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, recipe.model.dtype))
+        exported = open_exported(directory, getattr(torch, recipe.model.dtype))
+        # Only exports come with the base's generation_config.json; both decode under one configuration.
+        exported.generation_config = generation
         folded = InferenceModel(exported.to(device).eval())
         losses[fold] = {}
         for pair, (split, wanted) in requests.items():

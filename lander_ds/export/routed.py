@@ -11,10 +11,11 @@ import torch
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.common.files import replacing, write_json
+from lander_ds.export.companions import copy_companions
 from lander_ds.export.sources import kind_of
 from lander_ds.export.stream import Spec
 from lander_ds.export.trained import TrainedModel, is_gate
-from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, copy_companions, write_weights
+from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, write_weights
 from lander_ds.models import modeling_lander, routed_ffn
 from lander_ds.models.surgery import OPTIONS, banks_of, routed_ffns
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from lander_ds.common.errors import ArtefactError
 from lander_ds.models.weights import BaseWeights
 
 
@@ -40,6 +41,25 @@ def kind_of(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
 
 
+def rounded(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values` in `dtype`; what was not finite before stays as it is.
+
+    Raises:
+        ArtefactError: a finite value becomes infinite.
+    """
+    result = values.to(dtype)
+    if result.dtype == values.dtype or torch.isfinite(result).all():
+        return result
+    lost = torch.isfinite(values) & ~torch.isfinite(result)
+    if lost.any():
+        kind = str(dtype).removeprefix("torch.")
+        raise ArtefactError(
+            f"{name} has values up to {values[lost].abs().max():.3g}, which are infinite in {kind}: set export.dtype "
+            "(with lander delta apply: --dtype) to bfloat16 or float32"
+        )
+    return result
+
+
 Change = Callable[[torch.Tensor], torch.Tensor]
 """A base tensor in float32, which it may write into -> the trained one in float32."""
 
@@ -60,11 +80,13 @@ class Merged:
         """See `TensorSource`."""
         base = self.weights.read(stored)
         if stored not in self.changes:
-            return base.to(kind_of(base, dtype))
+            return rounded(stored, base, kind_of(base, dtype))
         values = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
         for change in self.changes[stored]:
             values = change(values)
-        return values.to(kind_of(base, dtype))
+        if not torch.isfinite(values).all():
+            raise ArtefactError(f"{stored} holds NaN or infinity after training: export another checkpoint")
+        return rounded(stored, values, kind_of(base, dtype))
 
 
 @dataclass(frozen=True)
@@ -103,4 +125,4 @@ class Scaled:
         for scale in self.scales[stored]:
             part = values.index_select(scale.dim, scale.neurons)
             values.index_copy_(scale.dim, scale.neurons, part.mul_(scale.factor))
-        return values.to(kind_of(base, dtype))
+        return rounded(stored, values, kind_of(base, dtype))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.common.errors import ModelError
 from lander_ds.config.recipe import Recipe, RoutingConfig
-from lander_ds.export.sources import Change, Merged, TensorSource
+from lander_ds.export.sources import Change, Merged, TensorSource, rounded
 from lander_ds.inference.open import restore_shape
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
@@ -48,7 +48,7 @@ class TrainedModel:
         tensors = checkpoint.trained()
         state = checkpoint.state
         changes = _Changes(model, family, weights, tensors, state["lora"]).by_tensor()
-        gates = {name: tensors[name].to(model.dtype) for name in tensors if is_gate(name)}
+        gates = {name: rounded(name, tensors[name], model.dtype) for name in tensors if is_gate(name)}
         return TrainedModel(
             model,
             family,
@@ -91,7 +91,7 @@ class TrainedModel:
         """A parameter of the trained shape in `dtype` (None: that of the base tensor it comes from, for gates that of
         the training)."""
         if is_gate(name):
-            return self.gates[name].to(dtype or parameter.dtype)
+            return rounded(name, self.gates[name], dtype or parameter.dtype)
         cut: Slice | None = getattr(parameter, "lander_slice", None)
         if cut is None:
             return self.source.tensor(self.stored_name(name), dtype)

@@ -56,10 +56,10 @@ class Unrouted:
                 self._parts.setdefault(target, []).append((PREFIX + name, cut))
             else:
                 self._whole[target] = PREFIX + name
-        # Some bases hold tied tensors twice.
+        # Some bases hold tied tensors twice; unequal ones are not tied.
         for name, original in tied.items():
             if (target := stored(name)) is not None:
-                self._whole[target] = PREFIX + original
+                self._whole[target] = PREFIX + (name if PREFIX + name in weights else original)
 
     def __contains__(self, name: str) -> bool:
         parts = [part for part, _ in self._parts.get(name, [])] or [self._whole.get(name, "")]

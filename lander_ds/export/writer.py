@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,29 +16,6 @@ from lander_ds.models.files import INDEX, SINGLE
 
 GIGABYTE = 10**9
 DEFAULT_SHARD_BYTES = 5 * GIGABYTE
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    "NOTICE.txt",
-    "USE_POLICY.md",
-)
-"""Files of a model directory that an export takes over as they are: tokenizer, generation, licence."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +87,3 @@ def write_files(directory: Path, headers: Mapping[str, Header], tensor_of: Tenso
                     f"{directory / file} ({size / 1e9:.1f} GB) cannot be written ({error}): free space, or write elsewhere; "
                     "what was there before is unchanged"
                 ) from None
-
-
-def copy_companions(source: Path, target: Path, code: bool = False) -> None:
-    """Copy tokenizer, generation and licence files of a model directory.
-
-    Args:
-        source: the model directory.
-        target: an existing directory.
-        code: copy its Python files too, which config.json refers to.
-    """
-    names: Iterable[str] = (*COMPANIONS, *(path.name for path in source.glob("*.py"))) if code else COMPANIONS
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

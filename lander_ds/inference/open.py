@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.checkpoint import Checkpoint
+from lander_ds.checkpoint.choice import as_trained, chosen
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_inference_config
-from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
+from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import process_group
 from lander_ds.distributed.engines.zero3 import Zero3
 from lander_ds.models.family import Family
@@ -26,7 +25,7 @@ from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import prepare_model
 from lander_ds.models.routed_ffn import Routing, routed
 from lander_ds.models.surgery import routed_ffns
-from lander_ds.models.weights import BaseWeights, base_fingerprint
+from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base
 
 
 class InferenceModel:
@@ -60,9 +59,9 @@ def open_for_inference(
     model.generation_config = generation_config(model, Path(recipe.model.path))
     trained: Mapping[str, torch.Tensor] = {}
     if system == "trained":
-        newest = checkpoint.newest(run.checkpoints)
-        restore_shape(model, family, recipe, newest)
-        trained = newest.trained()
+        saved = chosen(run.checkpoints, recipe.translate.checkpoint)
+        restore_shape(model, family, recipe, saved)
+        trained = saved.trained()
     weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
     if recipe.translate.weights == "sharded":
         engine = Zero3(resolve_inference_config(recipe, process_group.world_size()))
@@ -101,18 +100,12 @@ def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, traine
         ArtefactError: the checkpoint belongs to another base model, or is damaged.
     """
     fingerprint = base_fingerprint(recipe.model.path)
-    if trained.state["base_fingerprint"] != fingerprint:
+    if not is_base(trained.state["base_fingerprint"], fingerprint, recipe.model.path):
         raise ArtefactError(
             f"{trained.path} was trained from another base model ({trained.state['base_fingerprint']}) than "
             f"{recipe.model.path} ({fingerprint}): correct model.path, or train again"
         )
-    method: Any = trained.state["method"]
-    as_trained = replace(
-        recipe,
-        train=replace(recipe.train, method=method, lora=LoraConfig(**trained.state["lora"])),
-        routing=RoutingConfig(**trained.state["routing"]),
-    )
-    prepare_model(model, family, as_trained, trained.selection())
+    prepare_model(model, family, as_trained(recipe, trained.state), trained.selection())
 
 
 def _to_device(unit: nn.Module) -> None:

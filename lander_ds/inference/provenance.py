@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Literal
 
-from lander_ds.checkpoint import checkpoint
+from lander_ds.checkpoint.choice import chosen
 from lander_ds.common.files import json_hash
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
@@ -46,5 +46,6 @@ def inputs_of(start: Start, data: PreparedData, system: System) -> dict[str, str
     """
     inputs = {"data": data.hash, "base": start.base_fingerprint}
     if system == "trained":
-        inputs["checkpoint"] = json_hash(dict(checkpoint.newest(start.run.checkpoints).state))
+        saved = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
+        inputs["checkpoint"] = json_hash(dict(saved.state))
     return inputs

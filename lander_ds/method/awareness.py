@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ class Awareness:
         Raises:
             ArtefactError: the file is missing, damaged, of another format, or holds impossible values.
         """
-        with artefact_file.reading(path, "awareness", FORMAT, CURE) as (file, description):
+        keys = ("pairs", "layers", "neurons", *(field.name for field in fields(AwarenessMetadata)))
+        with artefact_file.reading(path, "awareness", FORMAT, CURE, keys) as (file, description):
             pairs = tuple(description["pairs"])
             loaded = {
                 name: torch.stack([file.get_tensor(f"{pair}/{name}") for pair in pairs])
@@ -159,8 +160,8 @@ class Awareness:
                     description["extra"],
                 ),
             )
-        if fault := _fault(awareness, size):
-            raise ArtefactError(f"{path} is damaged ({fault}): {CURE}")
+            if fault := _fault(awareness, size):
+                raise ValueError(fault)
         return awareness
 
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from lander_ds.common import tensor_file as artefact_file
-from lander_ds.common.errors import ArtefactError
 
 FORMAT = "lander-selection-1"
 BankKind = Literal["general", "specific", "frozen"]
@@ -112,7 +111,8 @@ class Selection:
             ArtefactError: the file is missing, damaged, not a selection, or its banks do not fit its neurons.
         """
         cure = "run stage select (again)"
-        with artefact_file.reading(path, "selection", FORMAT, cure) as (file, description):
+        keys = ("pairs", "neurons", "layers", "metadata")
+        with artefact_file.reading(path, "selection", FORMAT, cure, keys) as (file, description):
             layers = tuple(
                 LayerSelection(
                     entry["layer"],
@@ -125,9 +125,8 @@ class Selection:
             selection = Selection(
                 tuple(description["pairs"]), description["neurons"], layers, description["metadata"]
             )
-            fault = _fault(selection, stored)
-        if fault is not None:
-            raise ArtefactError(f"{path} is damaged ({fault}): {cure}")
+            if fault := _fault(selection, stored):
+                raise ValueError(fault)
         return selection
 
 

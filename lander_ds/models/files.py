@@ -15,6 +15,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ def weight_files(directory: Path) -> WeightFiles:
     as in transformers.
 
     Raises:
-        ModelError: the directory, every weight file or a shard is missing, or the index is damaged or names files
-            elsewhere.
+        ModelError: the directory, every weight file or a shard is missing, the index is damaged or names files
+            elsewhere, or there is an adapter.
     """
     if not directory.is_dir():
         raise ModelError(no_directory(directory))
+    if (fault := adapter_fault(directory)) is not None:
+        raise ModelError(f"{directory} {fault}")
     for single, index, pickled in ((SINGLE, INDEX, False), (PICKLED_SINGLE, PICKLED_INDEX, True)):
         if (directory / single).is_file():
             return WeightFiles((directory / single,), None, pickled)
@@ -52,6 +55,18 @@ def weight_files(directory: Path) -> WeightFiles:
                 )
             return WeightFiles(tuple(directory / name for name in names), directory / index, pickled)
     raise ModelError(f"{directory} holds no {SINGLE} and no {INDEX}: is model.path an HF model directory?")
+
+
+def adapter_fault(directory: Path) -> str | None:
+    """What to say when a PEFT adapter lies in a model directory: transformers would load it with the weights."""
+    name = next((name for name in ADAPTERS if (directory / name).exists()), None)
+    if name is None:
+        return None
+    return (
+        f"holds an adapter ({name}), which is no part of the weights here: merge it first, with PEFT's "
+        "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...), or move it elsewhere if the "
+        "base is to be used without it"
+    )
 
 
 def _shards(index: Path) -> list[str]:

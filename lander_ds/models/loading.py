@@ -27,6 +27,9 @@ from lander_ds.models.weights import BaseWeights, read_config
 
 Placement = Callable[[nn.Module], None]
 
+HEAD = "lm_head.weight"
+"""Name of the head's weights in every multimodal model of a known family."""
+
 _AT_ONCE = 1 << 17
 """Values that are looked at together: few, so that freed copies leave no large holes between what is kept."""
 
@@ -65,7 +68,9 @@ def hf_config(model: ModelConfig) -> tuple[Any, Family]:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers answers bad values with exceptions of many kinds
         raise _unusable(model.path, error) from error
-    config = config.text_config if text_type else config
+    if text_type:
+        outer, config = config, config.text_config
+        _tie_as_outside(config, outer, model)
     for name, value in vars(config).items():
         if _DROPOUT.search(name) and value:
             setattr(config, name, 0.0)
@@ -86,15 +91,63 @@ def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[P
     arguments: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
     if attention is not None:
         arguments["attn_implementation"] = attention if family.packed_attention else "eager"
-    try:
-        with init_empty_weights(include_buffers=False):
-            built = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=model.trust_remote_code, **arguments
-            )
-    except Exception as error:  # sizes that do not divide, unknown activations, ...
-        raise _unusable(model.path, error) from error
-    assert isinstance(built, PreTrainedModel)
+
+    def on_meta() -> PreTrainedModel:
+        try:
+            with init_empty_weights(include_buffers=False):
+                built = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=model.trust_remote_code, **arguments
+                )
+        except Exception as error:  # sizes that do not divide, unknown activations, ...
+            raise _unusable(model.path, error) from error
+        assert isinstance(built, PreTrainedModel)
+        return built
+
+    built = on_meta()
+    if _has_own_head(built, family, model):
+        config.tie_word_embeddings = False
+        built = on_meta()
     return built, family
+
+
+def _tie_as_outside(config: Any, outer: Any, model: ModelConfig) -> None:
+    """Tie the head of a multimodal model's language model as transformers does, which asks the outer configuration.
+
+    Raises:
+        ModelError: only the inner one ties the head, and there are no weights of its own.
+    """
+    tied = bool(getattr(outer, "tie_word_embeddings", False))
+    weights = _weights(model) if config.tie_word_embeddings and not tied else None
+    if weights is not None and not any(name.endswith(HEAD) for name in weights.names()):
+        raise ModelError(
+            f"{model.path}/config.json ties the head to the embedding in text_config and not outside, and the files "
+            f"hold no {HEAD}: transformers would make up a random head; write tie_word_embeddings: true at the outer "
+            "level, or copy the model directory again"
+        )
+    config.tie_word_embeddings = tied
+
+
+def _has_own_head(built: PreTrainedModel, family: Family, model: ModelConfig) -> bool:
+    """Whether the files hold another head than the embedding that config.json ties it to; transformers uses it then."""
+    tied = tied_parameters(built)
+    weights = _weights(model) if tied else None
+    if weights is None:
+        return False
+    for names in tied.items():
+        own, shared = (weights.stored_name(name, built.base_model_prefix, family.renamed) for name in names)
+        if own is not None and shared is not None and own != shared:
+            first, second = weights.read(own), weights.read(shared)
+            if first.shape != second.shape or not torch.equal(first, second):
+                return True
+    return False
+
+
+def _weights(model: ModelConfig) -> BaseWeights | None:
+    """The weights beside config.json, or None: not every model is filled, and who fills it says what is wrong."""
+    try:
+        return BaseWeights(model.path, model.allow_pickle)
+    except ModelError:
+        return None
 
 
 def _unusable(path: str, error: Exception) -> ModelError:

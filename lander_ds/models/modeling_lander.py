@@ -8,6 +8,8 @@ An export directory carries this file and `routed_ffn.py`; nothing else is neede
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,14 +50,22 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: LanderConfig) -> None:
         """Build the plain model and put routed FFNs into the selected layers."""
+        # What the caller asked for; transformers fills in its own choice, which is not every family's, below.
+        attention = getattr(config, "_attn_implementation", None)
         super().__init__(config)
+        asked = {} if attention is None else {"attn_implementation": attention}
         # `from_pretrained` makes the type it was asked for the default while it builds; parts must follow it.
-        self.model = AutoModelForCausalLM.from_config(config.base_config(), dtype=torch.get_default_dtype())
+        self.model = AutoModelForCausalLM.from_config(
+            config.base_config(), dtype=torch.get_default_dtype(), **asked
+        )
         self._no_split_modules = self.model._no_split_modules
+        # Trainer hands the number of items to models that take any keyword; the plain model decides.
+        self.accepts_loss_kwargs = _takes_any_keyword(self.model.forward)
         routing = config.routing
         layers = self.model.get_submodule(routing["layers_path"])
         for entry in routing["layers"]:
@@ -93,7 +103,8 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         if pair is not None:
             if pair not in pairs:
                 raise ValueError(f"unknown pair {pair!r}; this model knows {', '.join(pairs)}")
-            pair_ids = torch.tensor(pairs.index(pair), device=self.device)
+            # Layers may lie on several devices, or nowhere yet: each takes the ids to its own.
+            pair_ids = torch.tensor(pairs.index(pair))
         if pair_ids is None:
             raise ValueError(f"say which language pair: pair=..., one of {', '.join(pairs)}")
         return Routing(pair_ids)
@@ -109,17 +120,37 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(enable, checkpointed, **options)
 
     def forward(
-        self, *args: Any, pair: str | None = None, pair_ids: torch.Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pair: str | None = None,
+        pair_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Forward of the plain model with the routing of `pair`.
+        """Forward of the plain model with the routing of `pair`. Trainer keeps the columns that are named here.
 
         Args:
-            args, kwargs: as of the plain model.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, kwargs: as of the plain
+                model.
             pair: language pair of the whole batch.
             pair_ids: or int64 pair ids, [B] or [B, T].
         """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        # Not every plain model has all of them.
+        given = {name: value for name, value in named.items() if value is not None}
         with routed(self._routing(pair, pair_ids)):
-            return self.model(*args, **kwargs)
+            return self.model(**given, **kwargs)
 
     def generate(
         self, *args: Any, pair: str | None = None, pair_ids: torch.Tensor | None = None, **kwargs: Any
@@ -143,3 +174,21 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> Any:
         """The plain model's head."""
         return self.model.get_output_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the plain model's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the plain model's head."""
+        self.model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the plain model, whose new size is saved with this one."""
+        embeddings = self.model.resize_token_embeddings(*args, **kwargs)
+        self.config.vocab_size = self.config.base["vocab_size"] = self.model.config.vocab_size
+        return embeddings
+
+
+def _takes_any_keyword(function: Callable[..., Any]) -> bool:
+    return any(p.kind == p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())

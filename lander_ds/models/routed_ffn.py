@@ -39,14 +39,14 @@ class Routing:
     _owned: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     """What `owned_tokens` has computed: the same for all layers."""
 
-    def tokens(self, shape: torch.Size) -> torch.Tensor:
-        """Pair ids [T] for an input of leading dimensions `shape` (T = their product).
+    def tokens(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """Pair ids [T] on a device, for an input there of leading dimensions `shape` (T = their product).
 
         Only the product counts, because some families (OPT) flatten [B, T] before the FFN; beam search, which
         repeats every row, fits too.
         """
         tokens = math.prod(shape)
-        rows = self.pair_ids.reshape(-1, 1)
+        rows = self.pair_ids.to(device).reshape(-1, 1)
         if tokens % len(rows):
             raise RuntimeError(
                 f"{len(rows)} pair ids do not fit {tokens} tokens: set one for all, one per row, or one per "
@@ -311,7 +311,7 @@ class RoutedFFN(nn.Module):
             )
         routing, gates = current
         shape = x.shape
-        pair_ids = routing.tokens(shape[:-1]).to(x.device)
+        pair_ids = routing.tokens(shape[:-1], x.device)
         flat = x.reshape(-1, shape[-1])
         general, specific = self._scales(flat, routing, gates)
         output: torch.Tensor | None = None

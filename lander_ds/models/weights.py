@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lander_ds.common.errors import ModelError
+from lander_ds.common.hash_cache import content_hash
 from lander_ds.models.files import no_directory, weight_files
 
+CONTENT, SAMPLED = "sha256:content:", "sha256:"
+"""How fingerprints begin: of all bytes, and of a sample of them, as version 0.1.0 recorded it."""
+_HASHED_AT_ONCE = 8
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -144,35 +149,67 @@ def _damage(path: Path, error: SafetensorError) -> str:
 
 
 def base_fingerprint(directory: str | Path) -> str:
-    """Content hash of a model directory's weights and configuration, cheap to compute.
+    """Content hash of all of a model directory's weights and of its configuration (without the version of the library
+    that wrote it). Large files are read once for it, see `hash_cache`; pickles are not opened.
 
-    Per weight file it takes the size, the header (names, shapes, types, offsets) and 64 blocks of 4 KiB
-    spread over the data; of config.json everything but the version of the library that wrote it. Pickles are not
-    opened for it.
-
-    Returns: `sha256:` and 64 hex digits.
+    Returns: `sha256:content:` and 64 hex digits.
 
     Raises:
         ModelError: as `BaseWeights`, and `read_config`.
     """
-    layout = weight_files(Path(directory))
-    if not layout.pickled:
-        BaseWeights(directory)
-    digest = hashlib.sha256()
-    config = read_config(Path(directory))
-    config.pop("transformers_version", None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in layout.paths:
+    paths, digest = _begin_fingerprint(Path(directory))
+    with ThreadPoolExecutor(min(len(paths), _HASHED_AT_ONCE)) as threads:
+        for path, content in zip(paths, threads.map(_content_hash, paths), strict=True):
+            digest.update(f"{path.name}:{content}".encode())
+    return f"{CONTENT}{digest.hexdigest()}"
+
+
+def is_base(recorded: object, fingerprint: str, directory: str | Path) -> bool:
+    """Whether an artefact's recorded fingerprint is that of a base, in whichever form it was recorded.
+
+    Args:
+        recorded: from the artefact.
+        fingerprint: of the base.
+        directory: where the base lies.
+    """
+    if recorded == fingerprint:
+        return True
+    sampled = isinstance(recorded, str) and recorded.startswith(SAMPLED) and not recorded.startswith(CONTENT)
+    return sampled and recorded == _sampled_fingerprint(directory)
+
+
+def _sampled_fingerprint(directory: str | Path) -> str:
+    """The fingerprint of version 0.1.0, which sees only a part of the weights: per file the size, the header and 64
+    blocks of 4 KiB spread over the data."""
+    paths, digest = _begin_fingerprint(Path(directory))
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as stream:
-            header = 0 if layout.pickled else int.from_bytes(stream.read(8), "little")
+            header = int.from_bytes(stream.read(8), "little") if path.suffix == ".safetensors" else 0
             digest.update(stream.read(header))
             step = max(1, (size - 8 - header) // 64)
             for offset in range(8 + header, size, step):
                 stream.seek(offset)
                 digest.update(stream.read(4096))
-    return f"sha256:{digest.hexdigest()}"
+    return f"{SAMPLED}{digest.hexdigest()}"
+
+
+def _begin_fingerprint(directory: Path) -> tuple[Sequence[Path], Any]:
+    """Weight files, checked as far as they are no pickles, and a hash that has the configuration in it."""
+    layout = weight_files(directory)
+    if not layout.pickled:
+        BaseWeights(directory)
+    config = read_config(directory)
+    config.pop("transformers_version", None)
+    return layout.paths, hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+
+
+def _content_hash(path: Path) -> str:
+    try:
+        return content_hash(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error}): check it and its permissions") from None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

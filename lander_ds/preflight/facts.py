@@ -52,7 +52,7 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, str]:
 def _base(start: Start) -> dict[str, str]:
     """Weights and configuration as one; tokenizer, generation options and code by file."""
     model = Path(start.recipe.model.path)
-    facts = {"model": _state(model, lambda _: start.base_fingerprint.removeprefix("sha256:"))}
+    facts = {"model": _state(model, lambda _: start.base_fingerprint.rpartition(":")[2])}
     for path in sorted(model.glob("*")):
         # The fingerprint leaves out of config.json what does not matter.
         if path.suffix in SMALL_MODEL_FILES and path.name != "config.json":

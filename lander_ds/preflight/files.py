@@ -16,7 +16,8 @@ from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
 from lander_ds.data.sources.corpus import Corpus, resolve
 from lander_ds.evaluation.baseline import baseline_path
-from lander_ds.models.loading import hf_config
+from lander_ds.models.files import adapter_fault
+from lander_ds.models.loading import build, tied_parameters
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
@@ -124,6 +125,10 @@ def _check_model(check: Check) -> None:
             check.refuse("model.path", "config.json holds no JSON object; restore the model")
             return
         _check_positions(check, text)
+        if (fault := adapter_fault(path)) is not None:
+            check.refuse("model.path", f"{path} {fault}")
+            return
+        _check_ffn_biases(check, text)
         count = _first_number(text, _LAYER_KEYS)
         if count is not None:
             _check_layers(check, count)
@@ -153,6 +158,16 @@ def _check_positions(check: Check, config: dict[str, Any]) -> None:
         check.refuse(
             "data.max_length",
             f"{length} is more than the model's {positions} positions; lower it to {positions}",
+        )
+
+
+def _check_ffn_biases(check: Check, config: dict[str, Any]) -> None:
+    """Gated FFNs with biases cannot be cut into banks; before detection works for an hour, not in training."""
+    if config.get("mlp_bias") and check.recipe.train.method == "lander":
+        check.refuse(
+            "model.path",
+            "config.json says mlp_bias: true: a gated FFN with biases is not supported; use a base model without them, or "
+            "another train.method",
         )
 
 
@@ -212,11 +227,11 @@ def _check_tied_embeddings(check: Check) -> None:
         return
     try:
         # Transformers is asked because many families tie by default.
-        config, _ = hf_config(recipe.model)
+        model, _ = build(recipe.model)
     except ModelError as error:
         check.refuse("model.path", str(error))
         return
-    if config.tie_word_embeddings:
+    if tied_parameters(model):
         check.refuse(
             "train.method",
             f"full trains the embedding, which is also the model's head (tied): topology: {recipe.topology} has "

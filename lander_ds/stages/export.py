@@ -5,7 +5,9 @@ process.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.checkpoint.checkpoint import Checkpoint
+from lander_ds.checkpoint.choice import chosen, warn_of_changes
 from lander_ds.common.errors import ArtefactError
-from lander_ds.common.files import file_hash, write_json
+from lander_ds.common.files import file_hash, replacing, write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
@@ -40,7 +43,9 @@ RELATIVE_TOLERANCE = 1e-5
 def _parts(start: Start) -> list[Part]:
     """One part: every format and fold of the recipe, written, verified and described."""
     recipe, run = start.recipe, start.run
-    newest = checkpoint.newest(run.checkpoints)
+    newest = chosen(run.checkpoints, recipe.export.checkpoint, "export.checkpoint")
+    if recipe.export.verify:
+        warn_of_changes(newest, recipe, run, PreparedData.load(run, recipe).hash)
     inputs = {"base": start.base_fingerprint, "checkpoint": file_hash(newest.path / checkpoint.STATE)}
     if run.scores.exists():
         inputs["scores"] = file_hash(run.scores)  # they stand in the model cards
@@ -52,49 +57,58 @@ run = STAGE.run
 
 
 def _export(recipe: Recipe, run: RunDirectory, newest: Checkpoint) -> Result:
+    """Write, verify and describe everything; only then does it take the place of what was there before."""
     trained = TrainedModel.open(recipe, newest)
-    names = _write(recipe, run, trained, newest)
-    results = _verify(recipe, run, trained) if recipe.export.verify else {}
-    losses = _folding_loss(recipe, run)
-    for fold, loss in losses.items():
-        results.setdefault(f"dense-{fold}", {})["loss"] = loss
-    facts = facts_of(recipe, run, newest.state)
-    for name in names:
-        write_card(run.export / name, facts, name, _exactness(name, trained, recipe, losses))
+    names = [*recipe.export.formats, *(f"dense-{pair}" for pair in folds_of(trained, recipe.export.fold))]
     outputs = [run.export / name for name in names]
+    with ExitStack() as replaced:
+        new = {path.name: replaced.enter_context(replacing(path)) for path in outputs}
+        _write(recipe, run, trained, newest, new)
+        results = _verify(recipe, run, trained, new) if recipe.export.verify else {}
+        losses = _folding_loss(recipe, run, new)
+        for fold, loss in losses.items():
+            results.setdefault(f"dense-{fold}", {})["loss"] = loss
+        facts = facts_of(recipe, run, newest.state)
+        for name, directory in new.items():
+            write_card(directory, facts, name, _exactness(name, trained, recipe, losses))
+    proof = run.export / "verification.json"
+    # What proved the exports before proves nothing of these.
+    proof.unlink(missing_ok=True)
     if results:
-        outputs.append(run.export / "verification.json")
-        write_json(outputs[-1], results)
+        outputs.append(proof)
+        write_json(proof, results)
+    for path in outputs:
+        logger.info("wrote %s", path)
     return Result(outputs)
 
 
-def _write(recipe: Recipe, run: RunDirectory, trained: TrainedModel, newest: Checkpoint) -> list[str]:
-    """Write everything; returns the names of the directories."""
+def _write(
+    recipe: Recipe, run: RunDirectory, trained: TrainedModel, newest: Checkpoint, new: Mapping[str, Path]
+) -> None:
+    """Write every export into its directory."""
     export = recipe.export
     form = Form(
         None if export.dtype == "model" else getattr(torch, export.dtype),
         None if export.shard_size is None else round(export.shard_size * GIGABYTE),
     )
-    folds = folds_of(trained, export.fold)
     means = mean_gates(newest.state, run.metrics)
-    for name in export.formats:
+    for name, directory in new.items():
         match name:
             case "dense":
                 if trained.pairs_differ:
                     logger.warning("dense export drops the gates: it only approximates the trained model")
-                export_dense(trained.source, run.export / name, form)
+                export_dense(trained.source, directory, form)
             case "routed":
-                export_routed(trained, run.export / name, form)
+                export_routed(trained, directory, form)
             case "delta":
-                export_delta(trained, run.export / name, means, facts_of(recipe, run, newest.state))
-        logger.info("wrote %s", run.export / name)
-    for pair in folds:
-        export_dense(folded(trained, means, pair), run.export / f"dense-{pair}", form)
-        logger.info("wrote %s", run.export / f"dense-{pair}")
-    return [*export.formats, *(f"dense-{pair}" for pair in folds)]
+                export_delta(trained, directory, means, facts_of(recipe, run, newest.state))
+            case _:
+                export_dense(folded(trained, means, name.removeprefix("dense-")), directory, form)
 
 
-def _verify(recipe: Recipe, run: RunDirectory, trained: TrainedModel) -> dict[str, Any]:
+def _verify(
+    recipe: Recipe, run: RunDirectory, trained: TrainedModel, new: Mapping[str, Path]
+) -> dict[str, Any]:
     """Compare every export with the trained model; one that must be exact and differs is an error."""
     data = PreparedData.load(run, recipe)
     prompts = {}
@@ -102,21 +116,26 @@ def _verify(recipe: Recipe, run: RunDirectory, trained: TrainedModel) -> dict[st
         count = min(recipe.export.verify, len(split))
         prompts[pair] = [tokens[:prompt].tolist() for tokens, prompt in map(split.tokens, range(count))]
     results: dict[str, Any] = {}
-    for name in [*recipe.export.formats, *(f"dense-{pair}" for pair in recipe.export.fold)]:
+    for name, directory in new.items():
         if name == "delta":
-            results[name] = _verify_delta(run.export / name, trained)
+            results[name] = _verify_delta(directory, trained)
             continue
         pair = name.removeprefix("dense-")
         exact = _is_exact(name, trained, recipe)
         asked = {pair: prompts[pair]} if pair in prompts else prompts
-        result = compare(recipe, run, run.export / name, asked, generate=exact)
+        result = compare(recipe, run, directory, asked, generate=exact)
         results[name] = {**result, "expected_exact": exact}
+        if not math.isfinite(result["max_logit_difference"]):
+            raise ArtefactError(
+                f"{run.export / name} computes NaN or infinity: it was deleted, and what was there before is unchanged; "
+                "set export.dtype: bfloat16 or float32, or export another checkpoint"
+            )
         close = result["max_logit_difference"] <= RELATIVE_TOLERANCE * max(1.0, result["max_logit"])
         if exact and not (close and result["same_greedy"]):
             raise ArtefactError(
                 f"{run.export / name} does not compute what was trained (logits differ by "
                 f"{result['max_logit_difference']:.2e}, same greedy translations: {result['same_greedy']}): "
-                "do not use it; please report this with the recipe"
+                "it was deleted, and what was there before is unchanged; please report this with the recipe"
             )
         logger.info(
             "%s export (%s): logits differ by %.1e from the trained model's",
@@ -135,10 +154,10 @@ def _verify_delta(directory: Path, trained: TrainedModel) -> dict[str, Any]:
     return {"expected_exact": True, "tensors": len(delta.changes), "bytes": size, "reversible": True}
 
 
-def _folding_loss(recipe: Recipe, run: RunDirectory) -> dict[str, dict[str, Any]]:
+def _folding_loss(recipe: Recipe, run: RunDirectory, new: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     if not recipe.export.fold or not recipe.export.fold_sentences:
         return {}
-    folds = {pair: run.export / f"dense-{pair}" for pair in recipe.export.fold}
+    folds = {pair: new[f"dense-{pair}"] for pair in recipe.export.fold}
     return folding_loss(recipe, run, PreparedData.load(run, recipe), folds)
 
 

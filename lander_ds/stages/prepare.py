@@ -6,22 +6,23 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common.console import progress, stderr
-from lander_ds.common.errors import ArtefactError, ConfigError, DataError
+from lander_ds.common.errors import ArtefactError, ConfigError, DataError, ModelError
 from lander_ds.common.files import file_hash, json_hash, write_json, writing
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import Recipe
+from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.build import build, entry_hash
 from lander_ds.data.filters import check_filters
 from lander_ds.data.prepared import PreparedData, prepared_options
 from lander_ds.data.sources.corpus import Corpus, resolve
 from lander_ds.data.tokens.encoding import Encoder
 from lander_ds.data.tokens.prompt import check_prompt
-from lander_ds.data.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from lander_ds.data.tokens.tokenizer import embedding_rows, load_tokenizer, tokenizer_fingerprint
 from lander_ds.distributed.start import Start
 from lander_ds.stages.stage import Part, Result, Stage
 
@@ -36,7 +37,7 @@ def _parts(start: Start) -> list[Part]:
     Raises:
         ConfigError: data options that cannot work.
         DataError: a corpus is missing or unfit.
-        ModelError: the tokenizer is missing or unfit.
+        ModelError: the tokenizer is missing or unfit, or gives ids that the model does not know.
     """
     recipe, run = start.recipe, start.run
     _check(recipe)
@@ -53,6 +54,7 @@ def _parts(start: Start) -> list[Part]:
             tokenizer, recipe.model.path, recipe.model.trust_remote_code, recipe.data.workers
         ) as encoder:
             manifest = build(recipe, corpora, encoder, entry, digest, anew=start.force)
+        _check_ids(PreparedData(entry), Path(recipe.model.path), tokenizer)
         statistics = manifest["statistics"]
         _log_statistics(statistics)
         outputs = _point_at(entry, run, {"hash": digest, "options_hash": json_hash(options)}, statistics)
@@ -65,6 +67,24 @@ def _parts(start: Start) -> list[Part]:
 
 STAGE = Stage("prepare", _parts)
 run = STAGE.run
+
+
+def _check_ids(data: PreparedData, model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens that were added to the tokenizer and not to the model, where the data hold any.
+
+    Raises:
+        ModelError: naming the token.
+    """
+    rows = embedding_rows(model)
+    for name in get_args(Split) if rows is not None else ():
+        for pair, split in data.split(name).items():
+            if rows is not None and (largest := split.largest_id()) >= rows:
+                raise ModelError(
+                    f"{model}: the {name} data of {pair} hold the token {tokenizer.convert_ids_to_tokens(largest)!r} with "
+                    f"id {largest}, but the model's embedding has {rows} rows (vocab_size in config.json): the token "
+                    "was added to the tokenizer alone; call model.resize_token_embeddings and save the model, or take "
+                    "the token out of the tokenizer"
+                )
 
 
 def _point_at(

@@ -64,7 +64,7 @@ run = STAGE.run
 def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Result:
     recipe, run, started = start.recipe, start.run, time.monotonic()
     identity = identity_of(recipe, inputs)
-    checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume)
+    checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume, start.is_base)
     if checkpoint is not None and checkpoint.step > recipe.train.steps:
         raise ConfigError(
             f"train.steps: {recipe.train.steps} are fewer than the {checkpoint.step} that {checkpoint.path} has done: set "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
+from lander_ds.checkpoint.choice import chosen, warn_of_changes
 from lander_ds.common.files import json_hash
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.tokenizer import load_tokenizer
@@ -29,6 +30,9 @@ def _parts(start: Start) -> list[Part]:
     """
     data = PreparedData.load(start.run, start.recipe)
     models = _Models(start)
+    if "trained" in start.recipe.translate.systems and process_group.rank() == 0:
+        trained = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
+        warn_of_changes(trained, start.recipe, start.run, data.hash)
 
     def part(system: System) -> Part:
         options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)

@@ -31,7 +31,9 @@ class Progress:
 
     def validated(self, mean: float) -> None:
         """Take note of a mean validation loss."""
-        if self.best is None or mean < self.best:
+        # No comparison with NaN is true: as the best it would stay for ever. Older checkpoints may hold one.
+        known = self.best if self.best is not None and math.isfinite(self.best) else math.inf
+        if mean < known:
             self.best, self.without_gain = mean, 0
         else:
             self.without_gain += 1

@@ -18,6 +18,7 @@ from lander_ds.models.family import Family
 from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
 from lander_ds.models.translation_model import TranslationModel
+from lander_ds.models.weights import is_base
 from lander_ds.training.spreading import spread
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def load_selection(recipe: Recipe, run: RunDirectory, fingerprint: str) -> Selec
             f"{', '.join(recipe.data.pairs)}: run stages detect and select again"
         )
     base = selection.metadata.get("base_fingerprint")
-    if base != fingerprint:
+    if not is_base(base, fingerprint, recipe.model.path):
         raise ArtefactError(
             f"{run.selection} was made for another base model ({base}) than {recipe.model.path} "
             f"({fingerprint}): run stages detect and select again"

@@ -51,6 +51,11 @@ def test_of_equally_good_ones_the_first(tmp_path: Path) -> None:
     assert best(written(tmp_path, {40: 1.5, 20: 1.5}), list(STEPS)) == {20}
 
 
+@pytest.mark.parametrize("worthless", [float("nan"), float("-inf"), float("inf")])
+def test_what_is_not_finite_is_not_the_best(tmp_path: Path, worthless: float) -> None:
+    assert best(written(tmp_path, {10: worthless, 20: 1.5, 30: 1.2, 40: worthless}), list(STEPS)) == {30}
+
+
 def test_none_is_best_without_validation(tmp_path: Path) -> None:
     assert best(written(tmp_path), list(STEPS)) == set()
 

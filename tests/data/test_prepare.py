@@ -263,7 +263,7 @@ class TestCache:
         def interrupt(*args: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(build_module, "_move_into_place", interrupt)
+        monkeypatch.setattr(build_module, "_publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepared(recipe)
         assert entries(recipe) == []

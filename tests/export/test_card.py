@@ -12,13 +12,19 @@ import torch
 import yaml
 from support.tiny_run import PAIRS, TinyRun
 
+from lander_ds.checkpoint.identity import identity_of
 from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
+from lander_ds.config.recipe import Recipe
 from lander_ds.export.card import Exactness, facts_of, render
 from lander_ds.export.writer import Form
 
-STATE = {"method": "lander", "step": 20}
+
+def state_of(recipe: Recipe) -> dict[str, Any]:
+    return {**identity_of(recipe, {"base": "none", "data": "none"}), "step": 20}
+
+
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 LOSS = {
     "en-de": {
@@ -55,7 +61,7 @@ def facts(tiny_run: TinyRun, tmp_path: Path) -> dict[str, Any]:
         target.parent.mkdir(exist_ok=True)
         target.write_text(path.read_text())
     scored(run)
-    return facts_of(recipe, run, STATE)
+    return facts_of(recipe, run, state_of(recipe))
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def test_what_is_left_out_stands_in_the_card(facts: dict[str, Any]) -> None:
 
 def test_a_run_of_which_little_is_known(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe = replace(tiny_run.recipe("prepared"), run_dir=str(tmp_path))
-    text = render(facts_of(recipe, RunDirectory(tmp_path), STATE), "routed", Exactness.exact())
+    text = render(facts_of(recipe, RunDirectory(tmp_path), state_of(recipe)), "routed", Exactness.exact())
     assert "Not measured when this card was written" in text
     assert "## Data" not in text
     bare = {"base": {"name": "x", "fingerprint": "sha256:0"}, "method": "difference to y"}

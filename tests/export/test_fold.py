@@ -124,6 +124,15 @@ def test_mean_gates_come_from_the_last_steps_up_to_the_checkpoint(tmp_path: Path
     assert mean_gates(state, tmp_path / "none") == expected
 
 
+@pytest.mark.parametrize("worthless", [float("nan"), float("inf")])
+def test_gates_of_skipped_steps_do_not_count(tmp_path: Path, worthless: float) -> None:
+    path = tmp_path / "metrics.jsonl"
+    values = (0.25, worthless, 0.75)
+    records = [{"step": step, "gates": {"2": {"en-de": value}}} for step, value in enumerate(values, 1)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert mean_gates({"step": 3}, path) == {"2": {"en-de": 0.5}}
+
+
 def test_what_cannot_be_folded_is_refused(tmp_path: Path) -> None:
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
     means = constant(recipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,34 @@ def test_the_base_is_back_after_an_error(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="the request failed"), served.using(name, "en-de"):
             raise RuntimeError("the request failed")
         assert all(torch.equal(a, b) for a, b in zip(logits(served.model), untouched, strict=True))
+
+
+def test_threads_with_different_pairs_and_deltas(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "llama")
+    served = Switch(load(base), base)
+    for name, scale in (("one", 1.5), ("two", 0.5)):
+        delta_of(base, tmp_path / name, scale)
+        served.add(name, tmp_path / name / "delta")
+    requests = [(name, pair) for name in served.names for pair in ("en-de", "en-fr", "de-en")]
+
+    def serve(request: tuple[str, str]) -> list[torch.Tensor]:
+        with served.using(*request) as model:
+            return logits(model)
+
+    wanted = {request: serve(request) for request in requests}
+    with ThreadPoolExecutor(len(requests)) as threads:
+        for request, found in zip(requests * 5, threads.map(serve, requests * 5), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted[request], strict=True)), request
+
+
+def test_a_thread_started_inside_takes_its_context_along(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "llama")
+    delta_of(base, tmp_path / "one", 1.5)
+    served = Switch(load(base), base)
+    served.add("one", tmp_path / "one" / "delta")
+    with served.using("one", "en-de") as model, ThreadPoolExecutor(1) as thread:
+        found = thread.submit(copy_context().run, logits, model).result()
+        assert all(torch.equal(a, b) for a, b in zip(found, logits(model), strict=True))
 
 
 def test_nothing_is_put_on_twice(tmp_path: Path) -> None:

@@ -221,8 +221,8 @@ def test_float16_that_overflows_is_refused(tmp_path: Path) -> None:
 def test_fingerprint_follows_weights_and_config_but_not_the_library_version(tmp_path: Path) -> None:
     save(tiny_model("llama"), tmp_path)
     first = base_fingerprint(tmp_path)
-    assert first.startswith("sha256:")
-    assert len(first) == len("sha256:") + 64
+    assert first.startswith("sha256:content:")
+    assert len(first) == len("sha256:content:") + 64
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "transformers_version": "0"}))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from lander_ds.checkpoint.identity import identity_of
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
 from lander_ds.common.run_directory import RunDirectory
@@ -75,13 +76,7 @@ def write_checkpoint(recipe: Recipe, step: int = 7) -> dict[str, torch.Tensor]:
     writer.save(
         step,
         Parts(tensors, {}),
-        {
-            "method": recipe.train.method,
-            "base_fingerprint": base_fingerprint(recipe.model.path),
-            "pairs": list(PAIRS),
-            "routing": asdict(recipe.routing),
-            "lora": asdict(recipe.train.lora),
-        },
+        identity_of(recipe, {"base": base_fingerprint(recipe.model.path), "data": "none"}),
         run.selection if recipe.train.method in ("lander", "layers") else None,
     )
     writer.finish()

@@ -86,8 +86,9 @@ def rewrite(
     tensors = {name: tensor.clone() for name, tensor in found.trained().items()}
     change(tensors)
     writer = Writer(run.checkpoints, Retention(), background=False)
-    known = ("method", "base_fingerprint", "pairs", "routing", "lora")
-    description = {name: found.state[name] for name in known}
+    # The writer adds these by itself.
+    own = ("format", "step", "files", "versions")
+    description = {name: value for name, value in found.state.items() if name not in own}
     description["routing"] = {**description["routing"], **(routing or {})}
     selection = run.selection if found.selection() is not None else None
     writer.save(found.step + 1, Parts(tensors, {}), description, selection)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from lander_ds.training.progress import GATE_STEPS, Progress
 
 
@@ -32,6 +34,23 @@ def test_a_mean_that_is_no_number_is_no_gain() -> None:
     progress.validated(2.0)
     progress.validated(float("nan"))
     assert (progress.best, progress.without_gain) == (2.0, 1)
+
+
+@pytest.mark.parametrize("worthless", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_the_best(worthless: float) -> None:
+    progress = Progress()
+    progress.validated(worthless)
+    assert (progress.best, progress.without_gain) == (None, 1)
+    progress.validated(3.0)
+    assert (progress.best, progress.without_gain) == (3.0, 0)
+    progress.validated(worthless)
+    assert (progress.best, progress.without_gain) == (3.0, 1)
+
+
+def test_a_best_of_nan_in_an_old_checkpoint_is_forgotten() -> None:
+    progress = Progress(best=float("nan"))
+    progress.validated(3.0)
+    assert (progress.best, progress.without_gain) == (3.0, 0)
 
 
 def test_the_last_gate_values_of_a_pair_are_kept() -> None:

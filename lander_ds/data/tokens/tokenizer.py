@@ -75,17 +75,24 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def embedding_rows(directory: Path) -> int | None:
+    """How many token ids the model of a directory knows; None where config.json does not say."""
+    config = _read_json(directory / "config.json")
+    rows: int | None = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return rows
+
+
 def _check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{directory}: the tokenizer has no end-of-sequence token, so translations would never end: name "
             "it as eos_token in tokenizer_config.json"
         )
-    config = _read_json(directory / "config.json")
-    embedding = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    embedding = embedding_rows(directory)
     if embedding is None:
         return
-    # Tokens added on top may lie beyond the embedding (Gemma 3's image token does); text never produces them.
+    # Tokens added on top may lie beyond the embedding (Gemma 3's image token does). Whether the data hold any is seen
+    # when they are prepared.
     added = tokenizer.added_tokens_decoder
     largest = max(index for index in tokenizer.get_vocab().values() if index not in added)
     largest = max(largest, tokenizer.eos_token_id, tokenizer.bos_token_id or 0)
