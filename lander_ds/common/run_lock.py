@@ -98,7 +98,7 @@ class RunLock:
             if dead:
                 self._take_over(holder)
                 continue
-            who = "unknown" if holder is None else f"process {holder.pid} on {holder.host}"
+            who = _named(holder)
             if lives:
                 raise ArtefactError(
                     f"{self._path}: {who} trains in this run directory: wait for it, end it, or choose another run_dir; "
@@ -141,6 +141,7 @@ class RunLock:
             # Somebody may have been quicker, from judging to claiming.
             if self._read() == dead:
                 write_json(self._path, asdict(self._holder))
+                logger.info("%s belonged to %s, which is gone: taken over", self._path, _named(dead))
         finally:
             claim.unlink(missing_ok=True)
 
@@ -176,6 +177,10 @@ class RunLock:
         """The file system's clock: that of another host may be ahead of this one's."""
         with tempfile.TemporaryFile(dir=self._path.parent) as probe:
             return os.fstat(probe.fileno()).st_mtime
+
+
+def _named(holder: Holder | None) -> str:
+    return "an unknown process" if holder is None else f"process {holder.pid} on {holder.host}"
 
 
 def _machine() -> str:

@@ -31,6 +31,7 @@ _ALPHABETS = {
     "gujr": {"GUJARATI"},
     "guru": {"GURMUKHI"},
     "hang": {"HANGUL"},
+    "hani": {"CJK"},
     "hans": {"CJK"},
     "hant": {"CJK"},
     "hebr": {"HEBREW"},
