@@ -92,6 +92,8 @@ take_option() {
 }
 
 # read_hostfile: fills HOSTS and RANKS. DeepSpeed only warns where there is no hostfile, and trains on this machine.
+# Not by lander_ds/cluster/doctor/hostfile.py: a bad hostfile is refused where there is no environment yet, too, and
+# what DeepSpeed passes over in silence is an error here.
 read_hostfile() {
     local line number=0 host
     [[ -n "$HOSTFILE" ]] || { usage >&2; die "--hostfile is needed" 2; }

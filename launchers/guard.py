@@ -6,6 +6,9 @@ The launch holds on to it by a pipe, or by ssh. It reads words from standard inp
 "stop" to ask the ranks to save and stop. The end of its input, or silence, ends every process of the launch on this
 host: the launch is over, was killed, or its host is down or cut off. They are known by LANDER_LAUNCH in their
 environment, which children inherit.
+
+Why not leave it to ssh: without a terminal sshd leaves a command running when its connection ends. SLURM ends what a
+job step leaves behind, and the guard then finds nothing; but not on hosts that are reached by ssh.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import sys
 from pathlib import Path
 
 import psutil
+
+from lander_ds.common.errors import ExitCode
 
 READY = "ready"
 END_SECONDS, KILL_SECONDS = 5.0, 5.0
@@ -60,7 +65,7 @@ def main(launch: str, seconds: float) -> int:
     """Watch; returns the exit code."""
     if not Path(launch).is_dir():
         sys.stderr.write(f"{launch} is not there: run_dir must be a directory that all hosts share\n")
-        return 2
+        return ExitCode.WRONG_INPUT
     sys.stdout.write(f"{READY}\n")
     sys.stdout.flush()
     while select.select([sys.stdin], [], [], seconds)[0]:
@@ -74,7 +79,7 @@ def main(launch: str, seconds: float) -> int:
     if left:
         names = ", ".join(f"{process.pid} {process.name()}" for process in left)
         sys.stderr.write(f"cannot be ended: {names}\n")
-    return 1 if left else 0
+    return ExitCode.DEFECT if left else ExitCode.DONE
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 Launchers lose exit codes, hang where a host is cut off, and forget processes. So the ranks leave their exit codes in
 the launch directory (rank.py), and a guard on every host (guard.py) ends what is left there after each attempt.
+
+Why not torchrun: it ends with 1 whatever its ranks ended with, starts again after wrong input (2) too, and leaves its
+ranks running when it is killed itself (torch 2.13). Why not srun's exit code: it is the highest of all ranks, so that
+a neighbour's 137 hides the 2 or 76 that caused it; starting again is left to SLURM, though (slurm.sbatch).
 """
 
 from __future__ import annotations
@@ -154,7 +158,7 @@ def _judge(plan: Plan, requests: Requests, returned: int, first: int) -> int:
         f"ranks {', '.join(missing)} left no exit code in {plan.launch_dir}: they were not started, or were killed "
         "together with what started them"
     )
-    return exit_code(returned) or 1
+    return exit_code(returned) or ExitCode.DEFECT
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

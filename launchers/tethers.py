@@ -1,4 +1,7 @@
-"""What ties a launch to its hosts: a guard on each, reached through ssh, and one on this host."""
+"""What ties a launch to its hosts: a guard on each, reached through ssh, and one on this host.
+
+Why ssh's own signs of life are not enough: they end a connection, and nothing that runs at its other end (guard.py).
+"""
 
 from __future__ import annotations
 

@@ -64,18 +64,19 @@ class Stage:
 
     def perform(self, start: Start) -> None:
         """Run every part that is not up to date and record it (collective)."""
-        if self.description.collective:
+        collective = self.description.collective
+        if collective or process_group.rank() == 0:
+            # To find out what there is to do takes time too: large corpora are hashed.
+            started = time.monotonic()
             for part in self._parts(start):
-                self._perform(start, part)
-                collectives.barrier()
-            return
-        if process_group.rank() == 0:
-            for part in self._parts(start):
-                self._perform(start, part)
-        process_group.wait_for_rank_zero()
+                self._perform(start, part, started)
+                if collective:
+                    collectives.barrier()
+                started = time.monotonic()
+        if not collective:
+            process_group.wait_for_rank_zero()
 
-    def _perform(self, start: Start, part: Part) -> None:
-        started = time.monotonic()
+    def _perform(self, start: Start, part: Part, started: float) -> None:
         writes = process_group.rank() == 0
         current = writes and self._is_up_to_date(start, part)
         if self.description.collective:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from supervise import FINAL
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("single.sh", "pdsh.sh", "openmpi.sh", "mpirun.sh")
@@ -103,6 +105,13 @@ def test_the_recipe_is_read_before_anything_is_started(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "missing.yaml" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_slurm_starts_again_after_the_same_exit_codes_as_the_other_launchers() -> None:
+    text = (ROOT / "launchers" / "slurm.sbatch").read_text(encoding="utf-8")
+    final = re.search(r'^case "\$code" in\n +([\d |]+)\) ;;$', text, re.MULTILINE)
+    assert final is not None
+    assert tuple(map(int, final[1].split("|"))) == FINAL
 
 
 def test_a_missing_environment_is_named(clone: Path) -> None:

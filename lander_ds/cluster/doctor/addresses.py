@@ -7,8 +7,6 @@ import socket
 import subprocess
 from typing import Any
 
-import psutil
-
 from lander_ds.common.errors import ConfigError
 from lander_ds.distributed.discovery import address_towards, interfaces
 
@@ -25,7 +23,7 @@ def network(address: str | None) -> dict[str, Any]:
         resolved: str | None = socket.gethostbyname(socket.gethostname())
     except OSError:
         resolved = None
-    by_name: dict[str, str | None] = dict.fromkeys(psutil.net_if_addrs())
+    by_name: dict[str, str | None] = dict.fromkeys(name for _, name in socket.if_nameindex())
     for interface in interfaces():
         by_name[interface.name] = by_name[interface.name] or interface.address
     own = _own_addresses()
