@@ -52,10 +52,10 @@ def of_another_host(path: Path, age: float) -> None:
 
 
 def test_a_second_training_is_refused_by_name_until_the_first_has_ended(tmp_path: Path) -> None:
-    path = tmp_path / "train.lock"
+    path = tmp_path / "training-lock.json"
     first = training(path)
     with pytest.raises(
-        ArtefactError, match=rf"train.lock: process {first.pid} on .*, or choose another run_dir"
+        ArtefactError, match=rf"training-lock.json: process {first.pid} on .*, or choose another run_dir"
     ):
         RunLock(path).take()
     # Killed, and not even buried.
@@ -68,7 +68,7 @@ def test_a_second_training_is_refused_by_name_until_the_first_has_ended(tmp_path
 
 
 def test_a_later_process_of_the_same_number_is_another(tmp_path: Path) -> None:
-    path, this = tmp_path / "train.lock", Holder.this()
+    path, this = tmp_path / "training-lock.json", Holder.this()
     before = Holder(this.host, this.pid, this.machine, this.began - 1, "abc")
     path.write_text(json.dumps(vars(before)), encoding="utf-8")
     lock = RunLock(path)
@@ -77,7 +77,7 @@ def test_a_later_process_of_the_same_number_is_another(tmp_path: Path) -> None:
 
 
 def test_another_host_that_beats_is_alive(tmp_path: Path) -> None:
-    path = tmp_path / "train.lock"
+    path = tmp_path / "training-lock.json"
     of_another_host(path, 5.0)
     ended = threading.Event()
 
@@ -87,7 +87,7 @@ def test_another_host_that_beats_is_alive(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=beat)
     thread.start()
-    with pytest.raises(ArtefactError, match=r"on node7 trains in this run directory.* delete .*train\.lock"):
+    with pytest.raises(ArtefactError, match=r"on node7 trains in this run directory.* delete .*training-lock\.json"):
         RunLock(path).take()
     ended.set()
     thread.join()
@@ -96,7 +96,7 @@ def test_another_host_that_beats_is_alive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("age", [run_lock.STALE_SECONDS + 5, run_lock.STALE_SECONDS - 1])
 def test_a_host_that_has_gone_is_not_waited_for_long(tmp_path: Path, age: float) -> None:
-    path = tmp_path / "train.lock"
+    path = tmp_path / "training-lock.json"
     of_another_host(path, age)
     lock = RunLock(path)
     lock.take()
@@ -106,7 +106,7 @@ def test_a_host_that_has_gone_is_not_waited_for_long(tmp_path: Path, age: float)
 
 
 def test_half_a_file_of_a_process_that_was_killed_over_it_locks_nobody_out(tmp_path: Path) -> None:
-    path = tmp_path / "train.lock"
+    path = tmp_path / "training-lock.json"
     path.write_text('{"host": "no', encoding="utf-8")
     os.utime(path, (time.time() - 1000,) * 2)
     lock = RunLock(path)
@@ -131,7 +131,7 @@ def _try(path: str, started: float, ended: float) -> bool:
     "prepare", [lambda path: None, lambda path: of_another_host(path, 1000.0)], ids=["none", "stale"]
 )
 def test_of_many_at_once_one_gets_it(tmp_path: Path, prepare: Callable[[Path], None]) -> None:
-    path = tmp_path / "train.lock"
+    path = tmp_path / "training-lock.json"
     prepare(path)
     now = time.time()
     with multiprocessing.get_context("forkserver").Pool(6) as pool:
@@ -140,7 +140,7 @@ def test_of_many_at_once_one_gets_it(tmp_path: Path, prepare: Callable[[Path], N
 
 
 def test_who_was_taken_for_dead_ends(tmp_path: Path) -> None:
-    path = tmp_path / "train.lock"
+    path = tmp_path / "training-lock.json"
     code = HOLD.replace(
         "RunLock(Path", "import lander_ds.common.run_lock as m; m.BEAT_SECONDS = 0.1\nRunLock(Path"
     )
@@ -156,7 +156,7 @@ def test_who_was_taken_for_dead_ends(tmp_path: Path) -> None:
 
 
 def test_nobody_gives_back_what_is_anothers(tmp_path: Path) -> None:
-    path = tmp_path / "train.lock"
+    path = tmp_path / "training-lock.json"
     of_another_host(path, 0.0)
     RunLock(path).release()
     assert path.exists()
