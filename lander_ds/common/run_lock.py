@@ -1,6 +1,6 @@
 """One training per run directory: a lock file that says who holds it, and whose age says whether that one still lives.
 
-    training-lock.json    host, pid, and what tells the process from a later one of the same number; touched every few seconds
+    training-lock.json    host, pid, and what tells the process from a later one of that number; touched every few seconds
 
 No file locks of the system: many network file systems have none. Whoever is killed leaves the file behind. On its own
 host the process is looked for; of another host the file's age is looked at, by the file system's clock.
