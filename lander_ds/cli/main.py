@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; default those of the process.
     """
     if argv is None:
-        _speak_utf8()
+        _use_utf8()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     console.setup_logging(getattr(arguments, "verbose", False))
     try:
@@ -68,19 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitCode.DONE
 
 
-def _speak_utf8() -> None:
-    """Begin this process again in Python's UTF-8 mode where the locale is another, such as ASCII.
-
-    Arguments, names of files, output, and files that other libraries open without a word about their encoding all follow
-    the locale; none of it can be changed in a process that runs.
-    """
+def _use_utf8() -> None:
+    """Write UTF-8 whatever the locale, and start again in Python's UTF-8 mode where names of files would be in another
+    encoding: they, corpora and tables hold characters that ASCII and Latin-1 do not have."""
     if sys.getfilesystemencoding() != "utf-8":
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.orig_argv[0], "-X", "utf8", *sys.orig_argv[1:]])
+        # For the processes that this one starts. This one may have been told to ignore the environment (-E, -I).
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
-        # PYTHONIOENCODING may still ask for less.
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _report(error: LanderError) -> None:

@@ -55,7 +55,6 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.data = self.path / "data"
         self.recipe = self.path / "recipe.resolved.yaml"
-        self.lock = self.path / "training-lock.json"
 
     def record_path(self, stage: str) -> Path:
         """Where the record of `stage` lies."""

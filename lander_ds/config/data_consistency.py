@@ -6,7 +6,7 @@ import re
 
 from lander_ds.config.check import Check
 from lander_ds.config.document import nearest
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig
+from lander_ds.config.recipe import ColumnConfig, CorpusConfig, Recipe
 
 _CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
 _PAIR = re.compile(rf"({_CODE})-({_CODE})")
@@ -25,6 +25,23 @@ def check_data(check: Check) -> None:
 def served(corpus: CorpusConfig, pairs: tuple[str, ...]) -> tuple[str, ...]:
     """The pairs of the recipe that a corpus serves."""
     return tuple(pair for pair in pairs if not corpus.pairs or pair in corpus.pairs)
+
+
+def translated_pairs(recipe: Recipe) -> tuple[str, ...]:
+    """The pairs that have sentences to translate and to score.
+
+    Every pair is trained, but only some may have a corpus of `translate.split`. Training and detection data are there
+    for all.
+    """
+    data, split = recipe.data, recipe.translate.split
+    if split in ("train", "detect"):
+        return data.pairs
+    corpora = [corpus for corpus in data.corpora if corpus.split == split]
+    # Without any, stage translate says what is missing.
+    return (
+        tuple(p for p in data.pairs if any(p in served(corpus, data.pairs) for corpus in corpora))
+        or data.pairs
+    )
 
 
 def _check_pairs(check: Check) -> bool:
@@ -80,24 +97,28 @@ def _check_coverage(check: Check) -> None:
             "data.corpora", "no corpus; write for example - {path: 'train.{pair}.jsonl', split: train}"
         )
         return
-    needed = []
-    if check.runs("prepare", "train", "tokenizer"):
-        needed.append("train")
-    if check.stage == "all" or (check.stage == "translate" and check.recipe.translate.split == "test"):
-        needed.append("test")
-    for split in needed:
-        missing = [pair for pair in data.pairs if not _serves(check, split, pair)]
-        if missing:
-            check.refuse(
-                "data.corpora",
-                f"no corpus with split: {split} serves {', '.join(missing)}; add one or drop the pair",
-            )
+    if check.runs("prepare", "train", "tokenizer") and (missing := _missing(check, "train")):
+        check.refuse(
+            "data.corpora", f"no corpus with split: train serves {missing}; add one or drop the pair"
+        )
+    split = check.recipe.translate.split
+    if check.runs("translate") and split in ("test", "valid") and (missing := _missing(check, split)):
+        problem = f"no corpus with split: {split} serves {missing}"
+        if any(corpus.split == split for corpus in data.corpora):
+            check.warn("data.corpora", f"{problem}; translated and scored are the other pairs")
+        elif check.stage is not None:
+            check.refuse("data.corpora", f"{problem}; add one")
     cut_from_train = not all(_serves(check, "detect", pair) for pair in data.pairs)
     if check.runs("prepare", "detect") and data.detect_examples < 1 and cut_from_train:
         check.refuse(
             "data.detect_examples",
             "must be at least 1 unless a corpus with split: detect serves every pair; raise it or add one",
         )
+
+
+def _missing(check: Check, split: str) -> str:
+    """The pairs that no corpus of a split serves."""
+    return ", ".join(pair for pair in check.recipe.data.pairs if not _serves(check, split, pair))
 
 
 def _serves(check: Check, split: str, pair: str) -> bool:

@@ -120,8 +120,8 @@ class FilterConfig:
     max_chars: PositiveInt = 2000
     """Longer sources or targets are dropped."""
     max_length_ratio: NonNegative = 6.0
-    """Drop where the longer side has more than this many times the UTF-8 bytes of the shorter. 0 switches it
-    off."""
+    """Drop where the longer side has more than this many times the characters of the shorter (East Asian wide characters
+    count three, fewer than 5 count 5). 0 switches it off."""
     drop_duplicates: bool = True
     """Keep the first of equal (source, target) pairs within a pair's split."""
     drop_identical: bool = True

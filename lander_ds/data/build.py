@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import os
@@ -47,6 +48,8 @@ class Counts:
     """Dropped lines by reason."""
     first_dropped: list[str] = field(default_factory=list)
     """The first few, for an error message."""
+    content: str = ""
+    """Hash of the examples written, whatever corpora and options they come from."""
 
 
 def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str], tokenizer: str) -> str:
@@ -98,7 +101,10 @@ def build(
             "format": FORMAT,
             "hash": digest,
             "pairs": list(recipe.data.pairs),
-            "splits": {pair: list(splits) for pair, splits in counts.items()},
+            "splits": {
+                pair: {split: count.content for split, count in splits.items()}
+                for pair, splits in counts.items()
+            },
             "files": files,
             "statistics": {
                 pair: {split: _statistics(count) for split, count in splits.items()}
@@ -132,7 +138,7 @@ def _publish(temporary: Path, entry: Path, anew: bool) -> None:
 
 def _statistics(counts: Counts) -> dict[str, Any]:
     values = asdict(counts)
-    del values["first_dropped"]
+    del values["first_dropped"], values["content"]
     return values
 
 
@@ -273,7 +279,7 @@ class _Builder:
         self._counts[pair]["train"].moved_to_detect = len(set_aside)
 
     def _write(self, pair: str, split: Split, examples: Iterable[tuple[Row, Encoded]]) -> None:
-        path = self._directory / split_file(pair, split)
+        path, content = self._directory / split_file(pair, split), hashlib.sha256()
         with ArrowWriter(path=str(path), features=FEATURES) as writer:
             counts = self._counts[pair].setdefault(split, Counts())
             for row, (ids, prompt_length) in examples:
@@ -287,12 +293,14 @@ class _Builder:
                         "length": len(ids),
                     }
                 )
+                content.update(json.dumps([row.src, row.tgt, ids, prompt_length]).encode())
                 counts.kept += 1
                 counts.tokens += len(ids)
                 counts.target_tokens += len(ids) - prompt_length
             if counts.kept == 0:
                 raise self._empty(pair, split, counts)
             writer.finalize()
+            counts.content = content.hexdigest()
 
     def _empty(self, pair: str, split: str, counts: Counts) -> DataError:
         if counts.moved_to_detect:

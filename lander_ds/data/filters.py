@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from functools import cache
@@ -10,6 +11,16 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import FilterConfig
 from lander_ds.data.hashes import HashSet, text_hash
 from lander_ds.data.sources.rows import Reason, Row
+
+_INVISIBLE = re.compile(
+    # Soft hyphen, grapheme joiner, Arabic letter mark, Mongolian vowel separator; zero-width space, direction marks;
+    # word joiner, invisible operators, isolates; variation selectors; byte order mark. Not ZWNJ (U+200C) and ZWJ
+    # (U+200D): words and emoji differ in them.
+    "[\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
+
+SHORT = 5
+"""Letters that the shorter side counts at least when lengths are compared: the ratio of a word or two says little."""
 
 
 def check_filters(config: FilterConfig) -> None:
@@ -74,32 +85,48 @@ class Filter:
         """Why a row is dropped, or None when it is kept."""
         if reason := self._shape(row):
             return reason
-        if self._config.drop_identical and row.src == row.tgt:
+        src, tgt = visible(row.src), visible(row.tgt)
+        if self._config.drop_identical and src == tgt:
             return "identical"
         if self._held_out and (reason := self._held_out.overlap(row)):
             return reason
-        if self._config.drop_duplicates and not self._seen.add(text_hash(f"{row.src}\0{row.tgt}")):
+        if self._config.drop_duplicates and not self._seen.add(text_hash(f"{src}\0{tgt}")):
             return "duplicate"
         return None
 
     def _shape(self, row: Row) -> Reason | None:
         config = self._config
         shorter, longer = sorted((len(row.src), len(row.tgt)))
-        if shorter == 0:
+        if not visible(row.src) or not visible(row.tgt):
             return "empty"
         if shorter < config.min_chars:
             return "too_short"
         if longer > config.max_chars:
             return "too_long"
-        small, large = sorted((len(row.src.encode()), len(row.tgt.encode())))
-        if config.max_length_ratio and large > config.max_length_ratio * small:
-            return "length_ratio"
+        if config.max_length_ratio:
+            small, large = sorted((letters(row.src), letters(row.tgt)))
+            if large > config.max_length_ratio * max(small, SHORT):
+                return "length_ratio"
         return None
 
 
+def letters(text: str) -> int:
+    """Length of a text in letters that is fair between scripts: a wide (East Asian) character says as much as three."""
+    return len(text) + (0 if text.isascii() else 2 * sum(map(_is_wide, text)))
+
+
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
+
+
+def visible(text: str) -> str:
+    """Text for comparison: without the characters that show nothing, stripped. The corpus keeps them."""
+    return _INVISIBLE.sub("", text).strip()
+
+
 def normalise(text: str) -> str:
-    """Text for comparison: NFKC, case-folded, without punctuation and white space."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    """Text for comparison: NFKC, case-folded, without punctuation, white space and invisible characters."""
+    folded = unicodedata.normalize("NFKC", visible(text)).casefold()
     return unicodedata.normalize("NFKC", folded).translate(_dropped_characters())
 
 

@@ -19,7 +19,7 @@ from lander_ds.common.files import inside, json_hash, read_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe, Split
 
-FORMAT = "lander-prepared-2"
+FORMAT = "lander-prepared-3"
 
 FEATURES = datasets.Features(
     {
@@ -91,8 +91,9 @@ class PreparedData:
         manifest = read_manifest(entry)
         self.pairs: tuple[str, ...] = tuple(manifest["pairs"])
         self.hash: str = manifest["hash"]
+        """Name of the entry: everything that it was made from, test data included."""
         self._entry = entry
-        self._splits: dict[str, list[str]] = manifest["splits"]
+        self._splits: dict[str, dict[str, str]] = manifest["splits"]
 
     def split(self, split: Split) -> dict[str, PreparedSplit]:
         """The named split of every pair that has it, in the order of the recipe's pairs."""
@@ -101,6 +102,12 @@ class PreparedData:
             for pair in self.pairs
             if split in self._splits[pair]
         }
+
+    def content_hash(self, *splits: Split) -> str:
+        """Hash of the examples of `splits`: what a stage reads, and nothing of the splits that it does not read."""
+        return json_hash(
+            {pair: {split: of_pair.get(split) for split in splits} for pair, of_pair in self._splits.items()}
+        )
 
     @staticmethod
     def load(run: RunDirectory, recipe: Recipe) -> PreparedData:

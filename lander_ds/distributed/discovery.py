@@ -26,7 +26,6 @@ DEFAULT_PORT = 29500
 OUTSIDE = "192.0.2.1"
 """An address that belongs to no network (RFC 5737): only a default route leads there."""
 
-GLOO, NCCL = INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 VIRTUAL = ("docker", "veth", "br-", "virbr", "cni", "flannel", "cali", "podman", "tun", "tap")
 """Beginnings of the names of interfaces that do not lead to other hosts."""
@@ -78,38 +77,33 @@ def discover() -> None:
     host.Free()
 
 
-def check_interfaces() -> None:
-    """Refuse interfaces in the environment that this host does not have.
+def check_interfaces(*variables: str) -> None:
+    """Refuse variables that name interfaces which this host does not have: the ranks would not reach each other.
 
-    GLOO_SOCKET_IFNAME is a list of names; NCCL_SOCKET_IFNAME one of beginnings of names, of names behind `=`, or of what
-    is not to be used behind `^`.
+    Args:
+        variables: GLOO_SOCKET_IFNAME (names) or NCCL_SOCKET_IFNAME (beginnings of names; `=` names, `^` what not to
+            take), separated by commas; those that are not set are sound.
 
     Raises:
-        ConfigError: names the variable and the interfaces that there are.
+        ConfigError: what a variable names is not there, is down or has no address.
     """
     present = {interface.name: interface.address for interface in reversed(interfaces(any_family=True))}
-    gloo, nccl = (os.environ.get(name, "") for name in INTERFACE_VARIABLES)
-    missing = {GLOO: _names(gloo) - present.keys()}
-    if nccl.startswith("="):
-        missing[NCCL] = _names(nccl[1:]) - present.keys()
-    elif (
-        nccl
-        and not nccl.startswith("^")
-        and not any(name.startswith(tuple(_names(nccl))) for name in present)
-    ):
-        missing[NCCL] = _names(nccl)
-    for variable, names in missing.items():
-        if names:
+    for variable in variables:
+        value = os.environ.get(variable, "")
+        exact = value.startswith("=")
+        wanted = [name.strip() for name in value.lstrip("=").split(",") if name.strip()]
+        if not wanted or value.startswith("^"):
+            continue
+        if variable.startswith("GLOO"):
+            sound = set(wanted) <= set(present)
+        else:
+            sound = any(name in wanted if exact else name.startswith(tuple(wanted)) for name in present)
+        if not sound:
             there = ", ".join(f"{name} ({address})" for name, address in sorted(present.items()))
-            lacking = ", ".join(sorted(names))
             raise ConfigError(
-                f"{variable}={os.environ[variable]}: {socket.gethostname()} has no interface {lacking} that is up and has "
-                f"an address; it has {there}: set {variable} to one of them, or unset it"
+                f"{variable}={value}: {socket.gethostname()} has no such network interface with an address; it has {there}: "
+                "correct the variable, or unset it and the interface that leads to rank 0 is taken"
             )
-
-
-def _names(value: str) -> set[str]:
-    return {name.strip() for name in value.split(",") if name.strip()}
 
 
 def choose_interface() -> None:

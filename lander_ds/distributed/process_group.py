@@ -70,7 +70,9 @@ def start_on_cpu() -> None:
 
 
 def _find_others() -> None:
-    discovery.check_interfaces()
+    discovery.check_interfaces(
+        "GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if torch.cuda.is_available() else [])
+    )
     discovery.discover()
     discovery.choose_interface()
     # DeepSpeed's shared-memory all-reduce needs a C++ compiler at the first start and leaves 69 MB per rank in

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from lander_ds.config.recipe import TranslateConfig
+from lander_ds.models.loading import positions_of
 
 MIN_SHARED_TOKENS = 16
 """A shorter common beginning is not worth a forward pass of its own."""
@@ -74,6 +75,7 @@ class Decoder:
         self._model, self._tokenizer, self._synced = model, tokenizer, synced
         self._ends = end_tokens(model, tokenizer)
         self._lines = line_end_tokens(tokenizer)
+        self._positions = positions_of(model.config)
         self._pad = int(tokenizer.pad_token_id)
         self._config = GenerationConfig(
             do_sample=False,
@@ -127,9 +129,14 @@ class Decoder:
         mask = torch.ones(len(prompts), longest, dtype=torch.int64)
         for row, pad in enumerate(padding):
             mask[row, shared : shared + pad] = 0
+        config = copy.copy(self._config)
+        if self._positions is not None:
+            # The last new token is not read again.
+            config.max_new_tokens = max(1, min(config.max_new_tokens, self._positions - longest + 1))
         stop, special = self._split_stop(stop)
         ends = [*self._ends, *special]
-        arguments: dict[str, Any] = {"eos_token_id": list(dict.fromkeys([*ends, *self._lines]))}
+        config.eos_token_id = list(dict.fromkeys([*ends, *self._lines]))
+        arguments: dict[str, Any] = {}
         if stop:
             arguments["stopping_criteria"] = StoppingCriteriaList([_StopText(self._tokenizer, stop, longest)])
         if prefix.cache is not None:
@@ -140,7 +147,7 @@ class Decoder:
             sequences = self._model.generate(
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=mask.to(device),
-                generation_config=self._config,
+                generation_config=config,
                 synced_gpus=self._synced,
                 **arguments,
             )

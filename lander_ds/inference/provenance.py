@@ -31,9 +31,9 @@ def is_up_to_date(start: Start, data: PreparedData, system: System) -> bool:
 
 
 def data_hash(start: Start) -> str | None:
-    """Of the prepared data; None where none fit the recipe."""
+    """Of the prepared data that a training reads; None where none fit the recipe."""
     try:
-        return PreparedData.load(start.run, start.recipe).hash
+        return PreparedData.load(start.run, start.recipe).content_hash("train", "valid")
     except ArtefactError:
         return None
 
@@ -44,7 +44,11 @@ def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
     wanted = ["split", "limit", "beams", "length_penalty", "max_new_tokens"]
     if system == "fewshot":
         wanted.append("shots")
-    return {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
+    depends = {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
+    # Prompts with examples are rendered when they are wanted; the others are part of the prepared data.
+    return depends | (
+        {"prompt": asdict(recipe.data.prompt), "seed": recipe.seed} if system == "fewshot" else {}
+    )
 
 
 def inputs_of(start: Start, data: PreparedData, system: System) -> dict[str, str]:
@@ -53,7 +57,9 @@ def inputs_of(start: Start, data: PreparedData, system: System) -> dict[str, str
     Raises:
         ArtefactError: the trained system is asked for and there is no checkpoint.
     """
-    inputs = {"data": data.hash, "base": start.base_fingerprint}
+    split = start.recipe.translate.split
+    read = (split, "train") if system == "fewshot" else (split,)
+    inputs = {"data": data.content_hash(*read), "base": start.base_fingerprint}
     if system == "trained":
         saved = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
         inputs["checkpoint"] = json_hash(dict(saved.state))

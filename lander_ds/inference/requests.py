@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lander_ds.common.errors import DataError
+from lander_ds.common.errors import ConfigError, DataError
+from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
 from lander_ds.data.tokens.prompt import choose_shots, next_example, render_prompt, shots_for
 from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.inference.provenance import System
 from lander_ds.inference.translate import Request
+from lander_ds.models.loading import model_positions
 
 MAX_SHOT_CANDIDATES = 20_000
 """Training sentences per pair that few-shot examples are chosen from; reading more would only take time."""
@@ -20,24 +24,26 @@ MAX_SHOT_CANDIDATES = 20_000
 def requests_for(
     system: System, recipe: Recipe, data: PreparedData, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Request]]:
-    """The requests of a system: pair -> sentences in corpus order, at most `translate.limit` of them.
+    """The requests of a system: translated pair -> sentences in corpus order, at most `translate.limit` of them.
 
     `base` and `trained` get the prompts of the training format, `fewshot` gets `translate.shots` examples in
     front.
 
     Raises:
+        ConfigError: a prompt and its translation may need more positions than the model has.
         DataError: a pair has no such split, or no training split to take few-shot examples from.
+        ModelError: config.json cannot be used.
     """
     config = recipe.translate
-    splits = data.split(config.split)
-    for pair in recipe.data.pairs:
+    splits, pairs = data.split(config.split), translated_pairs(recipe)
+    for pair in pairs:
         if pair not in splits or len(splits[pair]) == 0:
             raise DataError(
                 f"translate.split: {pair} has no sentence in split {config.split}: add a corpus with "
                 f"`split: {config.split}` to data.corpora, or translate another split"
             )
     requests = {}
-    for pair in recipe.data.pairs:
+    for pair in pairs:
         split = splits[pair]
         indices = range(len(split) if config.limit is None else min(config.limit, len(split)))
         sentences = [split.sentence(index) for index in indices]
@@ -51,7 +57,29 @@ def requests_for(
             Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop)
             for sentence, prompt in zip(sentences, prompts, strict=True)
         ]
+    _check_positions(system, recipe, requests)
     return requests
+
+
+def _check_positions(system: System, recipe: Recipe, requests: Mapping[str, Sequence[Request]]) -> None:
+    """Learned positions end in an IndexError deep in the model, rotary ones in bad translations."""
+    positions = model_positions(recipe.model)
+    # Where the recipe does not say how long translations may be, they take what is left.
+    new, shots = recipe.translate.max_new_tokens or 1, recipe.translate.shots
+    for pair, of_pair in requests.items():
+        longest = max(of_pair, key=lambda request: len(request.prompt))
+        # The last new token is not read again.
+        needed = len(longest.prompt) + new - 1
+        if positions is not None and needed > positions:
+            what, cure = (
+                (f"translate.shots: with {shots} examples", "lower it")
+                if system == "fewshot"
+                else ("translate.max_new_tokens:", "lower it, or data.max_length")
+            )
+            raise ConfigError(
+                f"{what} the longest prompt of {pair} ({longest.id}) has {len(longest.prompt)} tokens, and with "
+                f"translate.max_new_tokens {new} it needs {needed} of the model's {positions} positions: {cure}"
+            )
 
 
 def fewshot_examples(train: PreparedSplit, count: int, seed: int) -> list[tuple[str, str]]:

@@ -33,6 +33,9 @@ HEAD = "lm_head.weight"
 _AT_ONCE = 1 << 17
 """Values that are looked at together: few, so that freed copies leave no large holes between what is kept."""
 
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "seq_length")
+"""Names under which config.json has the longest sequence that the model is made for."""
+
 _DROPOUT = re.compile(r"(^|_)(dropout|layerdrop)$")
 
 
@@ -75,6 +78,21 @@ def hf_config(model: ModelConfig) -> tuple[Any, Family]:
         if _DROPOUT.search(name) and value:
             setattr(config, name, 0.0)
     return config, family
+
+
+def model_positions(model: ModelConfig) -> int | None:
+    """The longest sequence that the model is made for; None where its configuration sets no limit.
+
+    Raises:
+        ModelError: as `hf_config`.
+    """
+    return positions_of(hf_config(model)[0])
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence of an HF configuration; None where it sets no limit."""
+    named = (getattr(config.get_text_config(), key, None) for key in POSITION_KEYS)
+    return next((positions for positions in named if isinstance(positions, int)), None)
 
 
 def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[PreTrainedModel, Family]:

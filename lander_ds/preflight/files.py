@@ -12,15 +12,15 @@ import torch
 
 from lander_ds.common.errors import DataError, ModelError
 from lander_ds.config.check import Check
+from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
 from lander_ds.data.sources.corpus import Corpus, resolve
 from lander_ds.evaluation.baseline import baseline_path
 from lander_ds.models.files import adapter_fault
-from lander_ds.models.loading import build, tied_parameters
+from lander_ds.models.loading import POSITION_KEYS, build, tied_parameters
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 
 
 def check_files(check: Check) -> None:
@@ -152,7 +152,7 @@ def _check_pickles(check: Check, path: Path) -> None:
 
 def _check_positions(check: Check, config: dict[str, Any]) -> None:
     """The longest example against the model's positions, where config.json tells them."""
-    positions = _first_number(config, _POSITION_KEYS)
+    positions = _first_number(config, POSITION_KEYS)
     length = check.recipe.data.max_length
     if positions is not None and length > positions:
         check.refuse(
@@ -198,7 +198,7 @@ def _first_number(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
 
 def _check_baseline(check: Check, pattern: str) -> None:
     served: dict[Path, str] = {}
-    for pair in check.recipe.data.pairs:
+    for pair in translated_pairs(check.recipe):
         path = baseline_path(pattern, pair)
         if not path.is_file():
             what = "is a directory" if path.is_dir() else "does not exist"

@@ -15,6 +15,7 @@ from lander_ds.data.filters import check_filters
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.evaluation.metrics import check_tokenizers
 from lander_ds.preflight.files import check_files
+from lander_ds.preflight.prompts import check_prompts
 
 
 def load_checked(path: Path, overrides: Sequence[str], stage: str | None) -> Recipe:
@@ -48,6 +49,8 @@ def check_recipe(recipe: Recipe, stage: str | None, document: Document | None = 
     problems.refuse()
     # Files come last: a path is worth looking up once the recipe makes sense.
     check_files(check)
+    problems.refuse()
+    check_prompts(check)
     problems.refuse()
 
 

@@ -22,7 +22,7 @@ def _parts(start: Start) -> list[Part]:
     recipe, run = start.recipe, start.run
     data = PreparedData.load(run, recipe)
     options = {**section(recipe, "detect"), "dtype": recipe.model.dtype}
-    inputs = {"data": data.hash, "base": start.base_fingerprint}
+    inputs = {"data": data.content_hash("detect"), "base": start.base_fingerprint}
     return [Part("detect", options, inputs, lambda: _detect(start, data))]
 
 
@@ -44,7 +44,7 @@ def _detect(start: Start, data: PreparedData) -> Result:
             base_fingerprint=start.base_fingerprint,
             sentences=sentences,
             target_tokens={pair: int(batch.target_tokens_per_pair[m]) for m, pair in enumerate(pairs)},
-            data_hash=data.hash,
+            data_hash=data.content_hash("detect"),
         ),
     )
     if process_group.rank() == 0:

@@ -151,10 +151,18 @@ def _log_statistics(statistics: dict[str, dict[str, dict[str, Any]]]) -> None:
     for pair, split, counts in splits:
         dropped = [str(counts["dropped"].get(reason, 0)) for reason in reasons]
         table.add_row(pair, split, str(counts["read"]), str(counts["kept"]), str(counts["tokens"]), *dropped)
+        lost = sum(counts["dropped"].values())
+        if 2 * lost > counts["read"]:
+            reason, most = max(counts["dropped"].items(), key=lambda item: item[1])
+            logger.warning(
+                "%d of %d %s lines of %s were dropped, most of them (%d) as %s: see data/rejected.jsonl; relax "
+                "data.filters or data.max_length, or correct data.corpora",
+                *(lost, counts["read"], split, pair, most, reason),
+            )
         if split == "test" and counts["dropped"]:
             logger.warning(
                 "%d of %d test lines of %s were dropped: scores are for those that are left",
-                sum(counts["dropped"].values()),
+                lost,
                 counts["read"],
                 pair,
             )

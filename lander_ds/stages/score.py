@@ -10,6 +10,7 @@ from typing import Any
 from lander_ds.common.console import progress, stdout
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, read_json, write_json
+from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
-    """One part: scores of every system of `translate.systems`, and that of `score.baseline`, on every pair.
+    """One part: scores of every system of `translate.systems`, and that of `score.baseline`, on every translated pair.
 
     Raises:
         ArtefactError: translations are missing, were made from something else, or do not fit together.
@@ -37,7 +38,7 @@ def _parts(start: Start) -> list[Part]:
     """
     recipe, run = start.recipe, start.run
     check_tokenizers(recipe.score.tokenizers)
-    systems, pairs = recipe.translate.systems, recipe.data.pairs
+    systems, pairs = recipe.translate.systems, translated_pairs(recipe)
     paths: dict[str, dict[str, Path]] = {
         pair: {system: run.translations / system / f"{pair}.jsonl" for system in systems} for pair in pairs
     }
@@ -74,8 +75,8 @@ run = STAGE.run
 
 def _scores(recipe: Recipe, translations: Mapping[str, Mapping[str, list[Translation]]]) -> dict[str, Any]:
     """The content of scores.json, from the translations by pair and system."""
-    pairs = recipe.data.pairs
-    identifier = LanguageIdentifier({code for pair in pairs for code in split_pair(pair)})
+    pairs = list(translations)
+    identifier = LanguageIdentifier({code for pair in recipe.data.pairs for code in split_pair(pair)})
     scored, signatures = {}, {}
     with progress("score", len(pairs)) as bar:
         for pair in pairs:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lander_ds.checkpoint.identity import identity_of, starting_point
-from lander_ds.common.errors import ConfigError
+from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, write_json
 from lander_ds.config.loading import section
 from lander_ds.data.prepared import PreparedData
@@ -44,7 +44,7 @@ def _parts(start: Start) -> list[Part]:
     recipe, run = start.recipe, start.run
     data = PreparedData.load(run, recipe)
     inputs = {
-        "data": data.hash,
+        "data": data.content_hash("train", "valid"),
         "base": start.base_fingerprint,
         "deepspeed": file_hash(Path(recipe.deepspeed)),
     }
@@ -66,10 +66,9 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
     identity = identity_of(recipe, inputs)
     checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume, start.is_base)
     if checkpoint is not None and checkpoint.step > recipe.train.steps:
-        raise ConfigError(
-            f"train.steps: {recipe.train.steps} are fewer than the {checkpoint.step} that {checkpoint.path} has done: set "
-            f"it to {checkpoint.step} or more, or start anew in another run_dir (or with --force, which deletes the "
-            "checkpoints)"
+        raise ArtefactError(
+            f"train.steps: {recipe.train.steps}, but {checkpoint.path} has come further already: raise train.steps, "
+            f"start anew in another run_dir, or translate and export an earlier one with checkpoint: step-N"
         )
     with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog:
         session = open_session(start, checkpoint)

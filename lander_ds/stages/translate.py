@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from lander_ds.checkpoint.choice import chosen, warn_of_changes
 from lander_ds.common.files import json_hash
@@ -12,9 +15,16 @@ from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.inference.open import InferenceModel, open_for_inference
-from lander_ds.inference.provenance import System, inputs_of, options_of, record_name
+from lander_ds.inference.provenance import (
+    System,
+    data_hash,
+    inputs_of,
+    is_up_to_date,
+    options_of,
+    record_name,
+)
 from lander_ds.inference.requests import requests_for
-from lander_ds.inference.translate import translate
+from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import PartialTranslations
 from lander_ds.stages.stage import Part, Result, Stage
 
@@ -26,13 +36,25 @@ def _parts(start: Start) -> list[Part]:
 
     Raises:
         ArtefactError: the data is not prepared, or the trained system is asked for and there is no checkpoint.
+        ConfigError: a prompt and its translation may need more positions than the model has.
         DataError: a pair has no sentence to translate.
     """
     data = PreparedData.load(start.run, start.recipe)
+    tokenizer = load_tokenizer(start.recipe.model.path, start.recipe.model.trust_remote_code)
+    # Systems of the same model come one after the other.
+    systems = sorted(start.recipe.translate.systems, key=_model_of)
+    current = [system for system in systems if not start.force and is_up_to_date(start, data, system)]
+    current = collectives.from_rank_zero(current)
+    # Before a model is loaded, which takes long, because not every request can be met.
+    requests = {
+        system: requests_for(system, start.recipe, data, tokenizer)
+        for system in systems
+        if system not in current
+    }
     models = _Models(start)
     if "trained" in start.recipe.translate.systems and process_group.rank() == 0:
         trained = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
-        warn_of_changes(trained.state, start.recipe, start.run, data.hash)
+        warn_of_changes(trained.state, start.recipe, start.run, data_hash(start))
 
     def part(system: System) -> Part:
         options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)
@@ -41,11 +63,10 @@ def _parts(start: Start) -> list[Part]:
             record_name(system),
             options,
             inputs,
-            lambda: _translate(start, data, models.open(system), system, key),
+            lambda: _translate(start, tokenizer, models.open(system), system, requests[system], key),
         )
 
-    # Systems of the same model come one after the other.
-    return [part(system) for system in sorted(start.recipe.translate.systems, key=_model_of)]
+    return [part(system) for system in systems]
 
 
 STAGE = Stage("translate", _parts)
@@ -72,21 +93,28 @@ class _Models:
         return self._opened[name]
 
 
-def _translate(start: Start, data: PreparedData, model: InferenceModel, system: System, key: str) -> Result:
+def _translate(
+    start: Start,
+    tokenizer: PreTrainedTokenizerBase,
+    model: InferenceModel,
+    system: System,
+    requests: Mapping[str, Sequence[Request]],
+    key: str,
+) -> Result:
     """Translate what no earlier run has finished.
 
     Args:
-        start, data: what to translate.
+        start: what runs.
+        tokenizer: the model's.
         model: the system's.
         system: its name.
+        requests: what it translates, by pair.
         key: hash of everything that the translations depend on.
     """
     recipe, directory = start.recipe, start.run.translations / system
     if start.force and process_group.rank() == 0:
         PartialTranslations(directory, key).discard()
     collectives.barrier()
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
-    requests = requests_for(system, recipe, data, tokenizer)
     work = translate(model, tokenizer, requests, recipe.decoding, directory, key)
     rate = work.tokens / work.seconds
     logger.info("translate %s: %d sentences, %.1f tokens/s", system, work.sentences, rate)

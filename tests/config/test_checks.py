@@ -277,6 +277,16 @@ def test_every_pair_needs_its_splits(workspace: Workspace) -> None:
     assert "split: test" in refusal(workspace, "data.corpora.2.split=valid", stage="translate")
 
 
+def test_some_pairs_may_have_no_test_data(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    for stage in ("all", "translate", None):
+        caplog.clear()
+        check(workspace, "data.corpora.2.pairs=[en-de]", stage=stage)
+        assert (
+            "no corpus with split: test serves en-fr; translated and scored are the other pairs"
+            in caplog.text
+        )
+
+
 def test_directories_that_are_files(workspace: Workspace) -> None:
     assert "run_dir: zero3.json is a file" in refusal(workspace, "run_dir=zero3.json/run")
     assert "data.cache_dir: zero3.json is a file" in refusal(workspace, "data.cache_dir=zero3.json")

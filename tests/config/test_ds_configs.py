@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,11 @@ def test_every_size_has_its_files() -> None:
         told = [cell.strip().startswith("yes") for cell in row.split("|")[2:6]]
         columns = ("zero3", "zero3_offload", "pipeline", "pipeline_zero3")
         assert {name for name, there in zip(columns, told, strict=True) if there} == names, size
+
+
+def test_the_files_are_what_the_command_writes() -> None:
+    written = {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8") for path in JSONS}
+    assert written == runpy.run_path(str(FOLDER / "generate.py"))["files"](), "python ds_configs/generate.py"
 
 
 @every_json

@@ -27,16 +27,26 @@ def row(src: str, tgt: str) -> Row:
         ("Tag", "", "empty"),
         ("ab", "Tag", "too_short"),
         ("x" * 41, "y" * 30, "too_long"),
-        ("abc", "d" * 13, "length_ratio"),
-        ("abc", "d" * 12, None),
-        ("abcd", "äöüäöüäö", None),  # 16 bytes to 4
-        ("abcd", "äöüäöüäöü", "length_ratio"),  # 18 bytes
+        ("abcdefg", "d" * 29, "length_ratio"),
+        ("abcdefg", "d" * 28, None),
+        ("abcdefg", "ä" * 28, None),
+        ("abcdefg", "ä" * 29, "length_ratio"),
+        ("abcdefg", "क" * 28, None),
+        ("abc", "d" * 20, None),  # 3 letters count as 5
+        ("abc", "d" * 21, "length_ratio"),
+        ("你好世界你好世界", "d" * 40, None),
+        ("你好世", "d" * 37, "length_ratio"),  # 3 wide characters count as 9 letters
         ("same", "same", "identical"),
     ],
 )
 def test_reasons(src: str, tgt: str, reason: str | None) -> None:
     config = FilterConfig(min_chars=3, max_chars=40, max_length_ratio=4.0)
     assert Filter(config, None).reason(row(src, tgt)) == reason
+
+
+@pytest.mark.parametrize("tgt", ["ठीक है", "सब ठीक-ठाक है", "ໂອເຄ ຕົກລົງ", "យល់ព្រម", "好的"])
+def test_short_pairs_into_other_scripts(tgt: str) -> None:
+    assert Filter(FilterConfig(), None).reason(row("OK", tgt)) is None
 
 
 def test_filters_can_be_switched_off() -> None:
@@ -115,3 +125,38 @@ def test_hash_set_grows() -> None:
         assert ours.add(text_hash(str(number)))
     assert all(text_hash(str(number)) in ours for number in range(20_000))
     assert not any(text_hash(str(number)) in ours for number in range(20_000, 40_000))
+
+
+INVISIBLE = "\u200b\u00ad\ufeff\u2060\u200e\u200f\u202a\u202c\u202e\u2066\u2069\ufe0f"
+
+
+@pytest.mark.parametrize("character", INVISIBLE)
+class TestInvisibleCharacters:
+    """They are left out of comparisons."""
+
+    def test_of_a_test_sentence(self, character: str) -> None:
+        config = FilterConfig()
+        held_out = hold_out(config)
+        held_out.add(row("A hidden sentence", "Ein versteckter Satz"))
+        hidden = row(f"{character}A hid{character}den sentence", "etwas anderes")
+        assert Filter(config, held_out).reason(hidden) == "test_overlap_normalised"
+        other = HeldOut(config)
+        other.add(row(f"A hid{character}den sentence", "Satz"))
+        assert other.overlap(row("A hidden sentence", "b")) == "test_overlap_normalised"
+
+    def test_of_duplicates_and_empty_sides(self, character: str) -> None:
+        keep = Filter(FilterConfig(), None)
+        rows = [
+            row("a word", "Wort"),
+            row(f"a wo{character}rd", "Wort"),
+            row(character * 3, "b"),
+            row("b", f"{character} {character}"),
+        ]
+        assert [keep.reason(item) for item in rows] == [None, "duplicate", "empty", "empty"]
+
+
+@pytest.mark.parametrize("joiner", ["\u200c", "\u200d"])
+def test_joiners_count(joiner: str) -> None:
+    keep = Filter(FilterConfig(), None)
+    assert [keep.reason(row(src, "x")) for src in ("می خواهم", f"می{joiner}خواهم", "میخواهم")] == [None] * 3
+    assert normalise(f"a{joiner}b") != normalise("ab")

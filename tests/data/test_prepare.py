@@ -14,7 +14,7 @@ from support.data_helpers import SAMPLE, MakeRecipe, write_jsonl
 
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, FilterConfig, ModelConfig, PromptConfig, Recipe
+from lander_ds.config.recipe import CorpusConfig, FilterConfig, ModelConfig, PromptConfig, Recipe, Split
 from lander_ds.data import build as build_module
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.plan import BatchPlan
@@ -294,6 +294,59 @@ class TestCache:
         moved = run.path.with_name("moved")
         run.path.rename(moved)
         assert len(PreparedData.load(RunDirectory(moved), recipe).split("train")["en-de"]) == 35
+
+
+class TestContentHashes:
+    """A stage depends on the examples that it reads."""
+
+    def test_test_data_are_no_part_of_what_is_trained(self, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+        russian = [(src, f"{tgt} ru") for src, tgt in PAIRS]
+        train, other, test = (
+            CorpusConfig(str(write_jsonl(tmp_path / f"{split}.{pair}.jsonl", rows)), split, pairs=(pair,))  # type: ignore[arg-type]
+            for split, pair, rows in (
+                ("train", "en-de", PAIRS),
+                ("train", "en-ru", russian),
+                ("test", "en-de", [("a test", "ein Test")]),
+            )
+        )
+        without = make_recipe(train, other, pairs=("en-de", "en-ru"), detect_examples=5)
+        added = replace(without, data=replace(without.data, corpora=(train, other, test)))
+        one, two = prepared(without), prepared(added)
+        assert one.hash != two.hash
+        for splits in (("detect",), ("train", "valid")):
+            assert one.content_hash(*splits) == two.content_hash(*splits)
+        assert one.content_hash("test") != two.content_hash("test")
+        assert list(two.split("test")) == ["en-de"]
+
+    def test_what_is_trained_counts(self, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+        train = CorpusConfig(str(write_jsonl(tmp_path / "c.jsonl", PAIRS)))
+        test = CorpusConfig(
+            str(write_jsonl(tmp_path / "t.jsonl", [PAIRS[3], ("a test", "ein Test")])), split="test"
+        )
+        hashes = {
+            data.content_hash("train", "valid")
+            for data in (
+                prepared(make_recipe(train, detect_examples=0)),
+                prepared(make_recipe(train, detect_examples=0, prompt=PromptConfig(template="{src} ->"))),
+                # This test set takes a sentence from training.
+                prepared(make_recipe(train, test, detect_examples=0)),
+            )
+        }
+        assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test", "detect"])
+def test_losing_most_lines_is_told(
+    make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: Split
+) -> None:
+    good = CorpusConfig(str(write_jsonl(tmp_path / "good.jsonl", PAIRS)))
+    few = [("same", "same")] * 7 + [("", "empty")] * 4 + [(f"only {n}", f"nur {n}") for n in range(10)]
+    bad = CorpusConfig(str(write_jsonl(tmp_path / "bad.jsonl", few)), split)
+    corpora = (bad,) if split == "train" else (good, bad)
+    prepared(make_recipe(*corpora, detect_examples=0))
+    told = f"11 of 21 {split} lines of en-de were dropped, most of them (7) as identical"
+    assert told in caplog.text
+    assert caplog.text.count("most of them") == 1
 
 
 def test_empty_split_names_what_was_dropped(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ import pytest
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import PromptConfig
 from lander_ds.data.tokens.languages import LANGUAGE_NAMES, language_name, split_pair
-from lander_ds.data.tokens.prompt import check_prompt, choose_shots, next_example, render_prompt, shots_for
+from lander_ds.data.tokens.prompt import (
+    check_prompt,
+    choose_shots,
+    equal_prompts,
+    next_example,
+    render_prompt,
+    shots_for,
+)
 
 
 def test_default_prompt() -> None:
@@ -97,3 +104,29 @@ def test_a_prompt_does_not_show_its_own_answer() -> None:
 )
 def test_by_what_a_further_example_begins(separator: str, template: str, expected: str) -> None:
     assert next_example(PromptConfig(template=template, separator=separator), "en-de") == expected
+
+
+class TestEqualPrompts:
+    PAIRS = ("en-sr_Latn", "en-sr_Cyrl")
+
+    def test_targets_that_the_prompt_does_not_tell_apart_are_refused(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"data\.prompt\.language_names: en-sr_Latn and en-sr_Cyrl .* Serbian"
+        ):
+            check_prompt(PromptConfig(), self.PAIRS)
+        apart = {"sr_Latn": "Serbian (Latin)", "sr_Cyrl": "Serbian (Cyrillic)"}
+        check_prompt(PromptConfig(language_names=apart), self.PAIRS)
+        check_prompt(PromptConfig(template="{tgt_lang}: {src} ="), self.PAIRS)
+        check_prompt(PromptConfig(), ("en-zh_Hans", "en-zh_Hant"))
+
+    def test_a_template_without_the_target(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"template: en-de and en-fr get the same prompt.*add {tgt_name}"
+        ):
+            check_prompt(PromptConfig(template="{src_name}: {src} ="), ("en-de", "cs-de", "en-fr"))
+        check_prompt(PromptConfig(template="{src} ="), ("en-de", "de-en"))
+
+    def test_sources_may_look_alike(self) -> None:
+        pairs = ("sr_Latn-en", "de-en", "sr_Cyrl-en")
+        check_prompt(PromptConfig(), pairs)
+        assert equal_prompts(PromptConfig(), pairs) == [("sr_Latn-en", "sr_Cyrl-en")]

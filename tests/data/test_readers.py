@@ -137,6 +137,15 @@ def test_tsv_by_number_needs_no_header_and_does_not_unquote(tmp_path: Path) -> N
     assert rejections(items) == [(3, "malformed"), (4, "malformed")]
 
 
+@pytest.mark.parametrize("stray", [["x\ty\tz"], ["x\ty\tz", "u\tv\tw", "r\ts\tt"], ["alone"]])
+def test_most_lines_say_how_wide_a_tsv_without_header_is(tmp_path: Path, stray: list[str]) -> None:
+    path = tmp_path / "c.tsv"
+    path.write_text("\n".join([*stray, *(f"a {n}\tb {n}" for n in range(30))]))
+    items = read_all(CorpusConfig(str(path), columns=ColumnConfig("0", "1")))
+    assert [pair[1:] for pair in texts(items)] == [(f"a {n}", f"b {n}") for n in range(30)]
+    assert rejections(items) == [(number, "malformed") for number in range(1, len(stray) + 1)]
+
+
 def test_tsv_by_header_name(tmp_path: Path) -> None:
     path = tmp_path / "c.tsv"
     path.write_text("id\ten\tde\n1\ta\tb\n2\tc\n")

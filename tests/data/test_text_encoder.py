@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,16 @@ from support.data_helpers import MakeRecipe, make_byte_level, make_sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, PythonBackend
 
+from lander_ds.common.errors import ConfigError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, PromptConfig
+from lander_ds.config.recipe import CorpusConfig, ModelConfig, PromptConfig, Split, TranslateConfig
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.prompt import render_prompt, target_text
 from lander_ds.data.tokens.text_encoder import TextEncoder, control_tokens
 from lander_ds.data.tokens.tokenizer import load_tokenizer
+from lander_ds.inference.provenance import System
 from lander_ds.inference.requests import requests_for
+from lander_ds.inference.translate import Request
 from lander_ds.stages import prepare
 
 KINDS = ["trained", "llama-unigram", "llama-bpe", "gemma-unigram", "gemma-bpe", "byte-level"]
@@ -32,6 +38,9 @@ CONTROLS = [
     "<|endoftext|>",
     "<start_of_turn>",
 ]
+
+
+SPLITS: list[tuple[str, Split]] = [("c", "train"), ("t", "test")]
 
 
 class CharacterTokenizer(PythonBackend):
@@ -180,25 +189,54 @@ def test_tokenizers_that_end_every_text(tmp_path: Path) -> None:
     assert tokenizer.pad_token_id == 1
 
 
-def test_prepared_and_decoded_prompts_are_alike(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "c.jsonl", [(f"sentence {n}", f"Satz {n} </s>") for n in range(40)])
-    write_jsonl(tmp_path / "t.jsonl", [("a test <eos>", "ein Test")])
-    recipe = make_recipe(
-        CorpusConfig(str(tmp_path / "c.jsonl")),
-        CorpusConfig(str(tmp_path / "t.jsonl"), split="test"),
-        prompt=PromptConfig(target_prefix="\nTranslation: "),
-        detect_examples=4,
-    )
-    run = RunDirectory(recipe.run_dir)
-    prepare.run(recipe, run)
-    data = PreparedData.load(run, recipe)
-    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=False)
-    for system in ("base", "fewshot"):
-        (request,) = requests_for(system, recipe, data, tokenizer)["en-de"]
-        assert text_of(tokenizer, list(request.prompt)).endswith(
-            "English: a test <eos>\nGerman:\nTranslation:"
-        )
-        assert tokenizer.eos_token_id not in request.prompt
-    ids, length = data.split("train")["en-de"].tokens(0)
-    assert text_of(tokenizer, ids[:length].tolist()).endswith("\nTranslation:")
-    assert ids[length:].tolist().count(tokenizer.eos_token_id) == 1
+class TestRequests:
+    """What is decoded, against what was prepared for training."""
+
+    @pytest.fixture
+    def requests(
+        self, make_recipe: MakeRecipe, tmp_path: Path, tokenizer_dir: Path
+    ) -> Callable[..., dict[str, list[Request]]]:
+        shutil.copytree(tokenizer_dir, tmp_path / "model")
+        config = {"model_type": "llama", "vocab_size": 1500, "max_position_embeddings": 256}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        write_jsonl(tmp_path / "c.jsonl", [(f"sentence {n}", f"Satz {n} </s>") for n in range(40)])
+        write_jsonl(tmp_path / "t.jsonl", [("a test <eos>", "ein Test")])
+        corpora = [CorpusConfig(str(tmp_path / f"{name}.jsonl"), split=split) for name, split in SPLITS]
+        prompt = PromptConfig(target_prefix="\nTranslation: ")
+        recipe = make_recipe(*corpora, prompt=prompt, detect_examples=4)
+        recipe = replace(recipe, model=ModelConfig(str(tmp_path / "model")))
+        run = RunDirectory(recipe.run_dir)
+        prepare.run(recipe, run)
+        self.data = PreparedData.load(run, recipe)
+        self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=False)
+
+        def of(system: System, **translate: int) -> dict[str, list[Request]]:
+            changed = replace(recipe, translate=TranslateConfig(**translate))  # type: ignore[arg-type]
+            return requests_for(system, changed, self.data, self.tokenizer)
+
+        return of
+
+    @pytest.mark.parametrize("system", ["base", "fewshot"])
+    def test_prompts_end_as_in_training(
+        self, requests: Callable[..., dict[str, list[Request]]], system: System
+    ) -> None:
+        (request,) = requests(system, shots=2, max_new_tokens=50)["en-de"]
+        ending = "English: a test <eos>\nGerman:\nTranslation:"
+        assert text_of(self.tokenizer, list(request.prompt)).endswith(ending)
+        ids, length = self.data.split("train")["en-de"].tokens(0)
+        assert text_of(self.tokenizer, ids[:length].tolist()).endswith("\nTranslation:")
+        end = self.tokenizer.eos_token_id
+        assert end not in request.prompt
+        assert ids[length:].tolist().count(end) == 1
+
+    def test_more_positions_than_the_model_has(
+        self, requests: Callable[..., dict[str, list[Request]]]
+    ) -> None:
+        (request,) = requests("fewshot", shots=2, max_new_tokens=50)["en-de"]
+        fitting = 256 + 1 - len(request.prompt)
+        assert requests("fewshot", shots=2, max_new_tokens=fitting)
+        with pytest.raises(ConfigError, match=r"translate\.shots: with 2 .* needs 257 of the model's 256"):
+            requests("fewshot", shots=2, max_new_tokens=fitting + 1)
+        assert requests("base", max_new_tokens=fitting + 1)
+        with pytest.raises(ConfigError, match=r"translate\.max_new_tokens: the longest .* model's 256"):
+            requests("base", max_new_tokens=256)

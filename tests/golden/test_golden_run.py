@@ -141,7 +141,9 @@ def adopt_new_data_hash(directory: Path) -> None:
     path = directory / "run" / "checkpoints" / "step-4" / STATE
     state = json.loads(path.read_text(encoding="utf-8"))
     del state[DIGEST]
-    state["data_hash"] = PreparedData.load(RunDirectory(directory / "run"), recipe).hash
+    state["data_hash"] = PreparedData.load(RunDirectory(directory / "run"), recipe).content_hash(
+        "train", "valid"
+    )
     path.write_text(json.dumps({**state, DIGEST: json_hash(state)}), encoding="utf-8")
 
 

@@ -10,7 +10,9 @@ import pytest
 from support.tiny_run import TinyRun
 from support.workspace import Workspace
 
+from lander_ds.common import lock
 from lander_ds.common.errors import ArtefactError
+from lander_ds.common.lock import locked
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_strict import read_deepspeed_json
 from lander_ds.config.loading import load_recipe
@@ -85,6 +87,17 @@ def test_a_part_that_fails_leaves_no_record_and_those_before_it_stay(kitchen: Ki
         kitchen.run(recipe, bread, burnt, cake)
     assert kitchen.did == ["bread", "toast"]
     assert kitchen.run(recipe, bread, kitchen.part("toast"), cake) == ["toast", "cake"]
+
+
+def test_a_stage_that_runs_already_is_not_begun_again(
+    kitchen: Kitchen, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.2)
+    with locked(kitchen.directory / ".score.lock", "it"):
+        with pytest.raises(ArtefactError, match=r"stage score in .*run is being worked on by process \d+ on"):
+            kitchen.run(recipe, kitchen.part("bread"))
+        assert kitchen.did == []
+    assert kitchen.run(recipe, kitchen.part("bread")) == ["bread"]
 
 
 def test_a_start_reads_its_files_once(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

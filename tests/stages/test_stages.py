@@ -17,7 +17,7 @@ from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.inference.requests import fewshot_examples, requests_for
 from lander_ds.inference.translations import read_translations, write_translations
-from lander_ds.stages import prepare, score, translate
+from lander_ds.stages import prepare, report, score, translate
 
 PAIRS = ("en-de", "en-fr")
 
@@ -160,3 +160,24 @@ def test_what_cannot_be_translated_is_named(prepared: tuple[Recipe, RunDirectory
     unknown = replace(recipe, score=replace(recipe.score, tokenizers={"de": "moses"}))
     with pytest.raises(ConfigError, match=r"score\.tokenizers\.de"):
         score.run(unknown, run)
+
+
+def test_pairs_without_a_test_set(
+    prepared: tuple[Recipe, RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the pairs that have one are translated and scored; all of them are trained."""
+    recipe, _ = prepared
+    train, test = recipe.data.corpora
+    corpora = (train, replace(test, pairs=("en-de",)))
+    recipe = replace(recipe, run_dir=str(tmp_path), data=replace(recipe.data, corpora=corpora))
+    run = RunDirectory(recipe.run_dir)
+    # Left from a run that tested the pair.
+    (run.translations / "base").mkdir(parents=True)
+    (run.translations / "base" / "en-fr.jsonl").write_text("")
+    for stage in (prepare, translate, score, report):
+        stage.run(recipe, run)
+    assert list(PreparedData.load(run, recipe).split("train")) == list(PAIRS)
+    assert list(json.loads(run.scores.read_text())["pairs"]) == ["en-de"]
+    capsys.readouterr()
+    with pytest.raises(DataError, match=r"en-de has no sentence in split valid"):
+        translate.run(replace(recipe, translate=replace(recipe.translate, split="valid")), run)

@@ -79,9 +79,7 @@ def test_all_ranks_refuse_alike(faulty: TinyRun) -> None:
         told = notes(faulty, "refused-2", rank)
         assert [code for code, _ in told] == [2, 2]
         assert "--auto-resume goes on from there, --force deletes them" in told[0][1]
-        assert re.match(
-            r"train\.steps: 1 are fewer than the 2 that .*/step-2 has done: set it to 2", told[1][1]
-        )
+        assert re.match(r"train\.steps: 1, but .*/step-2 has come further already: raise", told[1][1])
     assert checkpoint.steps(faulty.run("refused-2").checkpoints) == [2]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 from lander_ds.common.errors import DataError
@@ -18,6 +18,9 @@ from lander_ds.data.sources.hf import read_hf
 from lander_ds.data.sources.mappings import Located, rows_of_mappings
 from lander_ds.data.sources.rows import Rejection, Row, make_row
 from lander_ds.data.sources.tmx import read_tmx
+
+WIDTH_LINES = 100_000
+"""Lines of a TSV file without a header that say how many columns it has."""
 
 
 def read(corpus: Corpus, advance: Advance = lambda count: None) -> Iterator[Row | Rejection]:
@@ -110,10 +113,9 @@ def _read_tsv(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
 
 def _tsv_rows(corpus: Corpus, advance: Advance, header: bool) -> Iterator[Located]:
     # Tab-separated corpora do not quote, so a quotation mark is text. Columns can be had by number and, with a
-    # header, by name. Without a header the first line that has the asked columns says how many there are.
+    # header, by name. Without a header most lines say how many there are.
     names: list[str] = []
-    width = 0
-    wanted = 1 + max((int(c) for c in (corpus.columns.src, corpus.columns.tgt) if c.isdecimal()), default=0)
+    width = 0 if header else _usual_width(corpus)
     for number, line in _decoded_lines(corpus, advance):
         if isinstance(line, Rejection):
             yield line
@@ -123,13 +125,24 @@ def _tsv_rows(corpus: Corpus, advance: Advance, header: bool) -> Iterator[Locate
             names, width = [field.strip() for field in fields], len(fields)
             _check_header(corpus, names)
             continue
-        if not width and len(fields) >= wanted:
-            width = len(fields)
         if len(fields) != width:
             yield Rejection(corpus.name, number, "malformed", line)
         else:
             numbered = {str(position): field for position, field in enumerate(fields)}
             yield number, numbered | dict(zip(names, fields, strict=False))
+
+
+def _usual_width(corpus: Corpus) -> int:
+    """The number of fields of most lines that have the asked columns; 0 when none has them."""
+    columns = corpus.columns
+    asked = 1 + max(
+        int(c) for c in (columns.src, columns.tgt, columns.src_lang, columns.tgt_lang) if c is not None
+    )
+    lines = (line for _, line in read_lines(corpus.paths[0], lambda count: None) if line.strip())
+    widths = Counter(line.count(b"\t") + 1 for line in islice(lines, WIDTH_LINES))
+    fitting = {width: count for width, count in widths.items() if width >= asked}
+    # Of equally frequent widths the one that was seen first.
+    return max(fitting, key=lambda width: fitting[width], default=0)
 
 
 def _check_header(corpus: Corpus, names: list[str]) -> None:

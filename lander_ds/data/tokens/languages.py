@@ -56,6 +56,13 @@ def normalise_code(code: str) -> str:
     return code.strip().replace("_", "-").lower()
 
 
+def is_known(code: str) -> bool:
+    """Whether a text is a language code with a name, or a three-letter code with a script, as FLORES writes them."""
+    normalised = normalise_code(code)
+    base, _, rest = normalised.partition("-")
+    return base in LANGUAGE_NAMES or (len(base) == 3 and len(rest) == 4)
+
+
 def language_name(code: str, overrides: Mapping[str, str]) -> str:
     """The English name of a language: from `overrides` or the table, there also without region and script.
 

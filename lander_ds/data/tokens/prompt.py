@@ -22,11 +22,11 @@ _SOURCE = "\0"
 
 
 def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
-    """Refuse a prompt that cannot be rendered for every pair.
+    """Refuse a prompt that cannot be rendered for every pair, or that hides which target language is wanted.
 
     Raises:
-        ConfigError: the template is not a format string, has unknown placeholders or lacks `{src}`, or a
-            language has no name.
+        ConfigError: the template is not a format string, has unknown placeholders or lacks `{src}`; a language has
+            no name, or two target languages have the same.
     """
     used = _placeholders(config.template)
     if unknown := sorted(used.difference(PLACEHOLDERS)):
@@ -42,6 +42,26 @@ def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
             raise ConfigError(
                 "data.prompt.template: {src} is missing, so the model would never see the source: add it"
             )
+    for one, other in equal_prompts(config, pairs):
+        first, second = split_pair(one)[1], split_pair(other)[1]
+        if first != second and "tgt_name" in used:
+            name = language_name(first, config.language_names)
+            raise ConfigError(
+                f"data.prompt.language_names: {one} and {other} get the same prompt, because {first} and {second} are "
+                f"both called {name}: name them apart, for example {{{first}: {name} A, {second}: {name} B}}"
+            )
+        if first != second and split_pair(one)[0] == split_pair(other)[0]:
+            raise ConfigError(
+                f"data.prompt.template: {one} and {other} get the same prompt, so nothing tells which language is "
+                "wanted: add {tgt_name} or {tgt_lang}"
+            )
+
+
+def equal_prompts(config: PromptConfig, pairs: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs whose prompts for the same source are the same, each with the first such pair."""
+    first: dict[tuple[str, ...], str] = {}
+    twins = ((first.setdefault(tuple(_fill(config, pair)), pair), pair) for pair in pairs)
+    return [(one, other) for one, other in twins if one != other]
 
 
 def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> Prompt:

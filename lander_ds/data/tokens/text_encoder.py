@@ -49,10 +49,11 @@ class TextEncoder:
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts, begun as the tokenizer begins a text (once, where the template does so too)."""
-        return [
-            ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
-            for ids in self._encode(prompts)
-        ]
+        return [ids if self._is_begun(ids) else [*self.opening, *ids] for ids in self._encode(prompts)]
+
+    def begins_itself(self, prompt: Prompt) -> bool:
+        """Whether a prompt spells what the tokenizer puts in front of every text."""
+        return bool(self.opening) and self._is_begun(self._encode([prompt])[0])
 
     def examples(self, prompts: Sequence[Prompt], targets: Sequence[str]) -> list[tuple[list[int], int]]:
         """Token ids of prompt, target and end of sequence, and the length of the prompt, for many examples.
@@ -73,6 +74,9 @@ class TextEncoder:
             ([*prompt, *target, eos], len(prompt))
             for prompt, target in zip(self.prompts(prompts), endings, strict=True)
         ]
+
+    def _is_begun(self, ids: list[int]) -> bool:
+        return ids[: len(self.opening)] == self.opening
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if self._backend is None:
