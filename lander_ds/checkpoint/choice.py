@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,21 +52,45 @@ def chosen(directory: Path, choice: str, key: str = "translate.checkpoint") -> C
     raise ArtefactError(f"{key}: {choice} is not in {directory}: there are {present}")
 
 
-def warn_of_changes(trained: Checkpoint, recipe: Recipe, run: RunDirectory, data_hash: str) -> None:
+def description(directory: Path, choice: str) -> Mapping[str, Any] | None:
+    """What state.json says of the checkpoint that `chosen` would give, without a look at the other files; None where it
+    cannot be read.
+
+    Args:
+        directory: `checkpoints/` of a run.
+        choice: as for `chosen`.
+    """
+    steps = checkpoint.steps(directory)
+    match choice:
+        case "last":
+            wanted = steps[::-1]
+        case "best":
+            wanted = list(best(directory, steps))
+        case _:
+            wanted = [int(choice.removeprefix("step-"))]
+    for step in wanted:
+        with suppress(ArtefactError):
+            return checkpoint.load(directory / f"step-{step}").state
+    return None
+
+
+def warn_of_changes(
+    state: Mapping[str, Any], recipe: Recipe, run: RunDirectory, data_hash: str | None
+) -> None:
     """Say what was trained otherwise than recipe, data and selection are now: what was trained counts.
 
     Args:
-        trained: a checkpoint of the run.
+        state: of a checkpoint of the run.
         recipe: as it is now.
         run: where the selection lies.
-        data_hash: of the prepared data.
+        data_hash: of the prepared data; None where there are none.
     """
     # Another base is refused when the model is opened.
-    inputs = {"base": trained.state["base_fingerprint"], "data": data_hash}
+    inputs = {"base": state["base_fingerprint"], "data": data_hash or state["data_hash"]}
     if run.selection.exists():
         inputs["selection"] = file_hash(run.selection)
-    for key, before, now in changes(trained, identity_of(recipe, inputs)):
-        logger.warning("%s was trained with %s=%s; now it is %s", trained.path, key, before, now)
+    for key, before, now in changes(state, identity_of(recipe, inputs)):
+        logger.warning("step-%d was trained with %s=%s; now it is %s", state["step"], key, before, now)
 
 
 def as_trained(recipe: Recipe, state: Mapping[str, Any]) -> Recipe:

@@ -144,7 +144,7 @@ def _decide(
 
 def _compare(saved: Checkpoint, identity: Mapping[str, Any], is_base: Callable[[object], bool]) -> None:
     """Refuse a checkpoint of another training; say what else has changed."""
-    for key, before, now in changes(saved, identity):
+    for key, before, now in changes(saved.state, identity):
         if key == "base_fingerprint" and is_base(before):
             continue
         change = f"{key} was {before}, now it is {now}"
@@ -157,11 +157,11 @@ def _compare(saved: Checkpoint, identity: Mapping[str, Any], is_base: Callable[[
         logger.warning("going on with another option than before: %s", change)
 
 
-def changes(saved: Checkpoint, identity: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def changes(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What a checkpoint was trained with otherwise than `identity` says: key, value of then, value of now."""
-    before = flatten(_plain({key: saved.state.get(key) for key in identity}))
+    before = flatten(_plain({key: state.get(key) for key in identity}))
     now = flatten(_plain(identity))
-    if SELECTION not in saved.state["files"]:
+    if SELECTION not in state["files"]:
         before.pop("selection_hash", None)
         now.pop("selection_hash", None)
     for key in sorted((before.keys() | now.keys()) - set(FREE)):

@@ -72,8 +72,9 @@ def _use_utf8() -> None:
     """Write UTF-8 whatever the locale, and start again in Python's UTF-8 mode where names of files would be in another
     encoding: they, corpora and tables hold characters that ASCII and Latin-1 do not have."""
     if sys.getfilesystemencoding() != "utf-8":
+        # For the processes that this one starts. This one may have been told to ignore the environment (-E, -I).
         os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -114,7 +114,7 @@ def _command(commands: Commands[Any], name: str, text: str, example: str) -> arg
 
 
 def _add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--recipe", type=Path, required=required, metavar="FILE", help="the recipe (YAML)")
+    parser.add_argument("--recipe", type=_path, required=required, metavar="FILE", help="the recipe (YAML)")
     parser.add_argument(
         "--set",
         action="append",
@@ -158,7 +158,7 @@ def _add_config(commands: Commands[Any]) -> None:
 
 def _add_summary(commands: Commands[Any]) -> None:
     parser = _command(commands, "summary", OTHER_COMMANDS["summary"], "lander summary runs/demo --json")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument("run_dir", type=_path, metavar="RUN_DIR", help="directory of the run")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     parser.set_defaults(target="lander_ds.cli.summary:run")
 
@@ -168,7 +168,7 @@ def _add_tokenizer(commands: Commands[Any]) -> None:
     parser = _command(commands, "tokenizer", OTHER_COMMANDS["tokenizer"], example)
     _add_recipe(parser)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where the tokenizer is written")
+    add("--out", type=_path, required=True, metavar="DIR", help="where the tokenizer is written")
     add("--vocab-size", type=int, required=True, metavar="N", help="number of pieces")
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="default: unigram")
     add(
@@ -223,9 +223,9 @@ def _delta_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("first", type=Path, metavar=first, help="directory")
-    add("second", type=Path, metavar=second, help="directory")
-    add("out", type=Path, metavar="OUT", help="directory to write; it must not exist")
+    add("first", type=_path, metavar=first, help="directory")
+    add("second", type=_path, metavar=second, help="directory")
+    add("out", type=_path, metavar="OUT", help="directory to write; it must not exist")
     add("--force", action="store_true", help="replace OUT, if it is a model or a delta")
     add("--verbose", action="store_true", help="also log details")
     parser.set_defaults(target=f"lander_ds.cli.delta:{name}", parser=parser)
@@ -239,7 +239,7 @@ def _add_doctor(commands: Commands[Any]) -> None:
     add = parser.add_argument
     add(
         "--hostfile",
-        type=Path,
+        type=_path,
         metavar="HOSTS",
         help="the hosts; without it: this machine alone, and no ssh",
     )
@@ -277,6 +277,11 @@ def _add_doctor(commands: Commands[Any]) -> None:
     parser.set_defaults(target="lander_ds.cli.doctor:run", parser=parser)
 
 
+def _path(text: str) -> Path:
+    """Of `--out=~/x` the shell leaves the tilde as it is."""
+    return Path(text).expanduser()
+
+
 def _positive_number(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -289,10 +294,12 @@ def _add_plan(commands: Commands[Any]) -> None:
     parser = _command(commands, "plan", OTHER_COMMANDS["plan"], example)
     _add_recipe(parser)
     add = parser.add_argument
-    add("--cluster", type=Path, required=True, metavar="FILE", help="the machines (examples/clusters/*.yaml)")
+    add(
+        "--cluster", type=_path, required=True, metavar="FILE", help="the machines (examples/clusters/*.yaml)"
+    )
     add("--json", action="store_true", help="as JSON, for programs, with every stage of every plan")
     add("--all", action="store_true", help="every number of stages, not only the best of each JSON")
-    add("--plot", type=Path, metavar="FILE", help="draw speed and memory over 1, 2, 4, ... machines")
+    add("--plot", type=_path, metavar="FILE", help="draw speed and memory over 1, 2, 4, ... machines")
     add(
         "--nodes",
         type=_count,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from contextlib import nullcontext
 
 from lander_ds.common import launch
-from lander_ds.common.files import write_text
 from lander_ds.common.lazy import load
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.loading import dump_recipe
 from lander_ds.distributed import agreement, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
 from lander_ds.preflight.recipe import load_checked
 from lander_ds.stages import catalogue
+from lander_ds.stages.catalogue import ALL
+from lander_ds.stages.stage import alone
 from lander_ds.training import preemption
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     logger.debug("%s: %s", recipe.deepspeed, start.deepspeed)
     _open_process_group(start, arguments.stage)
     try:
-        _run(start, catalogue.names(arguments.stage))
+        _run(start, arguments.stage)
     except BaseException:
         # Leaving the group in good order would wait for ranks that wait for this one.
         if launch.world_size() == 1:
@@ -52,10 +52,11 @@ def _open_process_group(start: Start, command: str) -> None:
             process_group.start_on_cpu()
 
 
-def _run(start: Start, names: Sequence[str]) -> None:
-    if process_group.rank() == 0:
-        write_text(start.run.recipe, dump_recipe(start.recipe))
-    for name in names:
-        # A stage brings its libraries with it; those of the others stay away.
-        load(f"lander_ds.stages.{name}:STAGE").perform(start)
-        process_group.free_memory()
+def _run(start: Start, command: str) -> None:
+    path = start.run.path
+    # Two of them would take turns, a stage each.
+    with alone(path / f".{ALL}.lock", f"all in {path}", collective=True) if command == ALL else nullcontext():
+        for name in catalogue.names(command):
+            # A stage brings its libraries with it; those of the others stay away.
+            load(f"lander_ds.stages.{name}:STAGE").perform(start)
+            process_group.free_memory()

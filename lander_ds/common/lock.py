@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shlex
 import socket
 import sys
@@ -22,13 +23,15 @@ from typing import Any
 
 import psutil
 
-from lander_ds.common.errors import ArtefactError
+from lander_ds.common.errors import ArtefactError, ExitCode
 
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 30.0
-"""How long another process may take to end, or, on another machine, to show that it lives."""
+"""How long another process may take to end."""
+SILENCE_SECONDS = 120.0
+"""How long one on another machine may give no sign of life: file systems stall, too."""
 POLL_SECONDS = 0.5
 
 
@@ -39,36 +42,40 @@ def locked(path: Path, what: str, patience: float | None = None) -> Iterator[Non
     Args:
         path: the lock file; its directory is made.
         what: what it protects, for messages.
-        patience: seconds that another process is given to end (default: PATIENCE_SECONDS).
+        patience: seconds that another process is given to end, or, on another machine, to show that it lives (default:
+            PATIENCE_SECONDS and SILENCE_SECONDS).
 
     Raises:
         ArtefactError: another process holds it and lives.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _acquire(path, what, PATIENCE_SECONDS if patience is None else patience)
+    own = _this()
+    patience, silence = (PATIENCE_SECONDS, SILENCE_SECONDS) if patience is None else (patience, patience)
+    _acquire(path, own, what, patience, silence)
     ended = threading.Event()
-    threading.Thread(target=_beat, args=(path, ended), daemon=True).start()
+    threading.Thread(target=_beat, args=(path, own, ended), daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        path.unlink(missing_ok=True)
+        if _read(path)[0] == own:
+            path.unlink(missing_ok=True)
 
 
-def _acquire(path: Path, what: str, patience: float) -> None:
-    last, since, waiting = -1, time.monotonic(), False
-    while not _create(path):
+def _acquire(path: Path, own: dict[str, Any], what: str, patience: float, silence: float) -> None:
+    last, since, changed, beaten, waiting = None, time.monotonic(), time.monotonic(), False, False
+    while not _create(path, own):
         owner, beat = _read(path)
         if owner is None:
             continue  # it has just been given back
         if beat != last:
-            last, changed = beat, time.monotonic()
+            beaten, last, changed = last is not None, beat, time.monotonic()
         here = owner.get("machine") == _machine()
-        if (here and not _lives(owner)) or (not here and time.monotonic() - changed >= patience):
+        if (here and not _lives(owner)) or (not here and time.monotonic() - changed >= silence):
             logger.warning("%s: %s has ended without giving it back; going on", path, _described(owner))
             _discard(path, owner)
             continue
-        if time.monotonic() - since >= patience:
+        if (here or beaten) and time.monotonic() - since >= patience:
             raise ArtefactError(
                 f"{what} is being worked on by {_described(owner)}: wait until it has ended, or use another run_dir "
                 f"(if it has ended, delete {path})"
@@ -79,15 +86,20 @@ def _acquire(path: Path, what: str, patience: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _create(path: Path) -> bool:
-    """Create the file with everything in it, or not at all: a reader must not find half of it."""
-    owner = {
+def _this() -> dict[str, Any]:
+    """What a lock of this process says."""
+    return {
         "machine": _machine(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
         "command": shlex.join(sys.argv),
+        "token": secrets.token_hex(8),
     }
+
+
+def _create(path: Path, owner: dict[str, Any]) -> bool:
+    """Create the file with everything in it, or not at all: a reader must not find half of it."""
     own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.new")
     own.write_text(json.dumps(owner), encoding="utf-8")
     try:
@@ -130,9 +142,16 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, int]:
     return owner if isinstance(owner, dict) else {}, beat
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _beat(path: Path, own: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(BEAT_SECONDS):
         with suppress(OSError):
+            owner = _read(path)[0]
+            if owner and owner != own:
+                # Stopped for a while, or cut off from the file system. Two must not go on.
+                logger.error(
+                    "%s: this process was taken for dead, and %s went on; it ends", path, _described(owner)
+                )
+                os._exit(ExitCode.WRONG_INPUT)
             os.utime(path)
 
 

@@ -27,11 +27,28 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path; `~` is the home directory."""
-
 Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
+CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
+
+
+def _at_home(path: str) -> str:
+    """`path` with the home directory for a `~` or `~user` at its beginning.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(path):
+        user = path.partition("/")[0]
+        raise ValueError(
+            f"{user} is no user's home directory; write the path out, or ./{user} for a name like that"
+        )
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(_at_home)]
+"""A path; `~` is the home directory."""
 
 
 def _checkpoint_choice(text: str) -> str:
@@ -41,7 +58,6 @@ def _checkpoint_choice(text: str) -> str:
 
 
 CheckpointChoice = Annotated[str, AfterValidator(_checkpoint_choice)]
-CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -129,7 +129,7 @@ def _entry(run: RunDirectory, recipe: Recipe, pointer: Path, entry: object) -> P
     """The cache entry that a pointer names: inside the run directory, or in the recipe's cache."""
     if isinstance(entry, str) and Path(entry).is_absolute():
         cache = recipe.data.cache_dir
-        if cache is None or Path(entry).parent.resolve() != Path(cache).expanduser().resolve():
+        if cache is None or Path(entry).parent.resolve() != Path(cache).resolve():
             raise ArtefactError(
                 f"{pointer}: {entry} lies neither in the run directory nor in data.cache_dir: {CURE}"
             )

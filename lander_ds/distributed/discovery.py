@@ -26,13 +26,14 @@ DEFAULT_PORT = 29500
 OUTSIDE = "192.0.2.1"
 """An address that belongs to no network (RFC 5737): only a default route leads there."""
 
+
 VIRTUAL = ("docker", "veth", "br-", "virbr", "cni", "flannel", "cali", "podman", "tun", "tap")
 """Beginnings of the names of interfaces that do not lead to other hosts."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """An IPv4 address of this host."""
+    """An address of this host."""
 
     name: str
     address: str
@@ -84,9 +85,9 @@ def check_interfaces(*variables: str) -> None:
             take), separated by commas; those that are not set are sound.
 
     Raises:
-        ConfigError: none of what a variable names is there.
+        ConfigError: what a variable names is not there, is down or has no address.
     """
-    present = sorted(psutil.net_if_addrs())
+    present = {interface.name: interface.address for interface in reversed(interfaces(any_family=True))}
     for variable in variables:
         value = os.environ.get(variable, "")
         exact = value.startswith("=")
@@ -98,8 +99,9 @@ def check_interfaces(*variables: str) -> None:
         else:
             sound = any(name in wanted if exact else name.startswith(tuple(wanted)) for name in present)
         if not sound:
+            there = ", ".join(f"{name} ({address})" for name, address in sorted(present.items()))
             raise ConfigError(
-                f"{variable}={value}: {socket.gethostname()} has no such network interface; it has {', '.join(present)}: "
+                f"{variable}={value}: {socket.gethostname()} has no such network interface with an address; it has {there}: "
                 "correct the variable, or unset it and the interface that leads to rank 0 is taken"
             )
 
@@ -180,15 +182,16 @@ def own_address() -> str:
     )
 
 
-def interfaces() -> list[Interface]:
-    """IPv4 addresses of interfaces that are up, in the system's order."""
+def interfaces(any_family: bool = False) -> list[Interface]:
+    """IPv4 addresses (or also IPv6) of interfaces that are up, in the system's order."""
+    families = (socket.AF_INET, socket.AF_INET6) if any_family else (socket.AF_INET,)
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     return [
         Interface(name, entry.address, entry.netmask or "255.255.255.255")
         for name, entries in psutil.net_if_addrs().items()
         if name in up
         for entry in entries
-        if entry.family == socket.AF_INET
+        if entry.family in families
     ]
 
 

@@ -33,7 +33,7 @@ def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
     Without a launcher (no RANK and no MPI in the environment) a world of one process is made on a free port.
 
     Raises:
-        ConfigError: it is not clear which network the ranks are to use; see discovery.py.
+        ConfigError: the network that the ranks are to use is not there, or not clear; see discovery.py.
     """
     global _waiting  # noqa: PLW0603
     if dist.is_initialized():
@@ -70,10 +70,10 @@ def start_on_cpu() -> None:
 
 
 def _find_others() -> None:
-    discovery.discover()
     discovery.check_interfaces(
         "GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if torch.cuda.is_available() else [])
     )
+    discovery.discover()
     discovery.choose_interface()
     # DeepSpeed's shared-memory all-reduce needs a C++ compiler at the first start and leaves 69 MB per rank in
     # /dev/shm after the run; gloo does the same work.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
@@ -17,6 +17,7 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
 from lander_ds.config.recipe import ScoreConfig
 from lander_ds.data.tokens.languages import normalise_code, standard_code
+from lander_ds.evaluation.scripts import script_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ BOOTSTRAPPED = ("bleu", "chrf", "chrfpp")
 
 _CHINESE = ("zh", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
 # Written without spaces between words, and no segmenter is installed: characters are the words.
+_WITHOUT_SPACES_IN = ("thai", "laoo", "khmr", "mymr", "tibt")
 _WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "shn")
 
 
@@ -61,13 +63,30 @@ def bleu_tokenizer(language: str, overrides: Mapping[str, str]) -> str:
     for candidate in (code, code.partition("-")[0], bare):
         if candidate in own:
             return _checked_tokenizer(own[candidate], candidate)
+    match _writing(language):
+        case "korean":
+            return _korean_tokenizer()
+        case "characters":
+            return "char"
+        case "chinese":
+            return "zh"
+        case "japanese":
+            return "ja-mecab"
+    return "13a"
+
+
+def _writing(language: str) -> Literal["chinese", "japanese", "korean", "characters", "spaces"]:
+    """Between what words stand in a language; the script counts more (`zh_Latn` has spaces, `nod_Thai` has none)."""
+    bare, script = standard_code(language).partition("-")[0], script_of(language)
+    if script == "latn":
+        return "spaces"
     if bare == "ko":
-        return _korean_tokenizer()
-    if bare in _WITHOUT_SPACES:
-        return "char"
-    if bare in _CHINESE:
-        return "zh"
-    return "ja-mecab" if bare == "ja" else "13a"
+        return "korean"
+    if bare == "ja":
+        return "japanese"
+    if bare in _CHINESE or script in ("hans", "hant", "hani"):
+        return "chinese"
+    return "characters" if bare in _WITHOUT_SPACES or script in _WITHOUT_SPACES_IN else "spaces"
 
 
 def check_tokenizers(overrides: Mapping[str, str]) -> None:
@@ -135,8 +154,8 @@ def translation_error_rate(
         hypotheses: N texts.
         language: target language, as in the recipe.
     """
-    bare = standard_code(language).partition("-")[0]
-    asian, characters = bare in (*_CHINESE, "ja"), bare in _WITHOUT_SPACES
+    writing = _writing(language)
+    asian, characters = writing in ("chinese", "japanese"), writing == "characters"
     metric = TER(normalized=asian, asian_support=asian)
     if characters:
         references, hypotheses = (

@@ -2,8 +2,8 @@
 
 Per pair and system: BLEU, chrF2 (`chrf`), chrF2++ (`chrfpp`) and TER, bootstrap mean and half-width of the
 95 % interval (`*_mean`, `*_ci`), the p-value of the difference to the baseline (`p_*`), the share of
-translations in another language than the target (`off_target`) the share of empty ones (`empty`)
-and of those cut short at `translate.max_new_tokens` (`truncated`).
+translations in another language than the target (`off_target`), the share of empty ones (`empty`)
+and that of those cut short at `translate.max_new_tokens` (`truncated`).
 The baseline is the system `baseline`, read from the file of `score.baseline`, or else the untouched base.
 """
 

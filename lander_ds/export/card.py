@@ -82,14 +82,22 @@ def facts_of(recipe: Recipe, run: RunDirectory, checkpoint_state: Mapping[str, A
         "base": {"name": base_name(recipe.model.path), "fingerprint": base_fingerprint(recipe.model.path)},
         "method": checkpoint_state["method"],
         "step": checkpoint_state["step"],
-        "pairs": list(recipe.data.pairs),
+        "pairs": list(checkpoint_state["pairs"]),
         "recipe": dump_recipe(as_trained(recipe, checkpoint_state)),
         "data": read_json(statistics, "run stage prepare again") if statistics.exists() else {},
         "corpora": {name: digest for name, digest in inputs.items() if name != "tokenizer"},
         "scores": None if scores is None else pair_scores(scores),
+        "scored": _translated_with(run) or f"step-{checkpoint_state['step']}",
         "signatures": {} if scores is None else scores.get("signatures", {}),
         "versions": versions(),
     }
+
+
+def _translated_with(run: RunDirectory) -> str | None:
+    """The checkpoint that the scored translations are of; None where that is not known."""
+    path = run.record_path("translate.trained")
+    record: dict[str, Any] = read_json(path, "run stage translate again") if path.exists() else {}
+    return record.get("checkpoint")
 
 
 def write_card(directory: Path, facts: Facts, form: str, exactness: Exactness) -> None:
@@ -225,8 +233,12 @@ def _scores(facts: Facts) -> str:
     flat = {
         f"{pair} {metric}": text for pair, of_pair in signatures.items() for metric, text in of_pair.items()
     }
+    # Files of version 0.1 do not say it.
+    scored, step = facts.get("scored"), facts.get("step")
+    same = scored in (None, f"step-{step}")
+    other = "" if same else f" **They are of {scored}, another checkpoint of this training.**"
     return (
-        "## Scores\n\nOf the trained model, not of this export where it is an approximation.\n\n"
+        f"## Scores\n\nOf the trained model, not of this export where it is an approximation.{other}\n\n"
         + _table(header, rows)
         + "".join(f"\n{line}.\n" for line in remarks(scores))
         + _signatures(flat)

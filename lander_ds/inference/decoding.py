@@ -83,7 +83,6 @@ class Decoder:
             length_penalty=config.length_penalty,
             early_stopping=False,
             max_new_tokens=config.max_new_tokens,
-            eos_token_id=list(dict.fromkeys([*self._ends, *self._lines])),
             pad_token_id=self._pad,
             use_cache=True,
         )
@@ -114,7 +113,7 @@ class Decoder:
         Args:
             prompts: B token id sequences; all begin with the prefix.
             prefix: from `shared_prefix`.
-            stop: text that ends a translation too; empty: none.
+            stop: text that ends a translation too; empty: none. Special tokens in it each end one.
 
         Returns:
             B hypotheses in the order of the prompts.
@@ -134,6 +133,9 @@ class Decoder:
         if self._positions is not None:
             # The last new token is not read again.
             config.max_new_tokens = max(1, min(config.max_new_tokens, self._positions - longest + 1))
+        stop, special = self._split_stop(stop)
+        ends = [*self._ends, *special]
+        config.eos_token_id = list(dict.fromkeys([*ends, *self._lines]))
         arguments: dict[str, Any] = {}
         if stop:
             arguments["stopping_criteria"] = StoppingCriteriaList([_StopText(self._tokenizer, stop, longest)])
@@ -149,21 +151,45 @@ class Decoder:
                 synced_gpus=self._synced,
                 **arguments,
             )
-        return [self._hypothesis(row, stop) for row in sequences[:, longest:].tolist()]
+        return [self._hypothesis(row, ends, stop) for row in sequences[:, longest:].tolist()]
 
-    def _hypothesis(self, ids: list[int], stop: str) -> Hypothesis:
-        closing = (index for index, token in enumerate(ids) if token in self._ends or token in self._lines)
+    def _split_stop(self, stop: str) -> tuple[str, list[int]]:
+        """The text before the first special token in `stop` (decoded texts hold none), and the ids of all of them."""
+        special = {
+            str(token): index
+            for index, token in self._tokenizer.added_tokens_decoder.items()
+            if token.special and str(token) in stop
+        }
+        text = stop[: min((stop.index(token) for token in special), default=len(stop))]
+        return text if text.strip(" ") else "", list(special.values())
+
+    def _hypothesis(self, ids: list[int], ends: Sequence[int], stop: str) -> Hypothesis:
+        closing = (index for index, token in enumerate(ids) if token in ends or token in self._lines)
         last = next(closing, None)
         # The closing token may hold text before the line end ('.\n' in byte-level vocabularies); an end token has none.
-        written = ids if last is None else ids[: last + (ids[last] not in self._ends)]
-        text = str(
-            self._tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
-        stopped = last is not None or "\n" in text or (bool(stop) and stop in text)
-        text = text.partition("\n")[0]
-        text = text.partition(stop)[0] if stop else text
-        tokens = len(ids) if last is None else last + 1
-        return Hypothesis(text.strip(), tokens, not stopped)
+        written = ids if last is None else ids[: last + (ids[last] in self._lines)]
+        text = _decoded(self._tokenizer, [written])[0]
+        text, line_end, _ = text.partition("\n")
+        before, stopped, _ = _padded(text).partition(stop) if stop else (text, "", "")
+        if not stopped:
+            return Hypothesis(
+                text.strip(), len(ids) if last is None else last + 1, not (line_end or last is not None)
+            )
+        # A row that ends before the others of its batch is filled up.
+        count = len(written)
+        while count and written[count - 1] == self._pad:
+            count -= 1
+        return Hypothesis(before.strip(), count, truncated=False)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [str(text) for text in texts]
+
+
+def _padded(text: str) -> str:
+    """With blanks around it: those of a separator such as ` ### ` are lost at the beginning and not written at the end."""
+    return f" {text} "
 
 
 class _StopText(StoppingCriteria):
@@ -177,10 +203,10 @@ class _StopText(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.BoolTensor:
         begin = max(self._begin, input_ids.shape[1] - self._last)
-        texts = self._tokenizer.batch_decode(
-            input_ids[:, begin:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        stopped = [self._stop in text for text in texts]
+        blank = " " if begin == self._begin else ""
+        stopped = [
+            self._stop in blank + text for text in _decoded(self._tokenizer, input_ids[:, begin:].tolist())
+        ]
         return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 

@@ -32,9 +32,14 @@ from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base, rea
 class InferenceModel:
     """An HF model in evaluation mode whose routing, if it has one, is told the language pair."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Wrap `model`."""
-        self.model = model
+    def __init__(self, model: PreTrainedModel, checkpoint: str | None = None) -> None:
+        """Wrap a model.
+
+        Args:
+            model: the model.
+            checkpoint: name of the checkpoint in it, `step-N`; None for a base.
+        """
+        self.model, self.checkpoint = model, checkpoint
         self._pairs = next((ffn.pairs for _, ffn in routed_ffns(model)), ())
 
     @contextmanager
@@ -53,16 +58,18 @@ def open_for_inference(
     """The model of a system, on this rank's device or sharded over the ranks (`translate.weights`).
 
     Raises:
-        ArtefactError: there is no checkpoint, or it belongs to another base model.
+        ArtefactError: there is no checkpoint, or it belongs to another base model or other pairs.
         ModelError: the base cannot be read.
     """
     model, family = build(recipe.model, attention=None)
     model.generation_config = generation_config(Path(recipe.model.path))
     trained: Mapping[str, torch.Tensor] = {}
+    name: str | None = None
     if system == "trained":
         saved = chosen(run.checkpoints, recipe.translate.checkpoint)
         restore_shape(model, family, recipe, saved)
-        trained = saved.trained()
+        trained, name = saved.trained(), saved.path.name
+        _check_pairs(model, recipe, saved)
     weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
     if recipe.translate.weights == "sharded":
         engine = Zero3(resolve_inference_config(recipe, process_group.world_size()))
@@ -75,7 +82,7 @@ def open_for_inference(
     # With a head that requires no gradient, torch multiplies the last hidden state of a prompt by a copy of the head
     # per sentence (gigabytes) instead of by the head.
     model.requires_grad_(True)
-    return InferenceModel(model)
+    return InferenceModel(model, name)
 
 
 def generation_config(path: Path) -> GenerationConfig:
@@ -111,6 +118,16 @@ def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, traine
             f"{recipe.model.path} ({fingerprint}): correct model.path, or train again"
         )
     prepare_model(model, family, as_trained(recipe, trained.state), trained.selection())
+
+
+def _check_pairs(model: PreTrainedModel, recipe: Recipe, trained: Checkpoint) -> None:
+    """A routed model knows the pairs that it was trained for, and no other."""
+    for _, ffn in routed_ffns(model):
+        if unknown := [pair for pair in recipe.data.pairs if pair not in ffn.pairs]:
+            raise ArtefactError(
+                f"{trained.path} was trained for {', '.join(ffn.pairs)}, not for {', '.join(unknown)}: take it out of "
+                "data.pairs, or train again"
+            )
 
 
 def _to_device(unit: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lander_ds.checkpoint.choice import chosen
+from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, json_hash
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
@@ -30,6 +31,14 @@ def is_up_to_date(start: Start, data: PreparedData, system: System) -> bool:
     """Whether the system's translations are there and were made from this recipe, data, base and training."""
     options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)
     return start.run.up_to_date(record_name(system), options, inputs)
+
+
+def data_hash(start: Start) -> str | None:
+    """Of the prepared data that a training reads; None where none fit the recipe."""
+    try:
+        return PreparedData.load(start.run, start.recipe).content_hash("train", "valid")
+    except ArtefactError:
+        return None
 
 
 def options_of(recipe: Recipe, system: System) -> dict[str, Any]:

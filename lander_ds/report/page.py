@@ -10,8 +10,6 @@ from typing import Any
 
 import jinja2
 
-from lander_ds.checkpoint import checkpoint
-from lander_ds.checkpoint.choice import as_trained
 from lander_ds.common.run_directory import RunDirectory, versions
 from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.loading import dump_recipe
@@ -53,7 +51,7 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
     environment.filters |= {"number": _number, "percent": _percent, "bytes": _bytes, "duration": _duration}
     return environment.get_template("report.html.j2").render(
         recipe=recipe,
-        recipe_text=dump_recipe(_as_trained(recipe, run)),
+        recipe_text=dump_recipe(recipe),
         versions=versions(),
         written=time.strftime("%Y-%m-%d %H:%M"),
         summary=summary,
@@ -68,12 +66,6 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
         examples={pair: examples(of_pair) for pair, of_pair in artefacts.translations.items()},
         languages={pair: split_pair(pair) for pair in recipe.data.pairs},
     )
-
-
-def _as_trained(recipe: Recipe, run: RunDirectory) -> Recipe:
-    if not (steps := checkpoint.steps(run.checkpoints)):
-        return recipe
-    return as_trained(recipe, checkpoint.load(run.checkpoints / f"step-{steps[-1]}").state)
 
 
 def examples(systems: Mapping[str, Sequence[Translation]]) -> list[dict[str, Any]]:

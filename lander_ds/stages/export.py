@@ -33,6 +33,7 @@ from lander_ds.export.routed import export_routed
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.verify import compare
 from lander_ds.export.writer import GIGABYTE, Form
+from lander_ds.inference.provenance import data_hash
 from lander_ds.stages.stage import Part, Result, Stage
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,7 @@ def _parts(start: Start) -> list[Part]:
     """One part: every format and fold of the recipe, written, verified and described."""
     recipe, run = start.recipe, start.run
     newest = chosen(run.checkpoints, recipe.export.checkpoint, "export.checkpoint")
-    if recipe.export.verify:
-        warn_of_changes(newest, recipe, run, PreparedData.load(run, recipe).content_hash("train", "valid"))
+    warn_of_changes(newest.state, recipe, run, data_hash(start))
     inputs = {"base": start.base_fingerprint, "checkpoint": file_hash(newest.path / checkpoint.STATE)}
     if run.scores.exists():
         inputs["scores"] = file_hash(run.scores)  # they stand in the model cards

@@ -48,7 +48,7 @@ def _parts(start: Start) -> list[Part]:
 
     def prepare() -> Result:
         digest = entry_hash(recipe, corpora, contents, fingerprint)
-        cache = Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else run.path / "cache"
+        cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else run.path / "cache"
         entry = cache / f"prepared-{digest[:20]}"
         with Encoder(
             tokenizer, recipe.model.path, recipe.model.trust_remote_code, recipe.data.workers

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import write_text
 from lander_ds.common.lock import locked
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import dump_recipe
 from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.stages.catalogue import STAGES
 
 logger = logging.getLogger(__name__)
+
+
+UP_TO_TRAIN = ("prepare", "detect", "select", "train")
+"""Stages of which only one may run at a time in a run directory; of the others, one of each."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,32 @@ class Part:
     """Tells the user of the result, whether it is new or not."""
 
 
+@contextmanager
+def alone(path: Path, what: str, collective: bool) -> Iterator[None]:
+    """Hold a lock that rank 0 takes for all ranks: two at the same work in one run directory would end in a mixture.
+
+    Args:
+        path: the lock file.
+        what: what it protects, for messages.
+        collective: whether all ranks call this.
+
+    Raises:
+        ArtefactError: another process is at it.
+    """
+    refusal = None
+    with ExitStack() as lock:
+        if process_group.rank() == 0:
+            try:
+                lock.enter_context(locked(path, what))
+            except ArtefactError as error:
+                refusal = str(error)
+        if collective:
+            refusal = collectives.from_rank_zero(refusal)
+        if refusal is not None:
+            raise ArtefactError(refusal)
+        yield
+
+
 class Stage:
     """One stage of a recipe."""
 
@@ -66,7 +98,7 @@ class Stage:
         self.perform(Start(recipe, run, force, auto_resume))
 
     def perform(self, start: Start) -> None:
-        """Run every part that is not up to date and record it (collective).
+        """Run every part that is not up to date and record it, with the recipe beside it (collective).
 
         Raises:
             ArtefactError: another process runs this stage in the same run directory.
@@ -75,7 +107,12 @@ class Stage:
         if collective or process_group.rank() == 0:
             # To find out what there is to do takes time too: large corpora are hashed.
             started = time.monotonic()
-            with self._alone(start.run):
+            name, run = self.description.name, start.run.path
+            # What a training reads must not be made anew beneath it.
+            lock = "train" if name in UP_TO_TRAIN else name
+            with alone(run / f".{lock}.lock", f"stage {name} in {run}", collective):
+                if process_group.rank() == 0:
+                    write_text(start.run.recipe, dump_recipe(start.recipe))
                 for part in self._parts(start):
                     self._perform(start, part, started)
                     if collective:
@@ -83,22 +120,6 @@ class Stage:
                     started = time.monotonic()
         if not collective:
             process_group.wait_for_rank_zero()
-
-    @contextmanager
-    def _alone(self, run: RunDirectory) -> Iterator[None]:
-        """Two of the same stage in one run directory would end in a mixture of both."""
-        name, refusal = self.description.name, None
-        with ExitStack() as lock:
-            if process_group.rank() == 0:
-                try:
-                    lock.enter_context(locked(run.path / f".{name}.lock", f"stage {name} in {run.path}"))
-                except ArtefactError as error:
-                    refusal = str(error)
-            if self.description.collective:
-                refusal = collectives.from_rank_zero(refusal)
-            if refusal is not None:
-                raise ArtefactError(refusal)
-            yield
 
     def _perform(self, start: Start, part: Part, started: float) -> None:
         writes = process_group.rank() == 0

@@ -37,6 +37,7 @@ def _parts(start: Start) -> list[Part]:
     Raises:
         ArtefactError: there are checkpoints and neither --force nor --auto-resume says what to do with them; or the
             newest belongs to another training.
+        ConfigError: the newest checkpoint has more steps than `train.steps`.
         Preempted: a signal asked to stop; a checkpoint was saved.
         TrainingDiverged, SaveFailed: see there.
     """

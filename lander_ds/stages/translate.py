@@ -14,10 +14,17 @@ from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
-from lander_ds.inference.open import open_for_inference
-from lander_ds.inference.provenance import System, inputs_of, is_up_to_date, options_of, record_name
+from lander_ds.inference.open import InferenceModel, open_for_inference
+from lander_ds.inference.provenance import (
+    System,
+    data_hash,
+    inputs_of,
+    is_up_to_date,
+    options_of,
+    record_name,
+)
 from lander_ds.inference.requests import requests_for
-from lander_ds.inference.translate import InferenceModel, Request, translate
+from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import PartialTranslations
 from lander_ds.stages.stage import Part, Result, Stage
 
@@ -47,7 +54,7 @@ def _parts(start: Start) -> list[Part]:
     models = _Models(start)
     if "trained" in start.recipe.translate.systems and process_group.rank() == 0:
         trained = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
-        warn_of_changes(trained, start.recipe, start.run, data.content_hash("train", "valid"))
+        warn_of_changes(trained.state, start.recipe, start.run, data_hash(start))
 
     def part(system: System) -> Part:
         options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)
@@ -118,6 +125,7 @@ def _translate(
             *(system, work.truncated, work.sentences, recipe.decoding.max_new_tokens),
         )
     figures = {
+        **({} if model.checkpoint is None else {"checkpoint": model.checkpoint}),
         "sentences": work.sentences,
         "tokens": work.tokens,
         "truncated": work.truncated,

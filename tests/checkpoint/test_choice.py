@@ -12,7 +12,7 @@ from support.small import write
 from support.tiny_models import save, tiny_model
 
 from lander_ds.checkpoint import checkpoint
-from lander_ds.checkpoint.choice import as_trained, chosen, warn_of_changes
+from lander_ds.checkpoint.choice import as_trained, chosen, description, warn_of_changes
 from lander_ds.checkpoint.identity import identity_of
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash
@@ -69,6 +69,20 @@ def test_one_that_is_damaged_is_refused(tmp_path: Path) -> None:
         chosen(tmp_path, "step-2")
 
 
+def test_what_is_said_of_one_needs_no_more_than_its_description(tmp_path: Path) -> None:
+    assert description(tmp_path, "last") is None
+    for number, loss in {2: 1.5, 4: 1.2, 6: 1.3, 8: None}.items():
+        write(tmp_path, number, valid_loss=loss)
+    (tmp_path / "step-8" / "state.json").write_text("{", encoding="utf-8")
+    steps = {
+        choice: state["step"]
+        for choice in ("last", "best", "step-2")
+        if (state := description(tmp_path, choice))
+    }
+    assert steps == {"last": 6, "best": 4, "step-2": 2}
+    assert description(tmp_path, "step-3") is None
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     return recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
@@ -88,7 +102,7 @@ def test_what_has_changed_since_is_said_and_what_was_trained_counts(
     }
     assert identity_of(recipe, unchanged)["method"] == "lander"
     with caplog.at_level(logging.WARNING):
-        warn_of_changes(saved, recipe, run, "none")
+        warn_of_changes(saved.state, recipe, run, "none")
     assert "selection_hash" not in caplog.text or saved.state["selection_hash"] is None
     caplog.clear()
     edited = replace(
@@ -98,7 +112,7 @@ def test_what_has_changed_since_is_said_and_what_was_trained_counts(
         train=replace(recipe.train, method="lora", clip=0.25, steps=7),
     )
     with caplog.at_level(logging.WARNING):
-        warn_of_changes(saved, edited, run, "other data")
+        warn_of_changes(saved.state, edited, run, "other data")
     for change in (
         "seed=1; now it is 9",
         "routing.gate=input; now it is none",

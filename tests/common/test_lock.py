@@ -136,3 +136,39 @@ def test_of_many_one_at_a_time(path: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert sorted(pool.map(work, range(4))) == [0, 1, 2, 3]
+
+
+def test_nobody_gives_back_what_is_anothers(path: Path) -> None:
+    with locked(path, "it"):
+        other = {**json.loads(path.read_text()), "token": "another"}
+        path.write_text(json.dumps(other))
+    assert json.loads(path.read_text()) == other
+
+
+def test_a_host_that_says_nothing_is_not_taken_for_a_living_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given longer than a process of this machine, because file systems stall."""
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 2.0)
+    with locked(path, "it"):
+        owner = json.loads(path.read_text())
+    path.write_text(json.dumps({**owner, "machine": "another", "host": "node7"}))
+    began = time.monotonic()
+    with locked(path, "it"):
+        assert time.monotonic() - began >= 2.0
+
+
+def test_who_was_taken_for_dead_ends(path: Path) -> None:
+    code = HOLDER.replace(
+        "with locked", "import lander_ds.common.lock as m; m.BEAT_SECONDS = 0.1\nwith locked"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path), "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "node7", "token": "another"}))
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert b"this process was taken for dead" in told

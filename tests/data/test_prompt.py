@@ -95,7 +95,11 @@ def test_a_prompt_does_not_show_its_own_answer() -> None:
         (" ### ", "{src} =", " ### "),
         ("  ", "English: {src} {tgt_name}:", "  English: "),
         (" ", "{src} =", ""),
-        (" ", "English:\n{src} =", ""),
+        (" ", "English:\n{src} =", " English:"),
+        (" ###\n", "{src} =", " ###"),
+        ("\n###\n", "{src} =", ""),
+        ("\t", "{src} =", "\t"),
+        ("<|im_end|>", "{src} =", "<|im_end|>"),
     ],
 )
 def test_by_what_a_further_example_begins(separator: str, template: str, expected: str) -> None:

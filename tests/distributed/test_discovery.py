@@ -42,7 +42,7 @@ def have(monkeypatch: pytest.MonkeyPatch, *interfaces: Interface, towards: str =
             raise ConfigError("no way")
         return towards
 
-    monkeypatch.setattr(discovery, "interfaces", lambda: list(interfaces))
+    monkeypatch.setattr(discovery, "interfaces", lambda any_family=False: list(interfaces))
     monkeypatch.setattr(discovery, "address_towards", address)
 
 
@@ -94,6 +94,17 @@ def test_two_networks_without_a_default_route_are_refused_by_name(monkeypatch: p
         own_address()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert own_address() == INFINIBAND.address
+
+
+@pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
+def test_interfaces_that_there_are_stand_in_the_refusal(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    have(monkeypatch, LOOPBACK, ETHERNET, INFINIBAND)
+    monkeypatch.setenv(variable, "enp9s0")
+    there = r"eth0 \(192.0.2.17\), ib0 \(198.51.100.17\), lo \(127.0.0.1\): correct the variable"
+    with pytest.raises(ConfigError, match=f"^{variable}=enp9s0: .* has no such network interface .*{there}"):
+        check_interfaces(variable)
 
 
 def test_interfaces_of_this_host() -> None:
@@ -193,6 +204,7 @@ def test_interfaces_that_do_not_exist_are_refused(
         check_interfaces(variable)
         return
     with pytest.raises(
-        ConfigError, match=rf"{variable}={value}: .* has no such network interface; it has .*\blo\b"
+        ConfigError,
+        match=rf"{variable}={value}: .* has no such network interface with an address; it has .*\blo\b",
     ):
         check_interfaces(variable)

@@ -162,3 +162,21 @@ def test_ter_with_spaces_is_what_it_was() -> None:
     assert score == pytest.approx(20.0)
     assert "asian:no" in signature
     assert "tok:tercom" in signature
+
+
+@pytest.mark.parametrize(
+    ("language", "tokenizer", "part"),
+    [
+        ("zh_Latn", "13a", "tok:tercom"),
+        ("nan_Latn", "13a", "tok:tercom"),
+        ("nod_Thai", "char", "tok:char"),
+        ("wuu_Hans", "zh", "asian:yes"),
+        ("zh-TW", "zh", "asian:yes"),
+        ("ko", "ko-mecab", "asian:no"),
+    ],
+)
+def test_the_script_says_whether_words_have_spaces_between_them(
+    language: str, tokenizer: str, part: str
+) -> None:
+    assert bleu_tokenizer(language, {}) in (tokenizer, "char")
+    assert part in translation_error_rate(["a b c"], ["a b d"], language)[1]

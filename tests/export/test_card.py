@@ -101,6 +101,15 @@ def test_a_card_says_where_a_model_comes_from(
     assert load_recipe(tmp_path / "again.yaml") == replace(tiny_run.recipe("prepared"), run_dir=str(tmp_path))
 
 
+def test_scores_of_another_checkpoint_are_said_to_be_such(tiny_run: TinyRun, tmp_path: Path) -> None:
+    recipe, run = replace(tiny_run.recipe("prepared"), run_dir=str(tmp_path)), RunDirectory(tmp_path)
+    scored(run)
+    for checkpoint, told in (("step-20", False), ("step-10", True)):
+        write_json(run.record_path("translate.trained"), {"checkpoint": checkpoint})
+        text = render(facts_of(recipe, run, state_of(recipe)), "routed", Exactness.exact())
+        assert ("They are of step-10, another checkpoint of this training" in text) is told
+
+
 def test_facts_are_json_values(facts: dict[str, Any]) -> None:
     assert json.loads(json.dumps(facts)) == facts
 

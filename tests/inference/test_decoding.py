@@ -137,6 +137,46 @@ def test_the_separator_of_examples_ends_a_translation_across_tokens(beams: int) 
     assert together[0].text == hypothesis.text
 
 
+def test_blanks_of_a_separator_need_not_be_there_at_the_ends() -> None:
+    tokenizer, config = tiny_tokenizer(), TranslateConfig(max_new_tokens=6)
+    decoder = Decoder(tiny_llama(), tokenizer, config)
+    number = long_prompt(Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=40)))
+    words, _ = written(decoder, number)
+    first = decoder.decode([prompts(number + 1)[number]], stop=f" {words[0]} ")[0]
+    assert (first.text, first.truncated) == ("", False)
+    last = decoder.decode([prompts(number + 1)[number]], stop=f" {words[5]} ")[0]
+    assert last.text == " ".join(words[: words.index(words[5])])
+    assert not last.truncated
+
+
+def test_special_tokens_of_a_separator_end_a_translation() -> None:
+    tokenizer, config = tiny_tokenizer(), TranslateConfig(max_new_tokens=40)
+    number = long_prompt(Decoder(tiny_llama(), tokenizer, config))
+    words, _ = written(Decoder(tiny_llama(), tokenizer, config), number)
+    tokenizer.add_special_tokens({"additional_special_tokens": [words[4]]})
+    decoder = Decoder(tiny_llama(), tokenizer, config)
+    expected = words[: words.index(words[4])]
+    for stop in (words[4], f" {words[4]} and more"):
+        got, hypothesis = written(decoder, number, stop)
+        assert (got, hypothesis.truncated) == (expected, False)
+        assert hypothesis.tokens == len(expected) + 1
+
+
+def test_what_stands_after_a_separator_does_not_depend_on_the_batch() -> None:
+    for pad_is_end in (False, True):
+        tokenizer = tiny_tokenizer()
+        if pad_is_end:
+            tokenizer.pad_token = tokenizer.eos_token
+        decoder = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=40))
+        number = long_prompt(decoder)
+        words, _ = written(decoder, number)
+        stop = f"{words[2][-1]} {words[3][:2]}"
+        batch = [prompts(number + 1)[number], *prompts(6)]
+        assert decoder.decode(batch, stop=stop) == [
+            decoder.decode([prompt], stop=stop)[0] for prompt in batch
+        ]
+
+
 def test_translations_that_are_cut_short_are_marked() -> None:
     tokenizer = tiny_tokenizer()
     decoder = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=40))

@@ -76,13 +76,18 @@ def signalled_again(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def refused(recipe: Recipe, run: RunDirectory) -> None:
-    """Start a finished training again with more steps, without saying what to do with its checkpoints."""
+    """Start a finished training again: with more steps, without saying what to do with its checkpoints; with fewer."""
     train.run(recipe, run)
-    more = Recipe(**{**vars(recipe), "train": type(recipe.train)(**{**vars(recipe.train), "steps": 9})})
-    try:
-        train.run(more, run)
-    except LanderError as error:
-        (run.path / f"{process_group.rank()}-{NOTES}").write_text(json.dumps([error.exit_code, str(error)]))
+    told = []
+    for steps, resume in ((9, False), (1, True)):
+        other = Recipe(
+            **{**vars(recipe), "train": type(recipe.train)(**{**vars(recipe.train), "steps": steps})}
+        )
+        try:
+            train.run(other, run, auto_resume=resume)
+        except LanderError as error:
+            told.append([error.exit_code, str(error)])
+    (run.path / f"{process_group.rank()}-{NOTES}").write_text(json.dumps(told))
 
 
 def infinite_gradients(recipe: Recipe, run: RunDirectory) -> None:

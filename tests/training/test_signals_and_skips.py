@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def faulty(tiny_run: TinyRun) -> TinyRun:
     return tiny_run
 
 
-def notes(faulty: TinyRun, name: str, rank: int) -> list[object]:
-    found: list[object] = json.loads((faulty.run(name).path / f"{rank}-{NOTES}").read_text())
+def notes(faulty: TinyRun, name: str, rank: int) -> list[Any]:
+    found: list[Any] = json.loads((faulty.run(name).path / f"{rank}-{NOTES}").read_text())
     return found
 
 
@@ -75,9 +76,10 @@ def test_a_signal_during_the_last_save_does_not_lose_it(tiny_run: TinyRun) -> No
 
 def test_all_ranks_refuse_alike(faulty: TinyRun) -> None:
     for rank in (0, 1):
-        code, message = notes(faulty, "refused-2", rank)
-        assert code == 2
-        assert "--auto-resume goes on from there, --force deletes them" in str(message)
+        told = notes(faulty, "refused-2", rank)
+        assert [code for code, _ in told] == [2, 2]
+        assert "--auto-resume goes on from there, --force deletes them" in told[0][1]
+        assert re.match(r"train\.steps: 1, but .*/step-2 has come further already: raise", told[1][1])
     assert checkpoint.steps(faulty.run("refused-2").checkpoints) == [2]
 
 

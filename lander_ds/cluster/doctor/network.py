@@ -168,7 +168,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], seconds: float)
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         env=dict(environment),
         start_new_session=True,

@@ -94,7 +94,7 @@ def _resolve_one(config: CorpusConfig, key: str, pair: str) -> Corpus:
     def fill(text: str) -> str:
         return text.replace("{pair}", f"{src}-{tgt}").replace("{src}", src).replace("{tgt}", tgt)
 
-    path = Path(fill(config.path)).expanduser()
+    path = Path(fill(config.path))
     columns = replace(config.columns, src=fill(config.columns.src), tgt=fill(config.columns.tgt))
     kind, paths = _locate(path, config.format, src, tgt, f"{key}.path")
     return Corpus(key, pair, config.split, kind, paths, src, tgt, columns, config.swap, config.limit)

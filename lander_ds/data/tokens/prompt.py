@@ -93,10 +93,12 @@ def target_text(config: PromptConfig, tgt: str) -> str:
 
 def next_example(config: PromptConfig, pair: str) -> str:
     """The text by which a model that has seen few-shot examples begins one of its own: the separator, with the first
-    words of the template where the separator is blank. Empty where a line end stands in it, which ends every
-    translation, or where it would be blank."""
-    text = config.separator if config.separator.strip() else config.separator + _fill(config, pair)[0]
-    return "" if "\n" in text or not text.strip() else text
+    words of the template where the separator is nothing but blanks. Only what stands before a line end, which ends every
+    translation; empty where that is nothing but blanks."""
+    separator = config.separator
+    text = separator if separator.strip(" ") else separator + _fill(config, pair)[0]
+    line = text.partition("\n")[0]
+    return line if line.strip(" ") else ""
 
 
 def choose_shots(

@@ -1,0 +1,56 @@
+"""Names, texts and messages beyond ASCII, in processes whose locale knows nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def lander(
+    directory: Path, environment: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "lander_ds", *arguments],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    home = tmp_path / "Übersetzung"
+    shutil.copytree(GOLDEN, home / "modèle", ignore=shutil.ignore_patterns("run"))
+    text = (GOLDEN / "recipe.yaml").read_text(encoding="utf-8").replace("path: base", "path: modèle/base")
+    text = text.replace("./", "modèle/").replace("run_dir: run", "run_dir: läuft  # für später")
+    (home / "recette.yaml").write_text(text, encoding="utf-8")
+    return home
+
+
+@pytest.mark.parametrize(
+    "environment", [ASCII, {**ASCII, "PYTHONIOENCODING": "ascii"}], ids=["locale", "output"]
+)
+def test_an_ascii_locale_reads_writes_and_tells_everything(
+    directory: Path, environment: dict[str, str]
+) -> None:
+    options = ("--recipe", "recette.yaml", "--set", 'data.prompt.template="{src} » {tgt_lang} ="')
+    done = lander(directory, environment, "prepare", *options)
+    assert done.returncode == 0, done.stderr
+    resolved = (directory / "läuft" / "recipe.resolved.yaml").read_text(encoding="utf-8")
+    assert "path: modèle/base" in resolved
+    assert "{src} » {tgt_lang} =" in resolved
+    told = lander(directory, environment, "config", *options, "--dump").stdout
+    missing = lander(directory, environment, "config", "--recipe", "nää.yaml")
+    assert missing.returncode == 2
+    assert "run_dir: läuft" in told.decode("utf-8")
+    assert "nää.yaml: the recipe does not exist" in missing.stderr.decode("utf-8")
