@@ -162,16 +162,16 @@ def measure_requeue(lab: Lab, job: Job, reference: str) -> dict[str, Any]:
     }
 
 
-def sound(found: dict[str, Any]) -> bool:
+def sound(actual: dict[str, Any]) -> bool:
     """Whether everything is as it must be."""
-    requeue = [found["requeue"]] if "requeue" in found else []
-    alike = [*found["launchers"].values(), *found["faults"], *requeue]
+    requeue = [actual["requeue"]] if "requeue" in actual else []
+    alike = [*actual["launchers"].values(), *actual["faults"], *requeue]
     return (
         all(
             (entry["exit_code"], entry["requeued"], entry["processes_left"]) == (0, 1, 0) and entry["resumed"]
             for entry in requeue
         )
-        and all(entry["exit_code"] == 0 for entry in found["launchers"].values())
+        and all(entry["exit_code"] == 0 for entry in actual["launchers"].values())
         and all(
             entry["max_rel_loss_diff"] is not None and entry["max_rel_loss_diff"] <= TOLERANCE
             for entry in alike
@@ -181,7 +181,7 @@ def sound(found: dict[str, Any]) -> bool:
             and entry["seconds"] <= entry["set_seconds"]
             and entry["processes_left"] == 0
             and entry["resumed"]
-            for entry in found["faults"]
+            for entry in actual["faults"]
         )
     )
 
@@ -191,22 +191,22 @@ def say(text: str) -> None:
     print(f"cluster: {text}", file=sys.stderr, flush=True)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(actual: dict[str, Any]) -> str:
     """The figures for people."""
     lines = [f"{'launcher':10} {'hosts':>5} {'largest difference':>18} {'exit code':>9} {'seconds':>8}"]
-    for name, entry in found["launchers"].items():
+    for name, entry in actual["launchers"].items():
         difference = "-" if entry["max_rel_loss_diff"] is None else f"{entry['max_rel_loss_diff']:.1e}"
         lines.append(
             f"{name:10} {entry['hosts']:5} {difference:>18} {entry['exit_code']:9} {entry['seconds']:8.1f}"
         )
     lines += ["", f"{'fault':26} {'exit code':>9} {'seconds':>8} {'left':>5} {'resumed':>8}"]
-    for entry in found["faults"]:
+    for entry in actual["faults"]:
         what = f"{entry['launcher']}: {entry['fault']}"
         resumed = "yes" if entry["resumed"] else "no"
         lines.append(
             f"{what:26} {entry['exit_code']:9} {entry['seconds']:8.1f} {entry['processes_left']:5} {resumed:>8}"
         )
-    if requeue := found.get("requeue"):
+    if requeue := actual.get("requeue"):
         lines += ["", f"{REQUEUE}: {requeue['requeued']} time(s), exit code {requeue['exit_code']}"]
     return "\n".join(lines)
 
@@ -238,7 +238,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for fault in FAULTS
         if fault.launcher in launchers and (not options.fault or fault.title in options.fault)
     ]
-    found: dict[str, Any] = {"launchers": {}, "faults": []}
+    actual: dict[str, Any] = {"launchers": {}, "faults": []}
     failed: list[str] = []
     begun = time.monotonic()
     with (
@@ -254,24 +254,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             raise Failed(f"one host alone does not train:\n{reference.tail()}")
         for launcher in launchers:
             say(launcher)
-            found["launchers"][launcher] = measure_launcher(lab, job, launcher, "single")
-            say(json.dumps(found["launchers"][launcher]))
+            actual["launchers"][launcher] = measure_launcher(lab, job, launcher, "single")
+            say(json.dumps(actual["launchers"][launcher]))
         for fault in chosen:
             say(fault.title)
             try:
-                found["faults"].append(measure_fault(lab, job, fault, "single"))
-                say(json.dumps(found["faults"][-1]))
+                actual["faults"].append(measure_fault(lab, job, fault, "single"))
+                say(json.dumps(actual["faults"][-1]))
             except Failed as error:
                 say(f"{fault.title}: {error}")
                 failed.append(fault.title)
         if "slurm" in launchers and (not options.fault or REQUEUE in options.fault):
             say(REQUEUE)
-            found["requeue"] = measure_requeue(lab, job, "single")
-            say(json.dumps(found["requeue"]))
-    found["seconds"] = round(time.monotonic() - begun, 1)
-    found["failed"] = failed
-    found["sound"] = sound(found) and not failed
-    return found
+            actual["requeue"] = measure_requeue(lab, job, "single")
+            say(json.dumps(actual["requeue"]))
+    actual["seconds"] = round(time.monotonic() - begun, 1)
+    actual["failed"] = failed
+    actual["sound"] = sound(actual) and not failed
+    return actual
 
 
 def main() -> int:
@@ -285,12 +285,12 @@ def main() -> int:
     try:
         # Standard output is for the figures: DeepSpeed logs there.
         with redirect_stdout(sys.stderr):
-            found = measure(options)
+            actual = measure(options)
     except Failed as error:
         say(f"error: {error}")
         return 1
-    print(json.dumps(found, indent=2) if options.json else table(found))
-    return 0 if found["sound"] else 1
+    print(json.dumps(actual, indent=2) if options.json else table(actual))
+    return 0 if actual["sound"] else 1
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Tally:
 class Killing:
     """One training, killed and resumed until enough kills are done, and then left in peace."""
 
-    def __init__(self, made: Miniature, kills: int, launched: int, seed: int, logs: Path) -> None:
+    def __init__(self, built: Miniature, kills: int, launched: int, seed: int, logs: Path) -> None:
         """Prepare.
 
         Args:
@@ -82,7 +82,7 @@ class Killing:
             seed: of the random moments and ranks.
             logs: an output file per start is written there.
         """
-        self.made, self.kills, self.logs = made, kills, logs
+        self.built, self.kills, self.logs = built, kills, logs
         self.random = random.Random(seed)
         self.steps = STEPS_PER_KILL * (kills + 1) + SPARE_STEPS
         self.kinds = [kind for kind, share in KINDS.items() for _ in range(round(share * kills))]
@@ -94,13 +94,13 @@ class Killing:
 
     def uninterrupted(self) -> RunDirectory:
         """The same training in peace."""
-        run = self.made.run("uninterrupted")
+        run = self.built.run("uninterrupted")
         self._start(run, "uninterrupted").expect(0)
         return run
 
     def run(self) -> RunDirectory:
         """Kill and resume."""
-        run = self.made.run("killed")
+        run = self.built.run("killed")
         for number, kind in enumerate(self.kinds):
             before = whole(run)
             training = self._start(run, f"kill-{number:03}", number in self.launched)
@@ -120,7 +120,7 @@ class Killing:
 
     def _start(self, run: RunDirectory, name: str, launched: bool = False) -> Training:
         options = arguments(
-            self.made,
+            self.built,
             run,
             "select.layers.k=2",
             "train.batch_tokens=192",
@@ -189,11 +189,11 @@ class Killing:
             elif not superfluous:
                 self.tally.lost.append(f"{training.log.stem}: step-{step} is gone or damaged")
         self._present = []
-        told = training.line("going on from ")
-        came_from = int(told.rpartition("step-")[2]) if told else 0
+        wording = training.line("going on from ")
+        came_from = int(wording.rpartition("step-")[2]) if wording else 0
         newest = max(before, default=0)
-        if "looking for an earlier one" in training.text() or (told and came_from != newest):
-            self.tally.half_read.append(f"{training.log.stem}: {told!r} instead of step-{newest}")
+        if "looking for an earlier one" in training.text() or (wording and came_from != newest):
+            self.tally.half_read.append(f"{training.log.stem}: {wording!r} instead of step-{newest}")
 
 
 def say(text: str) -> None:
@@ -201,10 +201,10 @@ def say(text: str) -> None:
     print(f"faults: {text}", file=sys.stderr, flush=True)
 
 
-def inject(made: Miniature, names: list[str], directory: Path) -> list[dict[str, str]]:
+def inject(built: Miniature, names: list[str], directory: Path) -> list[dict[str, str]]:
     """Do the named faults one after the other; the outcome of one that goes wrong begins with UNEXPECTED."""
-    scene = Scene(made, directory)
-    found = []
+    scene = Scene(built, directory)
+    actual = []
     for name in names:
         began = time.monotonic()
         try:
@@ -213,32 +213,32 @@ def inject(made: Miniature, names: list[str], directory: Path) -> list[dict[str,
             outcome = f"UNEXPECTED: {error}"
         finally:
             scene.clear()
-        found.append({"fault": name, "outcome": outcome})
+        actual.append({"fault": name, "outcome": outcome})
         say(f"{name} ({time.monotonic() - began:.0f} s): {outcome}")
-    return found
+    return actual
 
 
 def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Everything; the result has the keys of the JSON."""
-    made = make_miniature(directory / "made", WIDTH, NEURONS)
+    built = make_miniature(directory / "made", WIDTH, NEURONS)
     logs = directory / "logs"
     logs.mkdir()
-    killing = Killing(made, options.kills, options.launched, options.seed, logs)
+    killing = Killing(built, options.kills, options.launched, options.seed, logs)
     expected = killing.uninterrupted()
-    found = differences(killing.run(), expected)
+    actual = differences(killing.run(), expected)
     tally = killing.tally
-    for text in (*tally.lost, *tally.half_read, *found):
+    for text in (*tally.lost, *tally.half_read, *actual):
         say(f"UNEXPECTED: {text}")
     say(
-        f"kills: {dict(tally.kills)}, {tally.inside_save} inside a save; {', '.join(found) or 'nothing'} differs"
+        f"kills: {dict(tally.kills)}, {tally.inside_save} inside a save; {', '.join(actual) or 'nothing'} differs"
     )
     return {
         "kills": tally.kills.total(),
         "kills_inside_save": tally.inside_save,
         "checkpoints_lost": len(tally.lost),
         "half_read": len(tally.half_read),
-        "final_weights_bitwise_equal": not found,
-        "injected_faults": inject(made, options.faults, directory),
+        "final_weights_bitwise_equal": not actual,
+        "injected_faults": inject(built, options.faults, directory),
     }
 
 

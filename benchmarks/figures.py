@@ -56,15 +56,15 @@ def ratios(sittings: list[Sitting]) -> dict[str, float]:
     `ratio_<other>`: median step on the clock. `processor_ratio_<other>`: median processor time of a step.
     `peak_memory_ratio_<other>`: peak of the rank with the most.
     """
-    found: dict[str, float] = {}
+    actual: dict[str, float] = {}
     for sitting in sittings:
         ours = sitting["lander"]
         for name, other in sitting.items():
             if name != "lander":
-                found[f"ratio_{name}"] = ours.median / other.median
-                found[f"processor_ratio_{name}"] = ours.processor_median / other.processor_median
-                found[f"peak_memory_ratio_{name}"] = ours.peak_bytes / other.peak_bytes
-    return {key: round(value, 4) for key, value in found.items()}
+                actual[f"ratio_{name}"] = ours.median / other.median
+                actual[f"processor_ratio_{name}"] = ours.processor_median / other.processor_median
+                actual[f"peak_memory_ratio_{name}"] = ours.peak_bytes / other.peak_bytes
+    return {key: round(value, 4) for key, value in actual.items()}
 
 
 def result(
@@ -120,15 +120,15 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {"median": median, "min": min(digits), "max": max(digits), "all": digits}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(actual: dict[str, Any]) -> str:
     """The result for a person."""
-    machine = found["machine"]
+    machine = actual["machine"]
     lines = [
-        f"{found['model']}, {found['dtype']}, {found['ranks']} ranks with {machine['threads_per_rank']} threads each, "
-        f"{found['tokens_per_step']} tokens a step ({found['target_tokens_per_step']} of them targets), "
-        f"lander trains FFNs of layers {', '.join(map(str, found['layers']))}",
+        f"{actual['model']}, {actual['dtype']}, {actual['ranks']} ranks with {machine['threads_per_rank']} threads each, "
+        f"{actual['tokens_per_step']} tokens a step ({actual['target_tokens_per_step']} of them targets), "
+        f"lander trains FFNs of layers {', '.join(map(str, actual['layers']))}",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['versions']['torch']}, "
-        f"DeepSpeed {machine['versions']['deepspeed']}, load before {machine['load_before']:.1f}, {found['date']}",
+        f"DeepSpeed {machine['versions']['deepspeed']}, load before {machine['load_before']:.1f}, {actual['date']}",
         "",
         _row(
             "system",
@@ -144,10 +144,10 @@ def table(found: dict[str, Any]) -> str:
             "ratio",
         ),
     ]
-    for entry in found["systems"]:
+    for entry in actual["systems"]:
         name, times = entry["system"], entry["step_seconds"]
         keys = ("ratio", "processor_ratio", "peak_memory_ratio")
-        step, processor, memory = (f"{found[f'{key}_{name}']:.3f}" if name in GOALS else "" for key in keys)
+        step, processor, memory = (f"{actual[f'{key}_{name}']:.3f}" if name in GOALS else "" for key in keys)
         lines.append(
             _row(
                 name,

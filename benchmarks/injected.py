@@ -54,7 +54,7 @@ WRONG, FAILED_SAVE, KILLED = ExitCode.WRONG_INPUT, ExitCode.NOT_SAVED, -signal.S
 class Scene:
     """Where faults happen."""
 
-    made: Miniature
+    built: Miniature
     directory: Path
     trainings: list[Training] = field(default_factory=list)
     mounts: list[Path] = field(default_factory=list)
@@ -62,13 +62,13 @@ class Scene:
     @cached_property
     def expected(self) -> RunDirectory:
         """A training that nothing happens to; checkpoints every 4 steps, 12 in all."""
-        run = self.made.run("in-peace")
+        run = self.built.run("in-peace")
         self.start(run).expect(0)
         return run
 
     def begun(self, name: str) -> RunDirectory:
         """A training that was ended after step 8, with checkpoints of steps 4 and 8."""
-        run = self.made.run(name)
+        run = self.built.run(name)
         for step in (4, 8):
             shutil.copytree(self.expected.checkpoints / f"step-{step}", run.checkpoints / f"step-{step}")
         shutil.copy(self.expected.metrics, run.metrics)
@@ -78,7 +78,7 @@ class Scene:
         self, run: RunDirectory, *overrides: str, hook: str = "", launched: bool = False, resume: bool = True
     ) -> Training:
         """Start a training in `run`; `hook`: a function of hooks.py."""
-        options = arguments(self.made, run, *OPTIONS, *overrides)
+        options = arguments(self.built, run, *OPTIONS, *overrides)
         options += ["--auto-resume"] if resume else []
         number = len(list(self.directory.glob("fault-*.log")))
         log = self.directory / f"fault-{number:03}-{run.path.name}.log"
@@ -107,7 +107,7 @@ class Scene:
 
 def preempted(scene: Scene, number: signal.Signals, ranks: tuple[int, ...], launched: bool) -> str:
     """A signal to ranks during training."""
-    run = scene.made.run(f"{number.name}-{'launched' if launched else 'forked'}")
+    run = scene.built.run(f"{number.name}-{'launched' if launched else 'forked'}")
     training = scene.start(run, launched=launched)
     training.until(lambda: last_step(run) >= 2, "step 2")
     training.signal(number, ranks)
@@ -122,7 +122,7 @@ def preempted(scene: Scene, number: signal.Signals, ranks: tuple[int, ...], laun
 
 def signalled_twice(scene: Scene) -> str:
     """A second SIGTERM comes while the checkpoint after the first one is being written."""
-    run = scene.made.run("signalled-twice")
+    run = scene.built.run("signalled-twice")
     training = scene.start(run, "train.save_every=0", hook="signal_while_saving")
     training.until(lambda: last_step(run) >= 2, "step 2")
     training.signal(signal.SIGTERM, (0, 1))
@@ -135,7 +135,7 @@ def signalled_twice(scene: Scene) -> str:
 
 def launcher_terminated(scene: Scene) -> str:
     """SIGTERM to DeepSpeed's launcher and its children, as container managers send it."""
-    run = scene.made.run("launcher-terminated")
+    run = scene.built.run("launcher-terminated")
     training = scene.start(run, launched=True)
     assert isinstance(training, Launched)
     training.until(lambda: last_step(run) >= 2, "step 2")
@@ -158,33 +158,33 @@ def _on_a_small_disk(scene: Scene, run: RunDirectory, size: int) -> Training | N
     if subprocess.run(command, check=False, capture_output=True).returncode:
         return None
     scene.mounts.append(run.path)
-    shutil.copytree(scene.made.root / "prepared" / "data", run.data)
-    scene.made.selection().save(run.selection)
+    shutil.copytree(scene.built.root / "prepared" / "data", run.data)
+    scene.built.selection().save(run.selection)
     return scene.start(run)
 
 
 def full_disk(scene: Scene) -> str:
     """The whole run directory lies on a file system that has room for one checkpoint and a half."""
     size = sum(file.stat().st_size for file in (scene.expected.checkpoints / "step-4").iterdir())
-    run = RunDirectory(scene.made.root / "full-disk")
+    run = RunDirectory(scene.built.root / "full-disk")
     training = _on_a_small_disk(scene, run, 3 * size // 2 + (1 << 20))
     if training is None:
         return NOT_ROOT
     training.expect(FAILED_SAVE, "could not be written", "No space left on device")
     if list(whole(run)) != [4]:
         raise Unexpected(f"whole are {list(whole(run))}, not step 4 alone:\n{training.tail()}")
-    told = training.line("error: checkpoint")
+    wording = training.line("error: checkpoint")
     subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(run.path)], check=True)
     scene.goes_on(run)
     return (
-        f"steps 8 and 12 could not be saved, training went on, exit code {FAILED_SAVE}, step 4 whole: {told!r}; with "
+        f"steps 8 and 12 could not be saved, training went on, exit code {FAILED_SAVE}, step 4 whole: {wording!r}; with "
         "more room resumed from step 4, bitwise equal in the end"
     )
 
 
 def no_room_at_all(scene: Scene) -> str:
     """Something else fills the file system to its last byte during training."""
-    run = RunDirectory(scene.made.root / "no-room")
+    run = RunDirectory(scene.built.root / "no-room")
     training = _on_a_small_disk(scene, run, 64 << 20)
     if training is None:
         return NOT_ROOT
@@ -198,10 +198,10 @@ def no_room_at_all(scene: Scene) -> str:
         raise Unexpected(f"exit code {code}:\n{training.tail()}")
     if SAVE_EVERY not in whole(run):
         raise Unexpected(f"whole are {list(whole(run))}")
-    told = training.line("error: ")
+    wording = training.line("error: ")
     (run.path / "filler").unlink()
     scene.goes_on(run)
-    return f"exit code {code}: {told!r}; with more room resumed, bitwise equal in the end"
+    return f"exit code {code}: {wording!r}; with more room resumed, bitwise equal in the end"
 
 
 def damaged(scene: Scene, name: str, damage: Callable[[Path], None]) -> str:
@@ -242,10 +242,10 @@ def all_damaged(scene: Scene) -> str:
     for step in (4, 8):
         flipped(run.checkpoints / f"step-{step}" / "trained-0.safetensors")
     before = sorted(run.checkpoints.rglob("*"))
-    told = scene.start(run).expect(WRONG, "none of the 2 checkpoints").line("error: none of the 2")
+    wording = scene.start(run).expect(WRONG, "none of the 2 checkpoints").line("error: none of the 2")
     if sorted(run.checkpoints.rglob("*")) != before:
         raise Unexpected("the checkpoints have changed")
-    return f"exit code {WRONG}, nothing touched: {told!r}"
+    return f"exit code {WRONG}, nothing touched: {wording!r}"
 
 
 def refused(
@@ -254,19 +254,17 @@ def refused(
     """A start that does not fit the checkpoints; `base`: with the base model of then."""
     run = scene.begun(f"refused-{name}")
     before = whole(run)
-    with nullcontext() if base else other_base(scene.made):
-        told = scene.start(run, *overrides, resume=resume).expect(WRONG, says).line("error: ")
+    with nullcontext() if base else other_base(scene.built):
+        wording = scene.start(run, *overrides, resume=resume).expect(WRONG, says).line("error: ")
     if whole(run) != before:
         raise Unexpected("the checkpoints have changed")
     scene.goes_on(run)
-    return (
-        f"exit code {WRONG}, nothing touched: {told!r}; the right command went on, bitwise equal in the end"
-    )
+    return f"exit code {WRONG}, nothing touched: {wording!r}; the right command went on, bitwise equal in the end"
 
 
 def stopped_rank(scene: Scene, launched: bool) -> str:
     """SIGSTOP: the rank exists, but does nothing."""
-    run = scene.made.run(f"stopped-{'launched' if launched else 'forked'}")
+    run = scene.built.run(f"stopped-{'launched' if launched else 'forked'}")
     stall = STALL_SECONDS_LAUNCHED if launched else STALL_SECONDS
     training = scene.start(run, f"train.stall_seconds={stall}", launched=launched)
     training.until(lambda: last_step(run) >= 5, "step 5")
@@ -276,7 +274,7 @@ def stopped_rank(scene: Scene, launched: bool) -> str:
 
 def hanging_rank(scene: Scene) -> str:
     """Rank 1 sleeps in Python and never comes back."""
-    run = scene.made.run("hanging")
+    run = scene.built.run("hanging")
     training = scene.start(run, f"train.stall_seconds={STALL_SECONDS}", hook="hang")
     training.until(lambda: last_step(run) >= 4, "step 4")
     return _stalled(scene, run, training, STALL_SECONDS, "rank 1 on")
@@ -292,29 +290,29 @@ def _stalled(scene: Scene, run: RunDirectory, training: Training, stall: float, 
     # A second of its clock, and its grace.
     if seconds > stall + min(stall, WATCHDOG_GRACE) + 2.0:
         raise Unexpected(f"it took {seconds:.1f} s")
-    told = f"{training.line(names)!r}, {training.line('rank 0 on')!r}"
+    wording = f"{training.line(names)!r}, {training.line('rank 0 on')!r}"
     scene.goes_on(run)
     return (
-        f"named after {seconds:.1f} s (stall_seconds={stall:g}), exit code {ExitCode.STALLED}: {told}; resumed, bitwise "
+        f"named after {seconds:.1f} s (stall_seconds={stall:g}), exit code {ExitCode.STALLED}: {wording}; resumed, bitwise "
         "equal in the end"
     )
 
 
 def bad_gradients(scene: Scene) -> str:
     """Infinite gradients in two steps."""
-    run = scene.made.run("bad-gradients")
+    run = scene.built.run("bad-gradients")
     training = scene.start(run, "train.max_skipped=2", hook="bad_gradients").expect(0)
     skipped = [json.loads(line).get("skipped") for line in run.metrics.read_text().splitlines()]
     counted = checkpoint.newest(run.checkpoints).state["progress"]["skipped"]
-    told = [training.line(f"step {step} skipped: the gradient") for step in SKIPPED]
-    if sum(filter(None, skipped)) != len(SKIPPED) or counted != len(SKIPPED) or not all(told):
-        raise Unexpected(f"{skipped} in metrics.jsonl, {counted} in the checkpoint, told {told}")
-    return f"two steps were skipped, told and counted, training ended well: {told[0]!r}"
+    wording = [training.line(f"step {step} skipped: the gradient") for step in SKIPPED]
+    if sum(filter(None, skipped)) != len(SKIPPED) or counted != len(SKIPPED) or not all(wording):
+        raise Unexpected(f"{skipped} in metrics.jsonl, {counted} in the checkpoint, told {wording}")
+    return f"two steps were skipped, told and counted, training ended well: {wording[0]!r}"
 
 
 def bad_pair(scene: Scene) -> str:
     """Losses of one pair are not numbers."""
-    run = scene.made.run("bad-pair")
+    run = scene.built.run("bad-pair")
     training = scene.start(run, "train.max_skipped=3", hook="bad_pair")
     training.expect(WRONG, "the loss of en-fr is not finite", "after 3 skipped steps")
     return f"exit code {WRONG}: {training.line('error: ')!r}"
@@ -322,9 +320,9 @@ def bad_pair(scene: Scene) -> str:
 
 def dead_worker(scene: Scene) -> str:
     """A tokenising process of stage prepare is killed."""
-    run = RunDirectory(scene.made.root / "dead-worker")
+    run = RunDirectory(scene.built.root / "dead-worker")
     options = arguments(
-        scene.made,
+        scene.built,
         run,
         "select.layers.k=2",
         "data.workers=2",
@@ -346,15 +344,15 @@ def dead_worker(scene: Scene) -> str:
         if not workers:
             raise Unexpected("ended without a worker")
         workers[0].kill()
-        _, told = done.communicate(timeout=60)
+        _, wording = done.communicate(timeout=60)
     finally:
         done.kill()
         done.wait()
-    if done.returncode != WRONG or "a tokenising process died" not in told or "Traceback" in told:
-        raise Unexpected(f"exit code {done.returncode}:\n{told}")
+    if done.returncode != WRONG or "a tokenising process died" not in wording or "Traceback" in wording:
+        raise Unexpected(f"exit code {done.returncode}:\n{wording}")
     if (run.data / "prepared.json").exists():
         raise Unexpected("prepared.json was written")
-    line = next(line for line in told.splitlines() if "a tokenising process died" in line)
+    line = next(line for line in wording.splitlines() if "a tokenising process died" in line)
     return f"exit code {WRONG}, nothing written: {line!r}"
 
 

@@ -75,16 +75,16 @@ class Job:
 
     def difference(self, name: str, reference: str) -> float | None:
         """Largest relative difference of a step's loss; None where one has other steps."""
-        found, wanted = self.losses(name), self.losses(reference)
-        if not wanted or found.keys() != wanted.keys():
+        actual, wanted = self.losses(name), self.losses(reference)
+        if not wanted or actual.keys() != wanted.keys():
             return None
-        return max(abs(found[step] / wanted[step] - 1.0) for step in wanted)
+        return max(abs(actual[step] / wanted[step] - 1.0) for step in wanted)
 
 
 def tiny_job(root: Path, ranks: int) -> Job:
     """A small random model on sentences of the sample corpora."""
     root.mkdir()
-    made: TinyRun = make_tiny_run(root)
+    built: TinyRun = make_tiny_run(root)
     # Small parameters whole on every rank, so that a step of this model is not all waiting for one another.
     settings = {
         "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 10**6}
@@ -97,7 +97,7 @@ def tiny_job(root: Path, ranks: int) -> Job:
         "train.batch_tokens=768",
         "train.save_every=5",
     ]
-    return Job(made.recipe_path, root, overrides, made.run, ranks)
+    return Job(built.recipe_path, root, overrides, built.run, ranks)
 
 
 def demo_job(root: Path, ranks: int) -> Job:
@@ -237,15 +237,15 @@ def idle(lab: Lab) -> set[tuple[str, int]]:
 
 def left(lab: Lab, before: set[tuple[str, int]]) -> list[str]:
     """Processes on all hosts that were not there before, beside those of sshd itself and of SLURM."""
-    found = []
+    actual = []
     for host in lab.hosts:
         for process in lab.processes(host):
             with suppress(psutil.Error):
                 name = process.name()
                 if (host, process.pid) in before or name.startswith(("sshd", "slurm")) or name == "sleep":
                     continue
-                found.append(f"{host}: {' '.join(process.cmdline())[:200]}")
-    return found
+                actual.append(f"{host}: {' '.join(process.cmdline())[:200]}")
+    return actual
 
 
 @contextmanager

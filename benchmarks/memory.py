@@ -180,7 +180,7 @@ def measure_import(work: Path, part: float) -> Measured:
 
     kept = 0
 
-    def place(unit: nn.Module) -> None:
+    def placement(unit: nn.Module) -> None:
         """Memory of its own for every parameter, as a device or a ZeRO-3 partition gives it."""
         nonlocal kept
         for parameter in unit.parameters():
@@ -192,7 +192,7 @@ def measure_import(work: Path, part: float) -> Measured:
     span = Span(0, max(1, round(part * layers)), layers)
     began = time.monotonic()
     with Sampler() as sampler:
-        fill(model, family, BaseWeights(work / "model"), place, span=span)
+        fill(model, family, BaseWeights(work / "model"), placement, span=span)
     return Measured(sampler.growth, kept, time.monotonic() - began)
 
 
@@ -311,12 +311,12 @@ def main() -> int:
         work = Path(directory)
         write_model(work / "model", arguments.parameters)
         write_checkpoint(work)
-        found = result(work, arguments.cases)
+        actual = result(work, arguments.cases)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(actual, indent=2))
     else:
-        print(f"{found['parameters']:,} parameters, {found['model_bytes'] / MIB:,.0f} MiB")
-        for name, case in found["cases"].items():
+        print(f"{actual['parameters']:,} parameters, {actual['model_bytes'] / MIB:,.0f} MiB")
+        for name, case in actual["cases"].items():
             figures = (
                 case[key] / MIB for key in ("peak_bytes", "kept_bytes", "beyond_kept_bytes", "bound_bytes")
             )
@@ -324,7 +324,7 @@ def main() -> int:
             print(
                 f"{name:15} peak {peak:8.0f} MiB, kept {kept:6.0f}, beyond it {growth:6.0f} of at most {bound:6.0f}"
             )
-    return 0 if found["bounded"] else 1
+    return 0 if actual["bounded"] else 1
 
 
 if __name__ == "__main__":

@@ -59,29 +59,29 @@ class Miniature(TinyRun):
     def selection(self, layers: tuple[int, ...] = SELECTED) -> Selection:
         """Banks of every kind."""
         neurons = json.loads((self.model / "config.json").read_text())["intermediate_size"]
-        made = random_selection(neurons, layers, PAIRS, seed=2)
-        return replace(made, metadata={"base_fingerprint": base_fingerprint(self.model)})
+        built = random_selection(neurons, layers, PAIRS, seed=2)
+        return replace(built, metadata={"base_fingerprint": base_fingerprint(self.model)})
 
 
 def make_miniature(root: Path, width: int, neurons: int) -> Miniature:
     """Build one in `root`; `width` is a multiple of 8."""
     root.mkdir(parents=True)
-    made = Miniature(make_tiny_run(root).root)
-    config = AutoConfig.from_pretrained(made.model)
+    built = Miniature(make_tiny_run(root).root)
+    config = AutoConfig.from_pretrained(built.model)
     config.hidden_size, config.intermediate_size, config.head_dim = width, neurons, width // 4
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(made.model)
-    return made
+    model.save_pretrained(built.model)
+    return built
 
 
 @contextmanager
-def other_base(made: TinyRun) -> Iterator[None]:
+def other_base(built: TinyRun) -> Iterator[None]:
     """Within this context one weight of the base model is another."""
-    path = made.model / "model.safetensors"
+    path = built.model / "model.safetensors"
     kept = path.rename(path.with_suffix(".kept"))
     tensors = load_file(kept)
     next(iter(tensors.values())).view(-1)[0] += 1.0
@@ -117,10 +117,10 @@ class Training(ABC):
 
     def signal(self, number: int, ranks: Iterable[int]) -> None:
         """Send a signal to some ranks."""
-        found = self.pids()
+        actual = self.pids()
         for rank in ranks:
-            if rank in found:
-                os.kill(found[rank], number)
+            if rank in actual:
+                os.kill(actual[rank], number)
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition.
@@ -158,10 +158,10 @@ class Training(ABC):
         Raises:
             Unexpected: another exit code, or a text is not in the output.
         """
-        found = self.wait()
+        actual = self.wait()
         missing = [text for text in texts if text not in self.text()]
-        if found != code or missing:
-            raise Unexpected(f"exit code {found}, not {code}; missing: {missing}\n{self.tail()}")
+        if actual != code or missing:
+            raise Unexpected(f"exit code {actual}, not {code}; missing: {missing}\n{self.tail()}")
         return self
 
     @abstractmethod
@@ -174,8 +174,8 @@ class Training(ABC):
 
     def line(self, part: str) -> str:
         """The first line of the output with `part`, without time and level."""
-        found = next((line for line in self.text().splitlines() if part in line), "")
-        return found[found.find(part) :].strip()
+        actual = next((line for line in self.text().splitlines() if part in line), "")
+        return actual[actual.find(part) :].strip()
 
     def tail(self) -> str:
         """The end of the output."""
@@ -326,10 +326,10 @@ def _rank(rank: int, ranks: int, port: int, arguments: list[str], log: Path, hoo
     sys.exit(main(arguments))
 
 
-def arguments(made: TinyRun, run: RunDirectory, *overrides: str, stage: str = "train") -> list[str]:
+def arguments(built: TinyRun, run: RunDirectory, *overrides: str, stage: str = "train") -> list[str]:
     """The command line of a stage."""
-    sets = [f"run_dir={run.path}", *(override.replace("$root", str(made.root)) for override in overrides)]
-    return [stage, "--recipe", str(made.recipe_path), *(f"--set={value}" for value in sets)]
+    sets = [f"run_dir={run.path}", *(override.replace("$root", str(built.root)) for override in overrides)]
+    return [stage, "--recipe", str(built.recipe_path), *(f"--set={value}" for value in sets)]
 
 
 def last_step(run: RunDirectory) -> int:
@@ -343,15 +343,15 @@ def last_step(run: RunDirectory) -> int:
 
 def whole(run: RunDirectory) -> dict[int, str]:
     """Step -> hash of everything in it, of the checkpoints that are what was written."""
-    found = {}
+    actual = {}
     for step in checkpoint.steps(run.checkpoints):
         try:
-            found[step] = json.dumps(
+            actual[step] = json.dumps(
                 checkpoint.load(run.checkpoints / f"step-{step}").verified().state["files"]
             )
         except ArtefactError:
             continue
-    return found
+    return actual
 
 
 def being_saved(run: RunDirectory) -> list[str]:
@@ -366,16 +366,16 @@ def being_saved(run: RunDirectory) -> list[str]:
 def differences(run: RunDirectory, expected: RunDirectory) -> list[str]:
     """What differs in the newest checkpoints and the metrics of two trainings; empty: they are bitwise equal."""
     one, other = checkpoint.newest(run.checkpoints), checkpoint.newest(expected.checkpoints)
-    found = [key for key in ("step", "progress", "group_steps") if one.state[key] != other.state[key]]
+    actual = [key for key in ("step", "progress", "group_steps") if one.state[key] != other.state[key]]
     for kind, tensors, wanted in (
         ("weights", one.trained(), other.trained()),
         ("optimizer state", one.optimizer(), other.optimizer()),
     ):
         if not _same(tensors, wanted):
-            found.append(kind)
+            actual.append(kind)
     if _figures(run) != _figures(expected):
-        found.append("metrics")
-    return found
+        actual.append("metrics")
+    return actual
 
 
 def expect_same(run: RunDirectory, expected: RunDirectory) -> None:
@@ -384,8 +384,8 @@ def expect_same(run: RunDirectory, expected: RunDirectory) -> None:
     Raises:
         Unexpected: they are not bitwise equal.
     """
-    if found := differences(run, expected):
-        raise Unexpected(f"{run.path}: {', '.join(found)} differ from the uninterrupted training")
+    if actual := differences(run, expected):
+        raise Unexpected(f"{run.path}: {', '.join(actual)} differ from the uninterrupted training")
 
 
 def _same(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:

@@ -111,11 +111,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def relative(found: list[float], expected: list[float]) -> float:
+def relative(actual: list[float], expected: list[float]) -> float:
     """Largest relative difference of two series; infinite if their lengths differ or a value is no number."""
-    if len(found) != len(expected):
+    if len(actual) != len(expected):
         return math.inf
-    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True)]
+    differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(actual, expected, strict=True)]
     return math.inf if any(map(math.isnan, differences)) else max(differences)
 
 
@@ -127,9 +127,9 @@ def steps_of(run: RunDirectory) -> list[dict[str, Any]]:
 
 def compare_training(run: RunDirectory, reference: RunDirectory) -> dict[str, Any]:
     """Losses of all steps and pairs, and trained weights: the norm of the difference over the norm."""
-    found, expected = steps_of(run), steps_of(reference)
-    worst = relative([r["loss"] for r in found], [r["loss"] for r in expected])
-    for one, other in zip(found, expected, strict=False):
+    actual, expected = steps_of(run), steps_of(reference)
+    worst = relative([r["loss"] for r in actual], [r["loss"] for r in expected])
+    for one, other in zip(actual, expected, strict=False):
         pairs = list(other["loss_per_pair"])
         values = [one["loss_per_pair"].get(pair, math.nan) for pair in pairs]
         worst = max(worst, relative(values, [other["loss_per_pair"][pair] for pair in pairs]))
@@ -140,13 +140,13 @@ def compare_training(run: RunDirectory, reference: RunDirectory) -> dict[str, An
         difference = _norm([ours[name].double() - theirs[name].double() for name in theirs])
         difference /= _norm([value.double() for value in theirs.values()])
     return {
-        "steps": len(found),
-        "first_loss": found[0]["loss"],
-        "last_loss": found[-1]["loss"],
+        "steps": len(actual),
+        "first_loss": actual[0]["loss"],
+        "last_loss": actual[-1]["loss"],
         "least_grad_norm": min(record["grad_norm"] for record in expected),
         "max_rel_loss_diff": worst,
         "max_rel_grad_norm_diff": relative(
-            [r["grad_norm"] for r in found], [r["grad_norm"] for r in expected]
+            [r["grad_norm"] for r in actual], [r["grad_norm"] for r in expected]
         ),
         "max_rel_weight_diff": difference,
     }
@@ -158,10 +158,10 @@ def _norm(tensors: list[torch.Tensor]) -> float:
 
 def compare_awareness(run: RunDirectory, reference: RunDirectory) -> float:
     """Largest difference of any statistic of any neuron, over the sum of absolute values that it is a sum of."""
-    found, expected = Awareness.load(run.awareness), Awareness.load(reference.awareness)
+    actual, expected = Awareness.load(run.awareness), Awareness.load(reference.awareness)
     worst = torch.zeros((), dtype=torch.float64)
     for statistic in STATISTICS:
-        one, other = getattr(found, statistic), getattr(expected, statistic)
+        one, other = getattr(actual, statistic), getattr(expected, statistic)
         scale = expected.sum_abs_h if statistic == "sum_h" else other.abs()
         # torch's maximum of a NaN and a number is NaN, which keeps to no limit.
         worst = torch.maximum(worst, ((one - other).abs() / scale.clamp_min(1e-12)).max())
@@ -216,7 +216,7 @@ def results(workspace: Workspace, jobs: list[Job], large_layers: int) -> dict[st
                 "ok": sound,
             }
         )
-    held, peaks = [], []
+    holding, peaks = [], []
     for job in jobs:
         if job.what not in ("hold", "load"):
             continue
@@ -235,7 +235,7 @@ def results(workspace: Workspace, jobs: list[Job], large_layers: int) -> dict[st
                 "expected": round(expected),
                 "ok": abs(facts["weights"] / expected - 1) < LIMITS["bytes"],
             }
-            held.append(entry)
+            holding.append(entry)
             if job.what == "load":
                 before, layers, after = elements_per_part(workspace.model(job.model))
                 parts = [*layers[start:stop], *([before] if start == 0 else [])]
@@ -252,25 +252,25 @@ def results(workspace: Workspace, jobs: list[Job], large_layers: int) -> dict[st
                         "ok": facts["peak"] < own + unit + slack,
                     }
                 )
-    everything = [*cases, *held, *peaks]
+    everything = [*cases, *holding, *peaks]
     return {
         "ok": bool(cases) and all(entry["ok"] for entry in everything),
         "limits": LIMITS,
         "cases": cases,
-        "weight_bytes": held,
+        "weight_bytes": holding,
         "load_peaks": peaks,
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(actual: dict[str, Any]) -> str:
     """The result for a person: the worst case of every topology and optimizer, then the bytes."""
     lines = [
-        f"{found['steps']} steps; families {', '.join(found['families'])}; clipping off and at {CLIP:g}",
+        f"{actual['steps']} steps; families {', '.join(actual['families'])}; clipping off and at {CLIP:g}",
         "",
     ]
     lines.append(f"{'topology':<34}{'optimizer':<11}{'loss':>10}{'weights':>10}{'awareness':>11}{'limit':>9}")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for case in found["cases"]:
+    for case in actual["cases"]:
         groups.setdefault((case["name"].split(", ")[1], case["optimizer"]), []).append(case)
     for (grid, optimizer), cases in groups.items():
         worst = [
@@ -280,18 +280,18 @@ def table(found: dict[str, Any]) -> str:
         figures = f"{worst[0]:>10.1e}{worst[1]:>10.1e}{worst[2]:>11.1e}{cases[0]['limit']:>9.0e}"
         lines.append(f"{grid:<34}{optimizer:<11}{figures}{_mark(all(case['ok'] for case in cases))}")
     lines += ["", f"{'bytes of weights':<50}{'rank':>5}{'layers':>9}{'measured':>15}{'expected':>15}"]
-    for entry in found["weight_bytes"]:
+    for entry in actual["weight_bytes"]:
         layers = "{}-{}".format(entry["layers"][0], entry["layers"][1] - 1)
         figures = f"{entry['rank']:>5}{layers:>9}{entry['measured']:>15,}{entry['expected']:>15,}"
         lines.append(f"{entry['case']:<50}{figures}{_mark(entry['ok'])}")
     lines += ["", f"{'peak while loading (MB)':<50}{'rank':>5}{'peak':>9}{'held':>9}{'largest unit':>14}"]
-    for entry in found["load_peaks"]:
+    for entry in actual["load_peaks"]:
         figures = "".join(
             f"{entry[key] / 1e6:>{width},.0f}"
             for key, width in (("peak", 9), ("held", 9), ("largest_unit", 14))
         )
         lines.append(f"{entry['case']:<50}{entry['rank']:>5}{figures}{_mark(entry['ok'])}")
-    lines += ["", f"{'all limits kept' if found['ok'] else 'A LIMIT IS BROKEN'}; {found['seconds']:.0f} s"]
+    lines += ["", f"{'all limits kept' if actual['ok'] else 'A LIMIT IS BROKEN'}; {actual['seconds']:.0f} s"]
     return "\n".join(lines)
 
 
@@ -375,17 +375,17 @@ def main() -> int:
     try:
         if options.keep is not None:
             options.keep.mkdir(parents=True)
-            found = run(options, options.keep.resolve())
+            actual = run(options, options.keep.resolve())
         else:
             with tempfile.TemporaryDirectory(prefix="lander-parity-") as directory:
-                found = run(options, Path(directory))
+                actual = run(options, Path(directory))
     except GroupFailed as error:
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(found, indent=2) if options.json else table(found))
-    return 0 if found["ok"] else 1
+    print(json.dumps(actual, indent=2) if options.json else table(actual))
+    return 0 if actual["ok"] else 1
 
 
 if __name__ == "__main__":

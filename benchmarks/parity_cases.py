@@ -185,9 +185,9 @@ class Job:
         return asdict(self)
 
     @staticmethod
-    def from_json(found: dict[str, Any]) -> Job:
+    def from_json(actual: dict[str, Any]) -> Job:
         """From `to_json`."""
-        return Job(**{**found, "grid": Grid(**found["grid"])})
+        return Job(**{**actual, "grid": Grid(**actual["grid"])})
 
 
 def jobs_of(families: tuple[str, ...], grids: tuple[Grid, ...], clips: tuple[float, ...]) -> Iterator[Job]:

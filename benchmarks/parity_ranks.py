@@ -78,12 +78,12 @@ def hold(workspace: Workspace, job: Job, run: RunDirectory) -> dict[str, Any]:
     """Open a training, count what it holds, and how much memory that took at most."""
     with PeakMemory() as memory:
         session = open_session(Start(workspace.recipe(job), run))
-    span, held = session.model.span, session.engine.rank_bytes()
+    span, holding = session.model.span, session.engine.rank_bytes()
     facts = {
         "span": [span.start, span.stop],
         "weights": own_bytes(session),
-        "gradients": held.gradients,
-        "optimizer": held.optimizer,
+        "gradients": holding.gradients,
+        "optimizer": holding.optimizer,
         "peak": memory.growth,
     }
     session.engine.destroy()
@@ -118,8 +118,8 @@ def main() -> None:
     console.setup_logging()
     process_group.start(600.0)
     workspace = Workspace(options.workspace)
-    for found in json.loads(options.jobs.read_text()):
-        job = Job.from_json(found)
+    for actual in json.loads(options.jobs.read_text()):
+        job = Job.from_json(actual)
         started = time.monotonic()
         work(workspace, job)
         if process_group.rank() == 0:

@@ -81,8 +81,8 @@ class Placement:
 
 
 PLACES = {
-    place.name: place
-    for place in (
+    placement.name: placement
+    for placement in (
         Placement("zero3", 1, 1),
         Placement("zero3", 1, 2),
         Placement("zero3", 1, 4),
@@ -93,42 +93,46 @@ PLACES = {
 }
 
 
-def job(name: str, place: Placement, optimizer: str, call: str) -> Job:
+def job(name: str, placement: Placement, optimizer: str, call: str) -> Job:
     """A training in a place."""
     options = (f"train.steps={STEPS}", f"train.save_every={SAVED_AT}")
-    return Job(name, (*OPTIMIZERS[optimizer], *options, *place.overrides), call)
+    return Job(name, (*OPTIMIZERS[optimizer], *options, *placement.overrides), call)
 
 
-def source(place: Placement, optimizer: str) -> str:
+def source(placement: Placement, optimizer: str) -> str:
     """Name of the training that is not interrupted."""
-    return f"whole-{place.name.replace(' ', '-')}-{optimizer}"
+    return f"whole-{placement.name.replace(' ', '-')}-{optimizer}"
 
 
-def directory(made: TinyRun, name: str, place: Placement) -> RunDirectory:
+def directory(built: TinyRun, name: str, placement: Placement) -> RunDirectory:
     """Of a job in a place."""
-    return made.run(f"{name}-{place.ranks}")
+    return built.run(f"{name}-{placement.ranks}")
 
 
-def matrix(made: TinyRun, places: Sequence[Placement], optimizers: Sequence[str]) -> list[dict[str, Any]]:
+def matrix(built: TinyRun, places: Sequence[Placement], optimizers: Sequence[str]) -> list[dict[str, Any]]:
     """Train everywhere, resume everywhere, compare."""
-    for place in places:
-        say(f"training in {place.name}")
-        jobs = [job(source(place, name), place, name, "lander_ds.stages.train:run") for name in optimizers]
-        run_world(made.root, place.ranks, jobs)
+    for placement in places:
+        say(f"training in {placement.name}")
+        jobs = [
+            job(source(placement, name), placement, name, "lander_ds.stages.train:run") for name in optimizers
+        ]
+        run_world(built.root, placement.ranks, jobs)
     cases = []
-    for place in places:
-        say(f"resuming in {place.name}")
-        todo = [(saved, name, f"{source(saved, name)}-{saved.ranks}-in-{place.name.replace(' ', '-')}")
+    for placement in places:
+        say(f"resuming in {placement.name}")
+        todo = [(saved, name, f"{source(saved, name)}-{saved.ranks}-in-{placement.name.replace(' ', '-')}")
                 for saved in places for name in optimizers]  # fmt: skip
         for saved, name, title in todo:
-            begin(directory(made, source(saved, name), saved), directory(made, title, place))
+            begin(directory(built, source(saved, name), saved), directory(built, title, placement))
         run_world(
-            made.root, place.ranks, [job(title, place, name, "resume_ranks:go_on") for _, name, title in todo]
+            built.root,
+            placement.ranks,
+            [job(title, placement, name, "resume_ranks:go_on") for _, name, title in todo],
         )
         for saved, name, title in todo:
-            whole, resumed = directory(made, source(saved, name), saved), directory(made, title, place)
+            whole, resumed = directory(built, source(saved, name), saved), directory(built, title, placement)
             cases.append(
-                {"saved": saved.name, "resumed": place.name, "optimizer": name, **compare(resumed, whole)}
+                {"saved": saved.name, "resumed": placement.name, "optimizer": name, **compare(resumed, whole)}
             )
             shutil.rmtree(resumed.path)
     return cases
@@ -143,34 +147,36 @@ def begin(whole: RunDirectory, resumed: RunDirectory) -> None:
 def compare(resumed: RunDirectory, whole: RunDirectory) -> dict[str, Any]:
     """The steps after the checkpoint, and the checkpoint at the end, of two trainings."""
     losses = [[record["loss"] for record in metrics(run)] for run in (resumed, whole)]
-    if [len(found) for found in losses] != [STEPS, STEPS]:
+    if [len(actual) for actual in losses] != [STEPS, STEPS]:
         raise Unexpected(f"{resumed.path}: {len(losses[0])} steps in metrics.jsonl, not {STEPS}")
-    found, expected = (checkpoint.newest(run.checkpoints) for run in (resumed, whole))
+    actual, expected = (checkpoint.newest(run.checkpoints) for run in (resumed, whole))
     bitwise = losses[0] == losses[1] and all(
         equal(one, other)
         for one, other in (
-            (found.trained(), expected.trained()),
-            (found.optimizer(), expected.optimizer()),
+            (actual.trained(), expected.trained()),
+            (actual.optimizer(), expected.optimizer()),
         )
     )
     return {
         "max_rel_loss_diff": relative(losses[0][SAVED_AT:], losses[1][SAVED_AT:]),
-        "max_rel_weight_diff": distance(found.trained(), expected.trained()),
+        "max_rel_weight_diff": distance(actual.trained(), expected.trained()),
         "bitwise": bitwise,
     }
 
 
-def equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+def equal(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     """Whether all tensors are bitwise equal."""
-    return set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    return set(actual) == set(expected) and all(
+        torch.equal(actual[name], expected[name]) for name in expected
+    )
 
 
-def overhead(made: Miniature, rounds: int) -> dict[str, Any]:
+def overhead(built: Miniature, rounds: int) -> dict[str, Any]:
     """What a save every ten steps costs: time of ten steps with it over time without, in the median of the rounds."""
     say("timing saves")
     options = (*ADAMW, f"train.valid_every={rounds}", f"train.batch_tokens={BATCH_TOKENS}")
-    run = made.run("timed-2")
-    run_world(made.root, 2, [Job("timed", options, "resume_ranks:time_saves")])
+    run = built.run("timed-2")
+    run_world(built.root, 2, [Job("timed", options, "resume_ranks:time_saves")])
     times: dict[str, list[float]] = json.loads((run.path / TIMES).read_text())
 
     def ratio(kind: str) -> float:
@@ -191,18 +197,18 @@ def overhead(made: Miniature, rounds: int) -> dict[str, Any]:
 
 def breaches(result: Mapping[str, Any]) -> list[str]:
     """Limits that are broken."""
-    found = []
+    actual = []
     for case in result["cases"]:
         what = f"{case['optimizer']}, saved in {case['saved']}, resumed in {case['resumed']}"
         if case["max_rel_loss_diff"] > LIMITS[case["optimizer"]]:
-            found.append(f"{what}: losses differ by {case['max_rel_loss_diff']:.1e}")
+            actual.append(f"{what}: losses differ by {case['max_rel_loss_diff']:.1e}")
         if case["saved"] == case["resumed"] and not case["bitwise"]:
-            found.append(f"{what}: not bitwise equal")
+            actual.append(f"{what}: not bitwise equal")
     if result.get("save_overhead", 0.0) > OVERHEAD_LIMIT:
-        found.append(
+        actual.append(
             f"saving every {BLOCK} steps takes {result['save_overhead']:.2f} times as long as not saving"
         )
-    return found
+    return actual
 
 
 def say(text: str) -> None:
@@ -259,8 +265,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="lander-resume-") as root:
         try:
             (Path(root) / "small").mkdir()
-            made = make_tiny_run(Path(root) / "small")
-            result["cases"] = matrix(made, [PLACES[name] for name in options.places], options.optimizers)
+            built = make_tiny_run(Path(root) / "small")
+            result["cases"] = matrix(built, [PLACES[name] for name in options.places], options.optimizers)
             if options.rounds:
                 result |= overhead(make_miniature(Path(root) / "large", WIDTH, NEURONS), options.rounds)
         except (Unexpected, RuntimeError) as error:

@@ -171,8 +171,8 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    found = result(sittings, workload, WARM_UP, threads, load)
-    print(json.dumps(found, indent=2) if options.json else table(found))
+    actual = result(sittings, workload, WARM_UP, threads, load)
+    print(json.dumps(actual, indent=2) if options.json else table(actual))
     return 0
 
 

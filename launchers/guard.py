@@ -29,22 +29,22 @@ END_SECONDS, KILL_SECONDS = 5.0, 5.0
 
 def processes(launch: str) -> list[psutil.Process]:
     """The processes of the launch on this host."""
-    found = []
+    actual = []
     for process in psutil.process_iter():
         # Another user's, or it has just ended.
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get("LANDER_LAUNCH") == launch and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                actual.append(process)
+    return actual
 
 
 def sweep(launch: str) -> list[psutil.Process]:
     """End them; returns those that are still there."""
-    found = processes(launch)
-    for process in found:
+    actual = processes(launch)
+    for process in actual:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(found, timeout=END_SECONDS)
+    psutil.wait_procs(actual, timeout=END_SECONDS)
     # Those that were started meanwhile, too.
     alive = processes(launch)
     for process in alive:

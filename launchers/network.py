@@ -19,7 +19,7 @@ def main(host: str) -> int:
     except LanderError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    mask = next(found.netmask for found in interfaces() if found.address == address)
+    mask = next(actual.netmask for actual in interfaces() if actual.address == address)
     print(ip_interface(f"{address}/{mask}").network)
     return 0
 

@@ -85,12 +85,12 @@ def resume(launch_dir: Path) -> None:
     path.write_text("".join(f"{argument}\0" for argument in resumed(arguments)), encoding="utf-8")
 
 
-def cause(found: Mapping[int, int]) -> int:
+def cause(actual: Mapping[int, int]) -> int:
     """The exit code that tells most, of ranks that ended at about the same time; 0 if none has failed.
 
     What the others say may be the consequence: they lost a neighbour, or were asked to end.
     """
-    failed = set(found.values()) - {0}
+    failed = set(actual.values()) - {0}
     for telling in (ExitCode.WRONG_INPUT, ExitCode.NOT_SAVED, ExitCode.STALLED):
         if telling in failed:
             return telling
@@ -125,10 +125,10 @@ def _watch(plan: Plan, requests: Requests, process: subprocess.Popen[bytes], tet
             say(f"{signal.Signals(requests.numbers[0]).name}: the ranks are asked to save and stop")
             tethers.stop()
             asked, deadline = True, min(deadline, now + plan.stop_seconds)
-        found = codes(plan.launch_dir)
+        actual = codes(plan.launch_dir)
         if not first:
-            first = cause(found)
-        if first or len(found) == plan.ranks:
+            first = cause(actual)
+        if first or len(actual) == plan.ranks:
             deadline = min(deadline, now + plan.linger_seconds)
         if not first and tethers.lost:
             return LOST
@@ -144,8 +144,8 @@ def _watch(plan: Plan, requests: Requests, process: subprocess.Popen[bytes], tet
 
 
 def _judge(plan: Plan, requests: Requests, returned: int, first: int) -> int:
-    found = codes(plan.launch_dir)
-    if len(found) == plan.ranks and not any(found.values()):
+    actual = codes(plan.launch_dir)
+    if len(actual) == plan.ranks and not any(actual.values()):
         return 0
     if requests.numbers and requests.numbers[0] == signal.SIGINT:
         return ExitCode.INTERRUPTED
@@ -153,7 +153,7 @@ def _judge(plan: Plan, requests: Requests, returned: int, first: int) -> int:
         return first
     if requests.numbers:
         return 128 + requests.numbers[0]
-    missing = [str(rank) for rank in range(plan.ranks) if rank not in found]
+    missing = [str(rank) for rank in range(plan.ranks) if rank not in actual]
     say(
         f"ranks {', '.join(missing)} left no exit code in {plan.launch_dir}: they were not started, or were killed "
         "together with what started them"

@@ -50,7 +50,7 @@ class Tethers:
             self._commands[host] = [*ssh, *alive, host, shlex.join(guard)]
         self._interval = seconds / BEATS
         self._guards: dict[str, subprocess.Popen[str]] = {}
-        self._told: set[str] = set()
+        self._wording: set[str] = set()
         self._ended = threading.Event()
 
     def __enter__(self) -> Tethers:
@@ -130,9 +130,9 @@ class Tethers:
                 process.stdin.flush()
 
     def _tell(self, host: str, what: str) -> None:
-        if host in self._told:
+        if host in self._wording:
             return
-        self._told.add(host)
+        self._wording.add(host)
         stderr = self._guards[host].stderr
         reason = stderr.read().strip() if stderr is not None else ""
         sys.stderr.write(f"supervise: {host} {what} ({reason or 'its guard has ended'})\n")

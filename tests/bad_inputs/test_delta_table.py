@@ -112,7 +112,7 @@ TABLE: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def built(tmp_path: Path) -> Path:
     base = save(tiny_model("llama"), tmp_path / "base")
     recipe = recipe_for(base, tmp_path / "run")
     write_checkpoint(recipe)
@@ -121,43 +121,43 @@ def made(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_bad_delta(name: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_delta(name: str, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, message = TABLE[name]
-    spoil(made / "delta")
-    before = contents(made)
+    spoil(built / "delta")
+    before = contents(built)
     capsys.readouterr()
-    assert main(["delta", "apply", str(made / "base"), str(made / "delta"), str(made / "out")]) == 2
+    assert main(["delta", "apply", str(built / "base"), str(built / "delta"), str(built / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
 
     assert re.search(message, error), error
-    assert contents(made) == before
+    assert contents(built) == before
 
 
 @pytest.mark.parametrize(
     "name", ["../escaped.safetensors", "/tmp/escaped.safetensors", "a/b.safetensors", "run.py", ".."]
 )
 def test_reverting_writes_no_file_elsewhere(
-    name: str, made: Path, capsys: pytest.CaptureFixture[str]
+    name: str, built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["delta", "apply", str(made / "base"), str(made / "delta"), str(made / "out")]) == 0
+    assert main(["delta", "apply", str(built / "base"), str(built / "delta"), str(built / "out")]) == 0
 
     def rename(value: dict[str, Any]) -> None:
         files = value["base"]["files"]
         files[name] = files.pop("model.safetensors")
 
-    meta(rename)(made / "delta")
-    before = contents(made)
-    assert main(["delta", "revert", str(made / "out"), str(made / "delta"), str(made / "back")]) == 2
+    meta(rename)(built / "delta")
+    before = contents(built)
+    assert main(["delta", "revert", str(built / "out"), str(built / "delta"), str(built / "back")]) == 2
     assert "do not use this delta" in capsys.readouterr().err
-    assert contents(made) == before
+    assert contents(built) == before
 
 
-def test_a_hostile_header_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["delta", "apply", str(made / "base"), str(made / "delta"), str(made / "out")]) == 0
+def test_a_hostile_header_is_refused(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["delta", "apply", str(built / "base"), str(built / "delta"), str(built / "out")]) == 0
     meta(lambda m: m["base"]["files"].update({"model.safetensors": '{"x": {"dtype": "F32"}}'}))(
-        made / "delta"
+        built / "delta"
     )
-    assert main(["delta", "revert", str(made / "out"), str(made / "delta"), str(made / "back")]) == 2
+    assert main(["delta", "revert", str(built / "out"), str(built / "delta"), str(built / "back")]) == 2
     assert "not a safetensors header" in capsys.readouterr().err
-    assert not (made / "back").exists()
+    assert not (built / "back").exists()

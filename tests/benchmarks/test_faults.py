@@ -111,9 +111,9 @@ def test_what_lies_there_is_seen(tmp_path: Path) -> None:
 
 def test_the_command_line_of_a_stage(tiny_run: TinyRun) -> None:
     run = RunDirectory(tiny_run.root / "some")
-    found = arguments(tiny_run, run, "deepspeed=$root/pipeline.json", stage="prepare")
-    assert found[:3] == ["prepare", "--recipe", str(tiny_run.recipe_path)]
-    assert found[3:] == [f"--set=run_dir={run.path}", f"--set=deepspeed={tiny_run.root}/pipeline.json"]
+    actual = arguments(tiny_run, run, "deepspeed=$root/pipeline.json", stage="prepare")
+    assert actual[:3] == ["prepare", "--recipe", str(tiny_run.recipe_path)]
+    assert actual[3:] == [f"--set=run_dir={run.path}", f"--set=deepspeed={tiny_run.root}/pipeline.json"]
 
 
 @pytest.mark.distributed
@@ -132,12 +132,12 @@ def test_a_small_run(tmp_path: Path) -> None:
     chosen = ["--faults", "SIGTERM to one rank,a flipped byte in state.json,another base"]
     done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert list(found) == KEYS
-    assert (found["kills"], found["checkpoints_lost"], found["half_read"]) == (2, 0, 0)
-    assert found["kills_inside_save"] >= 1
-    assert found["final_weights_bitwise_equal"] is True
-    outcomes = {entry["fault"]: entry["outcome"] for entry in found["injected_faults"]}
+    actual = json.loads(done.stdout)
+    assert list(actual) == KEYS
+    assert (actual["kills"], actual["checkpoints_lost"], actual["half_read"]) == (2, 0, 0)
+    assert actual["kills_inside_save"] >= 1
+    assert actual["final_weights_bitwise_equal"] is True
+    outcomes = {entry["fault"]: entry["outcome"] for entry in actual["injected_faults"]}
     assert "exit code 75; resumed, bitwise equal" in outcomes["SIGTERM to one rank"]
     assert "resumed from step 4, bitwise equal" in outcomes["a flipped byte in state.json"]
     assert "base_fingerprint was sha256:" in outcomes["another base"]

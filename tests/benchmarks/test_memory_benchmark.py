@@ -26,9 +26,9 @@ def test_models_have_about_the_size_that_was_asked_for(wanted: float, tolerance:
 def test_the_sampler_sees_memory_that_was_given_back() -> None:
     # Straight from the kernel: an allocator may have memory left over from other tests.
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    with Sampler() as sampler, mmap.mmap(-1, 64 * MIB, flags=private) as held:
+    with Sampler() as sampler, mmap.mmap(-1, 64 * MIB, flags=private) as holding:
         for _ in range(64):
-            held.write(bytes([1]) * MIB)
+            holding.write(bytes([1]) * MIB)
         deadline = time.monotonic() + 30
         while sampler.growth < 60 * MIB and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -49,11 +49,11 @@ def test_a_small_model(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert found["bounded"]
-    assert set(found["cases"]) == {"import-quarter", "delta"}
-    cases = found["cases"]
-    assert 0 < cases["import-quarter"]["kept_bytes"] < found["model_bytes"]
+    actual = json.loads(done.stdout)
+    assert actual["bounded"]
+    assert set(actual["cases"]) == {"import-quarter", "delta"}
+    cases = actual["cases"]
+    assert 0 < cases["import-quarter"]["kept_bytes"] < actual["model_bytes"]
     for case in cases.values():
         assert case["bounded"] == (case["beyond_kept_bytes"] <= case["bound_bytes"])
     assert not list(tmp_path.iterdir()), "nothing is left behind"

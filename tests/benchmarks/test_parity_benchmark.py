@@ -47,8 +47,8 @@ def test_expected_elements_are_those_of_the_model(family: str, tmp_path: Path) -
     assert expected_elements(tmp_path, (0, LAYERS), ()) == total
     model, description = build(ModelConfig(str(tmp_path)))
     for span in spans((1, 3), LAYERS):
-        held = sum(p.numel() for _, unit in units(model, description, span) for p in unit.parameters())
-        assert expected_elements(tmp_path, (span.start, span.stop), ()) == held
+        holding = sum(p.numel() for _, unit in units(model, description, span) for p in unit.parameters())
+        assert expected_elements(tmp_path, (span.start, span.stop), ()) == holding
     gate = 8 * 32 + 8 + 8 + 1
     assert expected_elements(tmp_path, (1, 3), (1, 3)) == expected_elements(tmp_path, (1, 3), ()) + gate
 
@@ -98,8 +98,8 @@ def test_refuses(arguments: list[str], message: str) -> None:
     assert message in done.stderr
 
 
-def _not_ok(found: dict[str, Any]) -> list[str]:
-    return [e.get("name", e.get("case")) for key in LISTS for e in found[key] if not e["ok"]]
+def _not_ok(actual: dict[str, Any]) -> list[str]:
+    return [e.get("name", e.get("case")) for key in LISTS for e in actual[key] if not e["ok"]]
 
 
 LISTS = ("cases", "weight_bytes", "load_peaks")
@@ -112,25 +112,25 @@ def test_a_quick_run(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--json", "--keep", str(work)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert found["ok"]
-    assert found["limits"] == LIMITS
-    assert [case["name"] for case in found["cases"]] == [
+    actual = json.loads(done.stdout)
+    assert actual["ok"]
+    assert actual["limits"] == LIMITS
+    assert [case["name"] for case in actual["cases"]] == [
         f"gemma3, {grid.name}, {optimizer}, clip 0.05"
         for grid in QUICK_GRIDS
         for optimizer in ("sgd", "adamw")
     ]
-    for case in found["cases"]:
+    for case in actual["cases"]:
         assert case["steps"] == 20
         assert case["least_grad_norm"] > CLIP
         assert case["last_loss"] < case["first_loss"]
         assert case["max_rel_loss_diff"] < case["limit"]
         assert case["max_rel_weight_diff"] < case["limit"]
         assert case["max_rel_awareness_diff"] < 1e-5
-    assert any(case["max_rel_weight_diff"] > 0 for case in found["cases"]), "compared with another run"
-    assert len(found["weight_bytes"]) == 2 * 2 * len(QUICK_GRIDS)
-    assert len(found["load_peaks"]) == 2 * len(QUICK_GRIDS)
-    assert "all limits kept" in table(found)
+    assert any(case["max_rel_weight_diff"] > 0 for case in actual["cases"]), "compared with another run"
+    assert len(actual["weight_bytes"]) == 2 * 2 * len(QUICK_GRIDS)
+    assert len(actual["load_peaks"]) == 2 * len(QUICK_GRIDS)
+    assert "all limits kept" in table(actual)
 
     # The same files with one loss, one shard and one peak changed.
     workspace = Workspace(work)

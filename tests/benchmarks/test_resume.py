@@ -28,7 +28,7 @@ def case(saved: str, resumed: str, optimizer: str, loss: float, bitwise: bool) -
 def test_the_places() -> None:
     names = ["zero3 x1", "zero3 x2", "zero3 x4", "pipeline 2x1", "pipeline 2x2", "pipeline_zero3 2x2"]
     assert list(PLACES) == parse([]).places == names
-    assert [place.ranks for place in PLACES.values()] == [1, 2, 4, 2, 4, 4]
+    assert [placement.ranks for placement in PLACES.values()] == [1, 2, 4, 2, 4, 4]
     assert parse(["--places", "pipeline 2x2,zero3 x1"]).places == ["pipeline 2x2", "zero3 x1"]
 
 
@@ -78,12 +78,12 @@ def test_a_small_run() -> None:
         [sys.executable, SCRIPT, *places], capture_output=True, text=True, timeout=280, check=False
     )
     assert done.stdout, done.stderr
-    found = json.loads(done.stdout)
-    cases = {(c["saved"], c["resumed"]): c for c in found["cases"]}
+    actual = json.loads(done.stdout)
+    cases = {(c["saved"], c["resumed"]): c for c in actual["cases"]}
     assert len(cases) == 4
     # One round on a busy machine says nothing about the time of a save.
-    assert breaches({"cases": found["cases"]}) == []
-    assert found["save_overhead"] > 0.0
-    assert found["save_overhead_foreground"] > 0.0
-    assert found["checkpoint_bytes"] > 1_000_000
-    assert done.returncode == (1 if breaches(found) else 0)
+    assert breaches({"cases": actual["cases"]}) == []
+    assert actual["save_overhead"] > 0.0
+    assert actual["save_overhead_foreground"] > 0.0
+    assert actual["checkpoint_bytes"] > 1_000_000
+    assert done.returncode == (1 if breaches(actual) else 0)

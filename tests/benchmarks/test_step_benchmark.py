@@ -67,10 +67,10 @@ def test_ratios_stay_within_a_sitting() -> None:
         {"lander": measured([1.0, 9.0, 2.0], 100), "full": measured([8.0, 4.0, 2.0], 400)},
         {"lander": measured([3.0], 150), "lora": measured([4.0], 200)},
     ]
-    found = ratios(sittings)
-    assert found["ratio_full"] == 0.5
-    assert found["peak_memory_ratio_full"] == 0.25
-    assert found["ratio_lora"] == found["processor_ratio_lora"] == 0.75
+    actual = ratios(sittings)
+    assert actual["ratio_full"] == 0.5
+    assert actual["peak_memory_ratio_full"] == 0.25
+    assert actual["ratio_lora"] == actual["processor_ratio_lora"] == 0.75
 
 
 def test_table_names_every_system_and_goal() -> None:
@@ -111,13 +111,13 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert {key for key in found if "ratio" in key} == {
+    actual = json.loads(done.stdout)
+    assert {key for key in actual if "ratio" in key} == {
         f"{kind}_{other}"
         for kind in ("ratio", "processor_ratio", "peak_memory_ratio")
         for other in ("full_same_logits", "lora")
     }
-    systems = {entry["system"]: entry for entry in found["systems"]}
+    systems = {entry["system"]: entry for entry in actual["systems"]}
     assert list(systems) == ["lander", "full_same_logits", "lora"]
     losses = [entry["first_loss"] for entry in systems.values()]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
@@ -127,7 +127,7 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
     assert systems["lora"]["trained_parameters"] == sum(
         LORA_RANK * (m.in_features + m.out_features) for m in linear
     )
-    assert found["target_tokens_per_step"] == 32
+    assert actual["target_tokens_per_step"] == 32
     for entry in systems.values():
         assert len(entry["step_seconds"]["all"]) == 1
         assert len(entry["peak_memory_bytes_per_rank"]) == 2

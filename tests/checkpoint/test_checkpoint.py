@@ -41,26 +41,26 @@ def recipe(base: Path, tmp_path: Path) -> Recipe:
 def test_round_trip(recipe: Recipe) -> None:
     tensors = write_checkpoint(recipe, 40)
     run = RunDirectory(recipe.run_dir)
-    found = checkpoint.newest(run.checkpoints)
-    assert (found.step, found.path) == (40, run.checkpoints / "step-40")
-    loaded = found.trained()
+    actual = checkpoint.newest(run.checkpoints)
+    assert (actual.step, actual.path) == (40, run.checkpoints / "step-40")
+    loaded = actual.trained()
     assert set(loaded) == set(tensors)
     assert len(loaded) == len(tensors)
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
     assert all(value.dtype == torch.float32 for value in loaded.values())
-    selection = found.selection()
+    selection = actual.selection()
     assert selection is not None
     assert [s.banks for s in selection.layers] == [s.banks for s in Selection.load(run.selection).layers]
-    assert found.state["method"] == "lander"
-    assert found.state["pairs"] == list(PAIRS)
-    assert found.state["versions"]["torch"]
+    assert actual.state["method"] == "lander"
+    assert actual.state["pairs"] == list(PAIRS)
+    assert actual.state["versions"]["torch"]
 
 
 def test_a_method_without_selection(recipe: Recipe) -> None:
     write_checkpoint(replace(recipe, train=replace(recipe.train, method="full")))
-    found = checkpoint.newest(RunDirectory(recipe.run_dir).checkpoints)
-    assert found.selection() is None
-    assert not (found.path / SELECTION).exists()
+    actual = checkpoint.newest(RunDirectory(recipe.run_dir).checkpoints)
+    assert actual.selection() is None
+    assert not (actual.path / SELECTION).exists()
 
 
 def test_the_newest_has_most_steps_not_the_last_date_or_name(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     break_it(write(tmp_path, 7))
     with caplog.at_level(logging.WARNING):
         assert checkpoint.newest(tmp_path).step == 5
-    [told] = caplog.messages
-    assert f"step-7/{file}" in told
-    assert told.endswith("looking for an earlier one")
+    [wording] = caplog.messages
+    assert f"step-7/{file}" in wording
+    assert wording.endswith("looking for an earlier one")
 
 
 def test_none_is_whole(tmp_path: Path) -> None:
@@ -142,16 +142,16 @@ def test_none_is_whole(tmp_path: Path) -> None:
 def test_what_is_read_is_compared_first(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
     flip(path / "optimizer-0.safetensors")
-    found = checkpoint.load(path)
-    assert set(found.trained()) == {"weight.0"}
+    actual = checkpoint.load(path)
+    assert set(actual.trained()) == {"weight.0"}
     with pytest.raises(ArtefactError, match="optimizer-0"):
-        found.optimizer()
+        actual.optimizer()
 
 
 def test_each_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = checkpoint.load(write(tmp_path, 7)).verified()
+    actual = checkpoint.load(write(tmp_path, 7)).verified()
     monkeypatch.setattr(checkpoint, "file_hash", lambda path: pytest.fail(f"{path} is hashed again"))
-    assert torch.equal(found.trained()["weight.0"] + 2.0, found.optimizer()["exp_avg_sq/weight.0"])
+    assert torch.equal(actual.trained()["weight.0"] + 2.0, actual.optimizer()["exp_avg_sq/weight.0"])
 
 
 def _sign(path: Path, **changes: Any) -> Path:

@@ -51,9 +51,9 @@ def test_the_newest_is_gone_on_from(
 ) -> None:
     saved(directory, recipe, 4, 8)
     with caplog.at_level(logging.INFO):
-        found = resumed(directory, recipe)
-    assert found is not None
-    assert (found.step, found.checked) == (8, True)
+        actual = resumed(directory, recipe)
+    assert actual is not None
+    assert (actual.step, actual.checked) == (8, True)
     assert caplog.messages == [f"going on from {directory / 'step-8'}"]
 
 
@@ -62,9 +62,9 @@ def test_a_damaged_newest_one_is_passed_over(
 ) -> None:
     saved(directory, recipe, 4, 8)
     flip(directory / "step-8" / "optimizer-0.safetensors")
-    found = resumed(directory, recipe)
-    assert found is not None
-    assert found.step == 4
+    actual = resumed(directory, recipe)
+    assert actual is not None
+    assert actual.step == 4
     assert "step-8/optimizer-0.safetensors is not what was written" in caplog.text
     assert steps(directory) == [4, 8]
 
@@ -119,14 +119,14 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 @pytest.mark.parametrize("case", OTHER_RECIPES)
 def test_another_training_is_refused(directory: Path, recipe: Recipe, case: str) -> None:
     saved(directory, recipe, 4)
-    changes, told = OTHER_RECIPES[case]
-    with pytest.raises(ArtefactError, match=rf"step-4 is of another training: {told}.*--force"):
+    changes, wording = OTHER_RECIPES[case]
+    with pytest.raises(ArtefactError, match=rf"step-4 is of another training: {wording}.*--force"):
         resumed(directory, changed(recipe, changes))
     assert steps(directory) == [4]
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "wording"),
     [
         ("base", r"base_fingerprint was of the base, now it is another: correct model\.path"),
         (
@@ -139,9 +139,9 @@ def test_another_training_is_refused(directory: Path, recipe: Recipe, case: str)
         ),
     ],
 )
-def test_other_inputs_are_refused(directory: Path, recipe: Recipe, name: str, told: str) -> None:
+def test_other_inputs_are_refused(directory: Path, recipe: Recipe, name: str, wording: str) -> None:
     saved(directory, recipe, 4)
-    with pytest.raises(ArtefactError, match=told):
+    with pytest.raises(ArtefactError, match=wording):
         resumed(directory, recipe, **{name: "another"})
 
 
@@ -153,9 +153,9 @@ def test_a_method_without_selection_has_none_to_compare(directory: Path, recipe:
     saving.save(4, parts(4), identity, None)
     saving.finish()
     for inputs in ({}, {"selection": "new"}):
-        found = starting_point(directory, identity_of(full, {**INPUTS, **inputs}), False, True)
-        assert found is not None
-        assert found.selection() is None
+        actual = starting_point(directory, identity_of(full, {**INPUTS, **inputs}), False, True)
+        assert actual is not None
+        assert actual.selection() is None
 
 
 FREE_CHANGES = {
@@ -183,7 +183,7 @@ def test_what_changes_no_update_may_change(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "wording"),
     [
         ({"train": {"clip": 0.5}}, "train.clip was 1.0, now it is 0.5"),
         ({"train": {"betas": (0.8, 0.9)}}, "train.betas was [0.9, 0.95], now it is [0.8, 0.9]"),
@@ -194,12 +194,12 @@ def test_other_changes_are_told(
     directory: Path,
     recipe: Recipe,
     changes: dict[str, Any],
-    told: str,
+    wording: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     saved(directory, recipe, 4)
     assert resumed(directory, changed(recipe, changes)) is not None
-    assert caplog.messages == [f"going on with another option than before: {told}"]
+    assert caplog.messages == [f"going on with another option than before: {wording}"]
 
 
 def test_an_unchanged_recipe_is_silent(

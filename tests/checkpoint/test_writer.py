@@ -63,12 +63,12 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         "state.json",
         "trained-0.safetensors",
     ]
-    found = checkpoint.load(path).verified()
+    actual = checkpoint.load(path).verified()
     kept = parts(7)
-    for tensors, expected in ((found.trained(), kept.trained), (found.optimizer(), kept.optimizer)):
+    for tensors, expected in ((actual.trained(), kept.trained), (actual.optimizer(), kept.optimizer)):
         assert set(tensors) == set(expected)
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-    assert (found.step, found.state["method"], found.state["progress"]) == (7, "lander", {"done": 7})
+    assert (actual.step, actual.state["method"], actual.state["progress"]) == (7, "lander", {"done": 7})
     assert (path / SELECTION).read_bytes() == b"a selection"
 
 
@@ -161,9 +161,9 @@ def test_a_failure_is_told_and_the_next_one_is_written(
     saving = Writer(tmp_path / "checkpoints", KEEP_ALL, background=True)
     saving.save(2, Parts(FullDisk(), {}), {}, None)
     saving.save(3, parts(3), {}, None)
-    [told] = caplog.messages
-    assert "step-2 could not be written: rank 0 on " in told
-    assert "No space left on device; training goes on" in told
+    [wording] = caplog.messages
+    assert "step-2 could not be written: rank 0 on " in wording
+    assert "No space left on device; training goes on" in wording
     saving.finish()
     assert names(tmp_path / "checkpoints") == ["step-1", "step-3"]
 
@@ -240,18 +240,18 @@ def test_all_ranks_write_or_none(tmp_path: Path, fails: int) -> None:
     selection.write_bytes(b"a selection")
     ranks = PlainRanks(tmp_path, write_as_a_rank, tmp_path / "checkpoints", fails, selection)
     assert ranks.wait() == [0, 0], ranks.output
-    found = checkpoint.newest(tmp_path / "checkpoints")
-    assert (found.step, found.state["ranks"]) == (1, 2)
-    assert set(found.trained()) == {"weight.0", "weight.1"}
-    assert set(found.optimizer()) == {
+    actual = checkpoint.newest(tmp_path / "checkpoints")
+    assert (actual.step, actual.state["ranks"]) == (1, 2)
+    assert set(actual.trained()) == {"weight.0", "weight.1"}
+    assert set(actual.optimizer()) == {
         f"exp_avg{kind}/weight.{rank}" for kind in ("", "_sq") for rank in (0, 1)
     }
-    files = sorted(json.loads((found.path / STATE).read_text())["files"])
-    assert files == sorted(path.name for path in found.path.iterdir() if path.name != STATE)
+    files = sorted(json.loads((actual.path / STATE).read_text())["files"])
+    assert files == sorted(path.name for path in actual.path.iterdir() if path.name != STATE)
     for rank in (0, 1):
-        told = (tmp_path / f"failure-{rank}.txt").read_text()
-        assert f"step-2 could not be written: rank {fails} on {os.uname().nodename}: " in told
-        assert "No space left on device" in told
+        wording = (tmp_path / f"failure-{rank}.txt").read_text()
+        assert f"step-2 could not be written: rank {fails} on {os.uname().nodename}: " in wording
+        assert "No space left on device" in wording
 
 
 def write_without_rank_one(directory: Path) -> None:
@@ -294,14 +294,14 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         time.sleep(moments.uniform(0.0, 0.3))
         present = checkpoint.steps(directory)
         ranks.kill()
-        found = checkpoint.steps(directory)
-        assert found[-1] >= present[-1] > before
-        for step in found:
+        actual = checkpoint.steps(directory)
+        assert actual[-1] >= present[-1] > before
+        for step in actual:
             assert set(checkpoint.load(directory / f"step-{step}").verified().trained()) == {
                 "weight.0",
                 "weight.1",
             }
-        before = found[-1]
+        before = actual[-1]
     Writer(directory, KEEP_ALL, background=True)
     assert names(directory) == [f"step-{step}" for step in sorted(checkpoint.steps(directory), key=str)]
     shutil.rmtree(directory)

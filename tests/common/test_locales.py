@@ -49,8 +49,8 @@ def test_an_ascii_locale_reads_writes_and_tells_everything(
     resolved = (directory / "läuft" / "recipe.resolved.yaml").read_text(encoding="utf-8")
     assert "path: modèle/base" in resolved
     assert "{src} » {tgt_lang} =" in resolved
-    told = lander(directory, environment, "config", *options, "--dump").stdout
+    wording = lander(directory, environment, "config", *options, "--dump").stdout
     missing = lander(directory, environment, "config", "--recipe", "nää.yaml")
     assert missing.returncode == 2
-    assert "run_dir: läuft" in told.decode("utf-8")
+    assert "run_dir: läuft" in wording.decode("utf-8")
     assert "nää.yaml: the recipe does not exist" in missing.stderr.decode("utf-8")

@@ -169,6 +169,6 @@ def test_who_was_taken_for_dead_ends(path: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "node7", "token": "another"}))
-    _, told = process.communicate(timeout=60)
+    _, wording = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert b"this process was taken for dead" in told
+    assert b"this process was taken for dead" in wording

@@ -51,7 +51,7 @@ def test_every_shipped_json_is_accepted(path: Path) -> None:
 
 def deepspeed_keys() -> set[str]:
     """Every top-level key that DeepSpeed's configuration class reads, from its source."""
-    found: set[str] = set()
+    actual: set[str] = set()
     for node in ast.walk(ast.parse(inspect.getsource(deepspeed_config))):
         key: ast.expr | None = None
         match node:
@@ -63,10 +63,10 @@ def deepspeed_keys() -> set[str]:
                 key = name
         match key:
             case ast.Constant(value=str(text)):
-                found.add(text)
+                actual.add(text)
             case ast.Name(id=constant) if hasattr(deepspeed_config, constant):
-                found.add(getattr(deepspeed_config, constant))
-    return found
+                actual.add(getattr(deepspeed_config, constant))
+    return actual
 
 
 def test_every_key_that_deepspeed_reads_is_known() -> None:

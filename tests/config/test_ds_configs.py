@@ -62,9 +62,9 @@ def test_every_size_has_its_files() -> None:
         names = {path.stem for path in JSONS if path.parent.name == size}
         assert {"zero3", "pipeline"} <= names <= {"zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
         (row,) = re.findall(rf"^\| {size} \(.*", README, re.MULTILINE)
-        told = [cell.strip().startswith("yes") for cell in row.split("|")[2:6]]
+        wording = [cell.strip().startswith("yes") for cell in row.split("|")[2:6]]
         columns = ("zero3", "zero3_offload", "pipeline", "pipeline_zero3")
-        assert {name for name, there in zip(columns, told, strict=True) if there} == names, size
+        assert {name for name, there in zip(columns, wording, strict=True) if there} == names, size
 
 
 def test_the_files_are_what_the_command_writes() -> None:
@@ -77,9 +77,9 @@ def test_the_readme_gives_a_reason_for_every_value(path: Path) -> None:
     (sizes,) = re.findall(rf"^\| {path.parent.name} \| .*", README, re.MULTILINE)
     for key, value in leaves(json.loads(path.read_text())):
         (row,) = re.findall(rf"^\| `{re.escape(key)}` .*", README, re.MULTILINE)
-        told = row + sizes if "per size" in row or "stage3_max_live_parameters" in row else row
+        wording = row + sizes if "per size" in row or "stage3_max_live_parameters" in row else row
         shown = {json.dumps(value), f"{value:,}"} if isinstance(value, int) else {json.dumps(value)}
-        assert any(text in told for text in shown), (key, value)
+        assert any(text in wording for text in shown), (key, value)
 
 
 @every_json
@@ -148,20 +148,20 @@ def test_a_narrow_model_of_the_same_depth_trains(trained: tuple[str, TinyRun], n
     run = runs.run(f"{size}-{name}-2")
     if not run.training_summary.exists():
         pytest.skip("DeepSpeed compiles its CPU Adam with a C++ compiler, and there is none")
-    found = json.loads(run.training_summary.read_text())
-    assert found["steps"] == 2
-    assert found["frozen_unchanged"] is True
-    assert found["topology"] == name.removesuffix("_offload")
+    actual = json.loads(run.training_summary.read_text())
+    assert actual["steps"] == 2
+    assert actual["frozen_unchanged"] is True
+    assert actual["topology"] == name.removesuffix("_offload")
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == 2
     assert all(0.0 < loss < 20.0 for loss in losses)
     depth = CONFIGS[size]().num_hidden_layers
-    spans = found["layers_per_rank"]
+    spans = actual["layers_per_rank"]
     assert [spans[0][0], spans[-1][1]] == [0, depth]
-    whole = 2 * found["total_parameters"]
-    assert max(found["weight_bytes_per_rank"]) < 0.95 * whole
-    assert sum(found["weight_bytes_per_rank"]) < 1.05 * whole, "nothing is held twice but a tied head"
+    whole = 2 * actual["total_parameters"]
+    assert max(actual["weight_bytes_per_rank"]) < 0.95 * whole
+    assert sum(actual["weight_bytes_per_rank"]) < 1.05 * whole, "nothing is held twice but a tied head"
 
 
 @pytest.mark.distributed

@@ -65,12 +65,12 @@ def test_options_without_effect_are_warned_of(workspace: Workspace, caplog: pyte
 
 
 def test_pickles_are_refused_before_a_stage_starts(workspace: Workspace) -> None:
-    found = recipe(workspace)
-    model = Path(found.model.path)
+    actual = recipe(workspace)
+    model = Path(actual.model.path)
     for path in model.glob("*.safetensors"):
         path.unlink()
     torch.save({}, model / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"model\.path.*only pickled weights.*model\.allow_pickle: true"):
-        check_recipe(found, "detect")
-    allowed: Any = replace(found, model=replace(found.model, allow_pickle=True))
+        check_recipe(actual, "detect")
+    allowed: Any = replace(actual, model=replace(actual.model, allow_pickle=True))
     check_recipe(allowed, "detect")

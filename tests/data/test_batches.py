@@ -47,17 +47,17 @@ def test_every_example_is_somewhere_once(
     valid: dict[int, PreparedSplit], ranks: int, micro_batches: int
 ) -> None:
     batch = whole_split(valid, None)
-    found: list[int] = []
+    actual: list[int] = []
     targets = 0
     for rank in range(ranks):
         cuts = list(packed(batch, valid, rank, ranks, micro_batches, CPU))
         assert len(cuts) == micro_batches, "every rank runs the model equally often"
         for micro in cuts:
             real = micro.sample_ids[micro.sample_ids >= 0].tolist()
-            found += real
+            actual += real
             targets += len(micro.targets)
             if not real:
                 assert micro.pair_ids.tolist() == micro.sample_ids.tolist() == [-1]
                 assert len(micro.targets) == 0
-    assert sorted(found) == list(range(len(batch)))
+    assert sorted(actual) == list(range(len(batch)))
     assert targets == batch.target_tokens

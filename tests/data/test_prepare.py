@@ -34,10 +34,10 @@ def prepared(recipe: Recipe, force: bool = False) -> PreparedData:
 
 
 def statistics(recipe: Recipe, pair: str = "en-de") -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, dict[str, object]]] = json.loads(
+    actual: dict[str, dict[str, dict[str, object]]] = json.loads(
         (RunDirectory(recipe.run_dir).data / "statistics.json").read_text()
     )
-    return found[pair]
+    return actual[pair]
 
 
 def rejected(recipe: Recipe) -> list[tuple[str, int, str]]:
@@ -50,8 +50,8 @@ def entries(recipe: Recipe) -> list[Path]:
 
 
 def texts(data: PreparedData, split: str, pair: str = "en-de") -> list[tuple[str, str]]:
-    found = data.split(split)[pair]  # type: ignore[arg-type]
-    return [(s.src, s.tgt) for s in map(found.sentence, range(len(found)))]
+    actual = data.split(split)[pair]  # type: ignore[arg-type]
+    return [(s.src, s.tgt) for s in map(actual.sentence, range(len(actual)))]
 
 
 def test_sample_end_to_end(make_recipe: MakeRecipe) -> None:
@@ -61,16 +61,16 @@ def test_sample_end_to_end(make_recipe: MakeRecipe) -> None:
     assert data.pairs == ("en-de", "en-cs")
     encoder = TextEncoder(load_tokenizer(recipe.model.path, trust_remote_code=False))
     for split in ("train", "detect", "valid", "test"):
-        for pair, found in data.split(split).items():
-            assert (found.pair, found.split) == (pair, split)
-            for index in (0, len(found) - 1):
-                sentence = found.sentence(index)
-                ids, prompt_length = found.tokens(index)
+        for pair, actual in data.split(split).items():
+            assert (actual.pair, actual.split) == (pair, split)
+            for index in (0, len(actual) - 1):
+                sentence = actual.sentence(index)
+                ids, prompt_length = actual.tokens(index)
                 prompt = render_prompt(recipe.data.prompt, pair, sentence.src, ())
                 assert encoder.examples([prompt], [" " + sentence.tgt]) == [(ids.tolist(), prompt_length)]
                 assert ids.dtype == np.int32
-                assert found.lengths[index] == len(ids)
-                assert found.target_lengths[index] == len(ids) - prompt_length
+                assert actual.lengths[index] == len(ids)
+                assert actual.target_lengths[index] == len(ids) - prompt_length
                 assert sentence.id == f"{pair}:{split}:{index}"
     assert len(data.split("detect")["en-cs"]) == 100
     assert not set(texts(data, "train")) & set(texts(data, "detect"))
@@ -89,10 +89,10 @@ def test_plan_and_examples_come_from_the_prepared_split(make_recipe: MakeRecipe,
         seed=1,
     )
     batch = plan.batch(1)
-    found = examples(batch, range(len(batch)), splits)
-    assert [len(e.input_ids) for e in found] == batch.lengths.tolist()
-    assert [e.sample_id for e in found] == batch.sample_ids.tolist()
-    assert sum(len(e.input_ids) - e.prompt_length for e in found) == batch.target_tokens
+    actual = examples(batch, range(len(batch)), splits)
+    assert [len(e.input_ids) for e in actual] == batch.lengths.tolist()
+    assert [e.sample_id for e in actual] == batch.sample_ids.tolist()
+    assert sum(len(e.input_ids) - e.prompt_length for e in actual) == batch.target_tokens
 
 
 def test_every_reason_is_counted_and_recorded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -191,13 +191,13 @@ def test_few_shot_prompts_never_show_their_own_answer(make_recipe: MakeRecipe, t
     data = prepared(recipe)
     tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=False)
     for split in ("train", "test"):
-        found = data.split(split)["en-de"]
-        for index in range(len(found)):
-            ids, prompt_length = found.tokens(index)
+        actual = data.split(split)["en-de"]
+        for index in range(len(actual)):
+            ids, prompt_length = actual.tokens(index)
             prompt = tokenizer.decode(ids[:prompt_length], skip_special_tokens=True)
             assert prompt.count("English:") == 3
-            assert prompt.endswith(f"English: {found.sentence(index).src}\nGerman:")
-            assert f" {found.sentence(index).tgt}\n" not in prompt
+            assert prompt.endswith(f"English: {actual.sentence(index).src}\nGerman:")
+            assert f" {actual.sentence(index).tgt}\n" not in prompt
 
 
 class TestCache:
@@ -344,8 +344,8 @@ def test_losing_most_lines_is_told(
     bad = CorpusConfig(str(write_jsonl(tmp_path / "bad.jsonl", few)), split)
     corpora = (bad,) if split == "train" else (good, bad)
     prepared(make_recipe(*corpora, detect_examples=0))
-    told = f"11 of 21 {split} lines of en-de were dropped, most of them (7) as identical"
-    assert told in caplog.text
+    wording = f"11 of 21 {split} lines of en-de were dropped, most of them (7) as identical"
+    assert wording in caplog.text
     assert caplog.text.count("most of them") == 1
 
 

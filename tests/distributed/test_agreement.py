@@ -193,7 +193,7 @@ def test_one_rank_gathers_nothing(tiny_run: TinyRun, two_ranks: int) -> None:
 class RankStart:
     """How a rank is started."""
 
-    place: Path
+    placement: Path
     """Its working directory, with a recipe."""
     overrides: tuple[str, ...] = ()
     """Its `--set` arguments."""
@@ -211,7 +211,7 @@ class Ended:
 
 def launch(stage: str, starts: Mapping[int, RankStart], ranks: int) -> list[Ended]:
     """`lander STAGE` as some of `ranks` ranks, by hand; all must end by themselves."""
-    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    gathering = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank, start in starts.items():
         own = {
@@ -224,8 +224,8 @@ def launch(stage: str, starts: Mapping[int, RankStart], ranks: int) -> list[Ende
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "lander_ds", stage, "--recipe", "recipe.yaml", *sets],
-                cwd=start.place,
-                env={**os.environ, **meeting, **own},
+                cwd=start.placement,
+                env={**os.environ, **gathering, **own},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -241,15 +241,15 @@ def launch(stage: str, starts: Mapping[int, RankStart], ranks: int) -> list[Ende
     return [Ended(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
 
 
-def own_directory(tiny_run: TinyRun, place: Path) -> Path:
+def own_directory(tiny_run: TinyRun, placement: Path) -> Path:
     """A host's own copy of recipe, model and run, with relative paths as on other hosts."""
-    place.mkdir()
+    placement.mkdir()
     text = tiny_run.recipe_path.read_text(encoding="utf-8").replace(f"{tiny_run.root}/", "")
     for file in [*tiny_run.root.glob("*.jsonl"), *tiny_run.root.glob("*.json")]:
-        shutil.copy(file, place)
-    shutil.copytree(tiny_run.model, place / "model")
-    (place / "recipe.yaml").write_text(f"{text}select: {{layers: {{k: 2}}}}\n", encoding="utf-8")
-    return place
+        shutil.copy(file, placement)
+    shutil.copytree(tiny_run.model, placement / "model")
+    (placement / "recipe.yaml").write_text(f"{text}select: {{layers: {{k: 2}}}}\n", encoding="utf-8")
+    return placement
 
 
 @pytest.mark.distributed
@@ -282,14 +282,14 @@ def test_wrong_ranks_are_named_and_all_end(tiny_run: TinyRun, tmp_path: Path) ->
         "train", {0: RankStart(right), 1: other, 2: RankStart(wrong), 3: RankStart(right)}, ranks=4
     )
     assert [rank.code for rank in ended] == [2, 2, 2, 2], ended[0].errors
-    told = ended[0].errors
+    wording = ended[0].errors
     host = socket.gethostname()
-    assert f"look at ranks 1-2 ({host}):\n" in told
-    assert f"rank 1 ({host}): recipe train.clip is 0.25, on most ranks 0.0\n" in told
-    assert f"rank 1 ({host}): package sacrebleu is 2.0.0, on most ranks " in told
-    assert f"rank 2 ({host}): base model is " in told
-    assert f"rank 2 ({host}): run_dir prepared data is " in told
-    assert sum(line.startswith("  rank") for line in told.splitlines()) == 4
+    assert f"look at ranks 1-2 ({host}):\n" in wording
+    assert f"rank 1 ({host}): recipe train.clip is 0.25, on most ranks 0.0\n" in wording
+    assert f"rank 1 ({host}): package sacrebleu is 2.0.0, on most ranks " in wording
+    assert f"rank 2 ({host}): base model is " in wording
+    assert f"rank 2 ({host}): run_dir prepared data is " in wording
+    assert sum(line.startswith("  rank") for line in wording.splitlines()) == 4
     for number, rank in enumerate(ended):
         assert "Traceback" not in rank.errors
         assert "recipe train.clip is 0.25" in rank.errors
@@ -299,17 +299,17 @@ def test_wrong_ranks_are_named_and_all_end(tiny_run: TinyRun, tmp_path: Path) ->
 
 @pytest.mark.distributed
 def test_ranks_that_are_alike_start(tiny_run: TinyRun, tmp_path: Path) -> None:
-    place = own_directory(tiny_run, tmp_path / "place")
-    ended = launch("prepare", {0: RankStart(place), 1: RankStart(place)}, ranks=2)
+    placement = own_directory(tiny_run, tmp_path / "place")
+    ended = launch("prepare", {0: RankStart(placement), 1: RankStart(placement)}, ranks=2)
     assert [rank.code for rank in ended] == [0, 0], ended
-    assert (place / "run" / "data" / "prepared.json").exists()
+    assert (placement / "run" / "data" / "prepared.json").exists()
 
 
 @pytest.mark.distributed
 def test_a_rank_with_a_broken_recipe_tells_all_of_it(tiny_run: TinyRun, tmp_path: Path) -> None:
     """A launcher ends the others; here there are none."""
-    place = own_directory(tiny_run, tmp_path / "place")
-    [ended] = launch("train", {1: RankStart(place, ("train.steps=0", "train.clip=-1"))}, ranks=2)
+    placement = own_directory(tiny_run, tmp_path / "place")
+    [ended] = launch("train", {1: RankStart(placement, ("train.steps=0", "train.clip=-1"))}, ranks=2)
     assert ended.code == 2
     assert "rank 1 stopped: recipe.yaml has 2 problems" in ended.errors
     assert "train.steps: must be at least 1, found 0" in ended.errors

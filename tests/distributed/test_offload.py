@@ -45,13 +45,13 @@ def offloaded(world_2: TinyRun) -> TinyRun:
 @pytest.mark.timeout(COMPILE_SECONDS + 300)
 @pytest.mark.parametrize("name", ["zero3-offload", "pipeline-2x1-offload", "pipeline_zero3-2x1-offload"])
 def test_losses_and_weights_are_those_of_torchs_adamw(offloaded: TinyRun, name: str) -> None:
-    found, expected = offloaded.run(f"{name}-2"), offloaded.run("adamw-2")
+    actual, expected = offloaded.run(f"{name}-2"), offloaded.run("adamw-2")
     for key in ("loss", "grad_norm"):
-        assert relative([r[key] for r in metrics(found)], [r[key] for r in metrics(expected)]) < 1e-4
-    assert distance(trained(found), trained(expected)) < 1e-4
-    summary = json.loads(found.training_summary.read_text())
+        assert relative([r[key] for r in metrics(actual)], [r[key] for r in metrics(expected)]) < 1e-4
+    assert distance(trained(actual), trained(expected)) < 1e-4
+    summary = json.loads(actual.training_summary.read_text())
     assert summary["frozen_unchanged"]
-    held = summary["optimizer_bytes_per_rank"]
-    assert sum(held) == pytest.approx(12 * summary["trained_parameters"], rel=0.02)
+    holding = summary["optimizer_bytes_per_rank"]
+    assert sum(holding) == pytest.approx(12 * summary["trained_parameters"], rel=0.02)
     if name == "zero3-offload":
-        assert held == pytest.approx([sum(held) / 2] * 2, rel=0.02)
+        assert holding == pytest.approx([sum(holding) / 2] * 2, rel=0.02)

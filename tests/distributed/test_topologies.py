@@ -55,8 +55,8 @@ def name_of(topology: str, grid: str, what: str) -> str:
 
 
 def summary(runs: TinyRun, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(runs.run(name).training_summary.read_text())
-    return found
+    actual: dict[str, Any] = json.loads(runs.run(name).training_summary.read_text())
+    return actual
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -96,8 +96,8 @@ def test_recomputation_changes_nothing_on_one_rank(world_1: TinyRun) -> None:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("grid", ["2x1", "2x2"])
 def test_recomputation_changes_nothing_in_a_pipeline(runs: TinyRun, topology: str, grid: str) -> None:
-    found, expected = (runs.run(name_of(topology, grid, what)) for what in ("recompute", "adamw"))
-    assert_same_training(found, expected, 1e-6)
+    actual, expected = (runs.run(name_of(topology, grid, what)) for what in ("recompute", "adamw"))
+    assert_same_training(actual, expected, 1e-6)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -116,19 +116,19 @@ def test_validating_on_the_way(runs: TinyRun, topology: str) -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_rank_holds_its_part(runs: TinyRun, topology: str, grid: str) -> None:
     stages, data_ranks = _sizes(grid)
-    found = summary(runs, name_of(topology, grid, "adamw"))
-    assert (found["topology"], found["ranks"]) == (topology, stages * data_ranks)
-    spans = found["layers_per_rank"]
+    actual = summary(runs, name_of(topology, grid, "adamw"))
+    assert (actual["topology"], actual["ranks"]) == (topology, stages * data_ranks)
+    spans = actual["layers_per_rank"]
     assert [span[0] for span in spans[::data_ranks]] == [0, *(span[1] for span in spans[::data_ranks][:-1])]
     assert spans == [span for span in spans[::data_ranks] for _ in range(data_ranks)]
     assert spans[-1][1] == LAYERS
     base = load_file(runs.model / "model.safetensors")
-    gates = found["groups"]["gates"] // len(SELECTED)
+    gates = actual["groups"]["gates"] // len(SELECTED)
     banked = {
         layer.layer: 3 * WIDTH * sum(bank.size for bank in layer.banks if bank.kind != "frozen")
         for layer in runs.selection().layers
     }
-    assert sum(banked.values()) + gates * len(SELECTED) == found["trained_parameters"]
+    assert sum(banked.values()) + gates * len(SELECTED) == actual["trained_parameters"]
     shards = data_ranks if topology == "pipeline_zero3" else 1
     for rank, (start, stop) in enumerate(spans):
         names = [f"model.layers.{layer}." for layer in range(start, stop)]
@@ -138,30 +138,30 @@ def test_every_rank_holds_its_part(runs: TinyRun, topology: str, grid: str) -> N
         routed = [layer for layer in SELECTED if start <= layer < stop]
         weights = whole + len(routed) * gates
         learned = sum(banked[layer] + gates for layer in routed)
-        assert found["weight_bytes_per_rank"][rank] == pytest.approx(FLOAT * weights / shards, rel=0.05)
+        assert actual["weight_bytes_per_rank"][rank] == pytest.approx(FLOAT * weights / shards, rel=0.05)
         share = learned if topology == "pipeline" else learned / shards
-        assert found["gradient_bytes_per_rank"][rank] == pytest.approx(FLOAT * share, rel=0.03)
+        assert actual["gradient_bytes_per_rank"][rank] == pytest.approx(FLOAT * share, rel=0.03)
         states = ADAM_BYTES * learned / data_ranks
-        assert found["optimizer_bytes_per_rank"][rank] == pytest.approx(states, rel=0.03)
-    assert found["frozen_unchanged"] is True
+        assert actual["optimizer_bytes_per_rank"][rank] == pytest.approx(states, rel=0.03)
+    assert actual["frozen_unchanged"] is True
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("grid", ["4x1"])
 def test_stages_that_train_nothing_hold_no_optimizer(runs: TinyRun, topology: str, grid: str) -> None:
     for what in ("sgd", "adamw"):
-        found = summary(runs, name_of(topology, grid, what))
-        assert found["layers_per_rank"] == [[layer, layer + 1] for layer in range(LAYERS)]
+        actual = summary(runs, name_of(topology, grid, what))
+        assert actual["layers_per_rank"] == [[layer, layer + 1] for layer in range(LAYERS)]
         for name in ("gradient_bytes_per_rank", "optimizer_bytes_per_rank"):
-            assert [held > 0 for held in found[name]] == [layer in SELECTED for layer in range(LAYERS)]
+            assert [holding > 0 for holding in actual[name]] == [layer in SELECTED for layer in range(LAYERS)]
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_cut_by_hand(runs: TinyRun, topology: str) -> None:
-    found = summary(runs, name_of(topology, "2x1", "lower"))
-    assert found["layers_per_rank"] == [[0, 2], [2, 4]]
-    assert found["optimizer_bytes_per_rank"][1] == found["gradient_bytes_per_rank"][1] == 0
-    assert found["frozen_unchanged"] is True
+    actual = summary(runs, name_of(topology, "2x1", "lower"))
+    assert actual["layers_per_rank"] == [[0, 2], [2, 4]]
+    assert actual["optimizer_bytes_per_rank"][1] == actual["gradient_bytes_per_rank"][1] == 0
+    assert actual["frozen_unchanged"] is True
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -229,15 +229,15 @@ def test_inactive_groups_stay_bitwise(runs: TinyRun, topology: str) -> None:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_bfloat16_weights_float32_optimizer(runs: TinyRun, topology: str) -> None:
     name = name_of(topology, "2x1", "bfloat16")
-    found = summary(runs, name)
-    assert sum(found["optimizer_bytes_per_rank"]) == pytest.approx(
-        ADAM_BYTES * found["trained_parameters"], rel=0.03
+    actual = summary(runs, name)
+    assert sum(actual["optimizer_bytes_per_rank"]) == pytest.approx(
+        ADAM_BYTES * actual["trained_parameters"], rel=0.03
     )
     copied_head = 480 * WIDTH
-    assert sum(found["weight_bytes_per_rank"]) == pytest.approx(
-        2 * (found["total_parameters"] + copied_head), rel=0.05
+    assert sum(actual["weight_bytes_per_rank"]) == pytest.approx(
+        2 * (actual["total_parameters"] + copied_head), rel=0.05
     )
-    assert found["frozen_unchanged"] is True
+    assert actual["frozen_unchanged"] is True
     run, expected = runs.run(name), runs.run("bfloat16-1")
     for key in ("loss", "grad_norm"):
         assert relative([r[key] for r in metrics(run)], [r[key] for r in metrics(expected)]) < 0.02, key

@@ -35,13 +35,13 @@ def report(rank: int, collective: str | None) -> dict[str, Any]:
     }
 
 
-def told(collectives: Sequence[str | None], missing: Sequence[int] = ()) -> list[str]:
+def wording(collectives: Sequence[str | None], missing: Sequence[int] = ()) -> list[str]:
     reports = {rank: report(rank, name) for rank, name in enumerate(collectives) if rank not in missing}
     return verdict("train", 61.2, reports, len(collectives)).splitlines()
 
 
 def test_the_rank_outside_a_collective_hangs() -> None:
-    assert told(["all_reduce", None, "all_reduce"]) == [
+    assert wording(["all_reduce", None, "all_reduce"]) == [
         "train: nothing has happened for 61 s; the job is ended",
         "  rank 1 on host-1 hangs outside any collective: step 7, loop.py:1 in f",
         "  rank 0 on host-0 waits in all_reduce: step 7, loop.py:0 in f",
@@ -51,13 +51,13 @@ def test_the_rank_outside_a_collective_hangs() -> None:
 
 
 def test_a_rank_without_a_report_is_named_first() -> None:
-    lines = told(["all_reduce", None, "all_reduce"], missing=[2])
+    lines = wording(["all_reduce", None, "all_reduce"], missing=[2])
     assert lines[1] == "  rank 2 does not answer: it is stopped or gone, or its host is cut off"
     assert "rank 1 on host-1 hangs" in lines[2]
 
 
 def test_ranks_in_different_collectives_are_all_told() -> None:
-    lines = told(["barrier", "all_reduce"])
+    lines = wording(["barrier", "all_reduce"])
     assert "waits in barrier" in lines[1]
     assert "waits in all_reduce" in lines[2]
 

@@ -19,49 +19,51 @@ ADAM_BYTES = 12
 
 
 def summary(runs: TinyRun, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(runs.run(name).training_summary.read_text())
-    return found
+    actual: dict[str, Any] = json.loads(runs.run(name).training_summary.read_text())
+    return actual
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_rank_holds_its_share(request: pytest.FixtureRequest, ranks: int) -> None:
     runs: TinyRun = request.getfixturevalue(f"world_{ranks}")
-    found = summary(runs, f"adamw-{ranks}")
-    trained, total = found["trained_parameters"], found["total_parameters"]
+    actual = summary(runs, f"adamw-{ranks}")
+    trained, total = actual["trained_parameters"], actual["total_parameters"]
     base = sum(tensor.numel() for tensor in load_file(runs.model / "model.safetensors").values())
-    gates = found["groups"]["gates"]
-    assert found["ranks"] == ranks
+    gates = actual["groups"]["gates"]
+    assert actual["ranks"] == ranks
     assert total == base + gates, "tied embeddings count once"
-    assert trained == sum(found["groups"].values())
+    assert trained == sum(actual["groups"].values())
     for name, expected, tolerance in (
         ("optimizer_bytes_per_rank", ADAM_BYTES * trained / ranks, 0.02),
         ("gradient_bytes_per_rank", FLOAT * trained / ranks, 0.02),
         ("weight_bytes_per_rank", FLOAT * total / ranks, 0.05),
     ):
-        assert len(found[name]) == ranks
-        assert found[name] == pytest.approx([expected] * ranks, rel=tolerance), name
+        assert len(actual[name]) == ranks
+        assert actual[name] == pytest.approx([expected] * ranks, rel=tolerance), name
     # A process that has imported torch, and no more than a test machine has.
-    peaks = found["peak_memory_bytes_per_rank"]
+    peaks = actual["peak_memory_bytes_per_rank"]
     assert len(peaks) == ranks
     assert all(1e7 < peak < 2e10 for peak in peaks)
 
 
 def test_bfloat16_weights_float32_optimizer(world_2: TinyRun) -> None:
-    found = summary(world_2, "bfloat16-2")
-    assert found["optimizer_bytes_per_rank"] == pytest.approx(
-        [ADAM_BYTES * found["trained_parameters"] / 2] * 2, rel=0.02
+    actual = summary(world_2, "bfloat16-2")
+    assert actual["optimizer_bytes_per_rank"] == pytest.approx(
+        [ADAM_BYTES * actual["trained_parameters"] / 2] * 2, rel=0.02
     )
-    assert found["weight_bytes_per_rank"] == pytest.approx([2 * found["total_parameters"] / 2] * 2, rel=0.05)
-    assert found["frozen_unchanged"] is True
+    assert actual["weight_bytes_per_rank"] == pytest.approx(
+        [2 * actual["total_parameters"] / 2] * 2, rel=0.05
+    )
+    assert actual["frozen_unchanged"] is True
     notes = json.loads((world_2.run("looked-into-2").path / NOTES).read_text())
     assert notes["parameters"] == ["torch.bfloat16"]
     assert notes["rotary"] == ["torch.float32"], "in bfloat16 far positions would move"
 
 
 def test_sgd_keeps_no_moments(world_2: TinyRun) -> None:
-    found = summary(world_2, "sgd-2")
-    expected = FLOAT * found["trained_parameters"] / 2
-    assert found["optimizer_bytes_per_rank"] == pytest.approx([expected] * 2, rel=0.02)
+    actual = summary(world_2, "sgd-2")
+    expected = FLOAT * actual["trained_parameters"] / 2
+    assert actual["optimizer_bytes_per_rank"] == pytest.approx([expected] * 2, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["none-2", "input-2", "output-2"])
@@ -120,5 +122,5 @@ def test_lora_trains_adapters_and_nothing_else(world_2: TinyRun) -> None:
 
 
 def test_full_leaves_nothing_frozen(world_2: TinyRun) -> None:
-    found = summary(world_2, "full-2")
-    assert found["trained_parameters"] == found["total_parameters"]
+    actual = summary(world_2, "full-2")
+    assert actual["trained_parameters"] == actual["total_parameters"]

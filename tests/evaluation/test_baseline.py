@@ -47,9 +47,9 @@ def test_text_is_read_line_by_line(tmp_path: Path, end: str) -> None:
     plain.write_bytes(b"\xef\xbb\xbf" + text.encode())
     packed.write_bytes(gzip.compress(text.encode()))
     for path in (plain, packed):
-        found = read_baseline(path, SENTENCES)
-        assert [item.hyp for item in found] == TEXTS
-        assert [replace(item, hyp="") for item in found] == SENTENCES
+        actual = read_baseline(path, SENTENCES)
+        assert [item.hyp for item in actual] == TEXTS
+        assert [replace(item, hyp="") for item in actual] == SENTENCES
 
 
 def test_json_lines_are_matched_by_identifier(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def scored(tmp_path: Path) -> tuple[Recipe, RunDirectory]:
     for pair in PAIRS:
         references = [" ".join(generator.choices(WORDS, k=8)) for _ in range(20)]
         for system, kept in (("base", 1), ("trained", 6)):
-            made = [
+            built = [
                 Translation(f"{pair}:test:{n}", "source", text, " ".join(text.split()[:kept]), 5)
                 for n, text in enumerate(references)
             ]
-            write_translations(run.translations / system / f"{pair}.jsonl", made)
+            write_translations(run.translations / system / f"{pair}.jsonl", built)
         text = "".join(" ".join(reference.split()[:6]) + "\n" for reference in references)
         (tmp_path / f"other.{pair}.txt").write_text(text, encoding="utf-8")
     return recipe, run
@@ -128,18 +128,18 @@ def test_every_system_is_compared_with_the_file(
     pattern = str(tmp_path / "other.{pair}.txt")
     against = replace(recipe, score=replace(recipe.score, baseline=pattern))
     score.run(against, run)
-    found = json.loads(run.scores.read_text())
-    assert (found["baseline"], found["baseline_file"]) == ("baseline", pattern)
-    assert found["systems"] == ["baseline", "base", "trained"]
-    assert set(found["mean"]) == set(found["systems"])
+    actual = json.loads(run.scores.read_text())
+    assert (actual["baseline"], actual["baseline_file"]) == ("baseline", pattern)
+    assert actual["systems"] == ["baseline", "base", "trained"]
+    assert set(actual["mean"]) == set(actual["systems"])
     for pair in PAIRS:
-        entry, before = found["pairs"][pair]["systems"], own["pairs"][pair]["systems"]
+        entry, before = actual["pairs"][pair]["systems"], own["pairs"][pair]["systems"]
         # What a system scores does not depend on what it is compared with; the p-values do.
         assert entry["baseline"]["chrf"] == entry["trained"]["chrf"] == before["trained"]["chrf"]
         for metric in ("bleu", "chrf", "chrfpp"):
             assert f"p_{metric}" not in entry["baseline"]
             assert entry["base"][f"p_{metric}"] < 0.05
-            assert found["pairs"][pair][f"p_{metric}"] == entry["trained"][f"p_{metric}"] == 1.0
+            assert actual["pairs"][pair][f"p_{metric}"] == entry["trained"][f"p_{metric}"] == 1.0
             assert own["pairs"][pair][f"p_{metric}"] < 0.05
 
     figures = summarise(run)
@@ -176,6 +176,6 @@ def test_a_baseline_without_the_base(scored: tuple[Recipe, RunDirectory], tmp_pa
         score=replace(recipe.score, baseline=str(tmp_path / "other.{pair}.txt")),
     )
     score.run(alone, run)
-    found = json.loads(run.scores.read_text())
-    assert found["systems"] == ["baseline", "trained"]
-    assert found["pairs"]["en-fr"]["p_chrf"] is not None
+    actual = json.loads(run.scores.read_text())
+    assert actual["systems"] == ["baseline", "trained"]
+    assert actual["pairs"]["en-fr"]["p_chrf"] is not None

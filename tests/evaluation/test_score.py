@@ -22,12 +22,12 @@ REFERENCES = [
 
 def system(share: float) -> list[Translation]:
     """Translations that get the first `share` of the words right, every other one a word less."""
-    made = []
+    built = []
     for number, reference in enumerate(REFERENCES):
         words = reference.split()
         hypothesis = " ".join(words[: round(share * len(words)) - number % 2 * (share > 0)])
-        made.append(Translation(f"en-de:test:{number}", f"source {number}", reference, hypothesis, 5))
-    return made
+        built.append(Translation(f"en-de:test:{number}", f"source {number}", reference, hypothesis, 5))
+    return built
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ def facts(tiny_run: TinyRun, tmp_path: Path) -> dict[str, Any]:
 
 def front_matter(text: str) -> dict[str, Any]:
     _, head, _ = text.split("---\n", 2)
-    found: dict[str, Any] = yaml.safe_load(head)
-    return found
+    actual: dict[str, Any] = yaml.safe_load(head)
+    return actual
 
 
 def test_a_card_says_where_a_model_comes_from(
@@ -104,10 +104,10 @@ def test_a_card_says_where_a_model_comes_from(
 def test_scores_of_another_checkpoint_are_said_to_be_such(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe, run = replace(tiny_run.recipe("prepared"), run_dir=str(tmp_path)), RunDirectory(tmp_path)
     scored(run)
-    for checkpoint, told in (("step-20", False), ("step-10", True)):
+    for checkpoint, wording in (("step-20", False), ("step-10", True)):
         write_json(run.record_path("translate.trained"), {"checkpoint": checkpoint})
         text = render(facts_of(recipe, run, state_of(recipe)), "routed", Exactness.exact())
-        assert ("They are of step-10, another checkpoint of this training" in text) is told
+        assert ("They are of step-10, another checkpoint of this training" in text) is wording
 
 
 def test_facts_are_json_values(facts: dict[str, Any]) -> None:

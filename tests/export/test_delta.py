@@ -36,7 +36,7 @@ FACTS = {
 
 
 @dataclass(frozen=True)
-class Made:
+class Built:
     """A base, a training on it and the delta of that."""
 
     recipe: Recipe
@@ -46,21 +46,21 @@ class Made:
 
 def make(
     root: Path, case: str = "gemma3", method: str = "lander", gate: str = "input", dtype: str = "bfloat16"
-) -> Made:
+) -> Built:
     base = save(tiny_model(case).to(getattr(torch, dtype)), root / "base", max_shard_size="30KB")
     (base / "tokenizer.json").write_text("{}")
     (base / "generation_config.json").write_text('{"max_new_tokens": 7}')
     recipe = recipe_for(base, root / "run", method, gate, dtype)
     write_checkpoint(recipe)
     export_delta(open_trained(recipe), root / "delta", MEANS if gate != "none" else {}, FACTS)
-    return Made(recipe, base, root / "delta")
+    return Built(recipe, base, root / "delta")
 
 
 def lander(*arguments: object) -> None:
     assert main(["delta", *map(str, arguments)]) == 0
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def wording(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What a command that succeeds says."""
     capsys.readouterr()
     lander(*arguments)
@@ -92,12 +92,12 @@ CASES = ("gemma3", "bloom", "opt", "gpt_neox", "llama", "qwen3")
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_gated_delta_becomes_the_routed_export_and_back_the_base(case: str, tmp_path: Path) -> None:
-    made = make(tmp_path, case)
-    export_routed(open_trained(made.recipe), tmp_path / "routed", Form())
-    lander("apply", made.base, made.delta, tmp_path / "out")
+    built = make(tmp_path, case)
+    export_routed(open_trained(built.recipe), tmp_path / "routed", Form())
+    lander("apply", built.base, built.delta, tmp_path / "out")
     assert only_model_files(tmp_path / "out") == only_model_files(tmp_path / "routed")
-    lander("revert", tmp_path / "out", made.delta, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(made.base)
+    lander("revert", tmp_path / "out", built.delta, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(built.base)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -105,63 +105,63 @@ def test_a_gated_delta_becomes_the_routed_export_and_back_the_base(case: str, tm
 def test_a_delta_without_gates_becomes_the_dense_export_and_back_the_base(
     method: str, dtype: str, tmp_path: Path
 ) -> None:
-    made = make(tmp_path, "llama-tied", method, "none", dtype)
-    lander("apply", made.base, made.delta, tmp_path / "out")
-    assert only_model_files(tmp_path / "out") == only_model_files(dense(made.recipe))
-    assert not same_tensors(tmp_path / "out", made.base)
-    lander("revert", tmp_path / "out", made.delta, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(made.base)
+    built = make(tmp_path, "llama-tied", method, "none", dtype)
+    lander("apply", built.base, built.delta, tmp_path / "out")
+    assert only_model_files(tmp_path / "out") == only_model_files(dense(built.recipe))
+    assert not same_tensors(tmp_path / "out", built.base)
+    lander("revert", tmp_path / "out", built.delta, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(built.base)
 
 
 def test_a_delta_holds_only_what_changed(tmp_path: Path) -> None:
-    made = make(tmp_path, "llama")
-    delta = Delta.open(made.delta)
+    built = make(tmp_path, "llama")
+    delta = Delta.open(built.delta)
     banks = {
         layer.layer: sum(bank.size for bank in layer.banks if bank.kind != "frozen")
-        for layer in selection_for(made.recipe).layers
+        for layer in selection_for(built.recipe).layers
     }
     for name, change in delta.changes.items():
         layer = int(name.split(".")[2])
         assert change.count == banks[layer], name
         assert change.dim == (1 if "down_proj" in name else 0)
     assert {int(name.split(".")[2]) for name in delta.changes} == set(LAYERS)
-    stored = load_file(made.delta / WEIGHTS)
+    stored = load_file(built.delta / WEIGHTS)
     assert {name.removeprefix("gate/") for name in stored if name.startswith("gate/")} == set(
-        open_trained(made.recipe).gates
+        open_trained(built.recipe).gates
     )
     for name, change in delta.changes.items():
         assert stored[f"bits/{name}"].numel() == change.count * min(change.shape), "a row has as many as d"
-    assert str(made.base) not in (made.delta / META).read_text(), "no path of this machine"
+    assert str(built.base) not in (built.delta / META).read_text(), "no path of this machine"
 
 
 def test_fold_and_dense_are_what_stage_export_writes(tmp_path: Path) -> None:
-    made = make(tmp_path)
-    trained = open_trained(made.recipe)
+    built = make(tmp_path)
+    trained = open_trained(built.recipe)
     for pair in ("en-fr", "mean"):
         export_dense(folded(trained, MEANS, pair), tmp_path / "expected", Form(torch.float32))
         # From the rounded values that the delta holds, so equal in what a bfloat16 base can hold.
-        lander("apply", made.base, made.delta, tmp_path / pair, "--fold", pair, "--dtype", "float32")
+        lander("apply", built.base, built.delta, tmp_path / pair, "--fold", pair, "--dtype", "float32")
         ours, theirs = tensors(tmp_path / pair), tensors(tmp_path / "expected")
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, atol=1e-2, rtol=1e-2)
         card = (tmp_path / pair / "README.md").read_text()
         assert "approximation" in card
         assert pair in card
-    lander("apply", made.base, made.delta, tmp_path / "dense", "--dense")
-    assert only_model_files(tmp_path / "dense") == only_model_files(dense(made.recipe))
-    lander("revert", tmp_path / "dense", made.delta, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(made.base)
+    lander("apply", built.base, built.delta, tmp_path / "dense", "--dense")
+    assert only_model_files(tmp_path / "dense") == only_model_files(dense(built.recipe))
+    lander("revert", tmp_path / "dense", built.delta, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(built.base)
 
 
 def test_the_applied_model_computes_what_was_trained(tmp_path: Path) -> None:
-    made = make(tmp_path, "llama", dtype="float32")
-    lander("apply", made.base, made.delta, tmp_path / "out", "--shard-size", "0.00002")
+    built = make(tmp_path, "llama", dtype="float32")
+    lander("apply", built.base, built.delta, tmp_path / "out", "--shard-size", "0.00002")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-    for theirs, ours in zip(logits(model, "en-fr"), trained_logits(made.recipe, "en-fr"), strict=True):
+    for theirs, ours in zip(logits(model, "en-fr"), trained_logits(built.recipe, "en-fr"), strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
-    lander("revert", tmp_path / "out", made.delta, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(made.base)
+    lander("revert", tmp_path / "out", built.delta, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(built.base)
 
 
 def test_any_difference_between_two_models(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_any_difference_between_two_models(tmp_path: Path) -> None:
 def test_equal_models_give_an_empty_delta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save(tiny_model("llama"), tmp_path / "base")
     shutil.copytree(base, tmp_path / "same")
-    assert "same weights" in told(capsys, "diff", base, tmp_path / "same", tmp_path / "delta")
+    assert "same weights" in wording(capsys, "diff", base, tmp_path / "same", tmp_path / "delta")
     lander("apply", base, tmp_path / "delta", tmp_path / "out")
     assert only_model_files(tmp_path / "out") == contents(base)
 
@@ -212,7 +212,7 @@ def test_what_a_delta_leaves_out_is_said(tmp_path: Path, capsys: pytest.CaptureF
         json.dumps({**config, "rms_norm_eps": 1.0, "use_cache": False})
     )
     (tmp_path / "other" / "tokenizer.json").write_text("{}")
-    message = told(capsys, "diff", base, tmp_path / "other", tmp_path / "delta")
+    message = wording(capsys, "diff", base, tmp_path / "other", tmp_path / "delta")
     assert 'config.json differs in "rms_norm_eps": a delta' in message
     assert "tokenizer.json differ" in message
 
@@ -260,32 +260,32 @@ def test_a_stacked_model_is_named_when_a_delta_is_taken_off(
     base = save(tiny_model("llama"), tmp_path / "base")
     lander("diff", base, nudged(base, tmp_path / "a", "model.norm.weight"), tmp_path / "delta")
     other = nudged(tmp_path / "a", tmp_path / "b", "lm_head.weight")
-    assert "holds further changes" in told(capsys, "revert", other, tmp_path / "delta", tmp_path / "back")
+    assert "holds further changes" in wording(capsys, "revert", other, tmp_path / "delta", tmp_path / "back")
     third = nudged(base, tmp_path / "c", "lm_head.weight")
-    assert "is not the base that" in told(capsys, "apply", third, tmp_path / "delta", tmp_path / "out")
+    assert "is not the base that" in wording(capsys, "apply", third, tmp_path / "delta", tmp_path / "out")
     assert same_tensors(tmp_path / "out", other)
 
 
 def test_wrong_bases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = make(tmp_path, "llama")
+    built = make(tmp_path, "llama")
     other = save(tiny_model("llama"), tmp_path / "float32")
-    assert "is another tensor than" in refused(capsys, "apply", other, made.delta, tmp_path / "no")
+    assert "is another tensor than" in refused(capsys, "apply", other, built.delta, tmp_path / "no")
     bloom = save(tiny_model("bloom"), tmp_path / "bloom")
-    assert "lacks the tensor" in refused(capsys, "apply", bloom, made.delta, tmp_path / "no")
-    lander("apply", made.base, made.delta, tmp_path / "routed")
-    message = refused(capsys, "apply", tmp_path / "routed", made.delta, tmp_path / "no")
+    assert "lacks the tensor" in refused(capsys, "apply", bloom, built.delta, tmp_path / "no")
+    lander("apply", built.base, built.delta, tmp_path / "routed")
+    message = refused(capsys, "apply", tmp_path / "routed", built.delta, tmp_path / "no")
     assert "is a routed model: give the plain model" in message
-    lander("apply", made.base, made.delta, tmp_path / "folded", "--fold", "en-de")
-    message = refused(capsys, "revert", tmp_path / "folded", made.delta, tmp_path / "no")
+    lander("apply", built.base, built.delta, tmp_path / "folded", "--fold", "en-de")
+    message = refused(capsys, "revert", tmp_path / "folded", built.delta, tmp_path / "no")
     assert "without --fold, --dense and --dtype" in message
-    lander("diff", made.base, dense(made.recipe), tmp_path / "plain")
+    lander("diff", built.base, dense(built.recipe), tmp_path / "plain")
     message = refused(capsys, "revert", tmp_path / "routed", tmp_path / "plain", tmp_path / "no")
     assert "do not belong together" in message
     assert "no gates to fold" in refused(
-        capsys, "apply", made.base, tmp_path / "plain", tmp_path / "no", "--fold", "mean"
+        capsys, "apply", built.base, tmp_path / "plain", tmp_path / "no", "--fold", "mean"
     )
     assert "no pair xx-yy" in refused(
-        capsys, "apply", made.base, made.delta, tmp_path / "no", "--fold", "xx-yy"
+        capsys, "apply", built.base, built.delta, tmp_path / "no", "--fold", "xx-yy"
     )
     assert not (tmp_path / "no").exists()
 
@@ -305,36 +305,36 @@ def test_models_that_do_not_fit_have_no_difference(
 
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = make(tmp_path, "llama")
-    lander("apply", made.base, made.delta, tmp_path / "out")
+    built = make(tmp_path, "llama")
+    lander("apply", built.base, built.delta, tmp_path / "out")
     before = contents(tmp_path / "out")
-    message = refused(capsys, "apply", made.base, made.delta, tmp_path / "out", "--dense")
+    message = refused(capsys, "apply", built.base, built.delta, tmp_path / "out", "--dense")
     assert "exists: choose another directory, or --force" in message
     assert contents(tmp_path / "out") == before
-    lander("apply", made.base, made.delta, tmp_path / "out", "--dense", "--force")
+    lander("apply", built.base, built.delta, tmp_path / "out", "--dense", "--force")
     assert "modeling_lander.py" not in contents(tmp_path / "out")
     # Never what is no model, and never what the result is made from.
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("precious")
     for target in (tmp_path / "home", tmp_path / "home" / "thesis.txt"):
-        message = refused(capsys, "apply", made.base, made.delta, target, "--force")
+        message = refused(capsys, "apply", built.base, built.delta, target, "--force")
         assert "is no model or delta directory" in message
-    for target in (made.base, made.delta, made.base / "inside", tmp_path):
-        assert "overlap" in refused(capsys, "apply", made.base, made.delta, target, "--force")
+    for target in (built.base, built.delta, built.base / "inside", tmp_path):
+        assert "overlap" in refused(capsys, "apply", built.base, built.delta, target, "--force")
     (tmp_path / "empty").mkdir()
-    lander("apply", made.base, made.delta, tmp_path / "empty")
+    lander("apply", built.base, built.delta, tmp_path / "empty")
 
 
 def test_a_failing_command_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make(tmp_path, "llama")
-    lander("apply", made.base, made.delta, tmp_path / "out")
+    built = make(tmp_path, "llama")
+    lander("apply", built.base, built.delta, tmp_path / "out")
     before = contents(tmp_path / "out")
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lander_ds.export.routed.copy_companions", fail)
-    command = ["delta", "apply", str(made.base), str(made.delta), str(tmp_path / "out"), "--force"]
+    command = ["delta", "apply", str(built.base), str(built.delta), str(tmp_path / "out"), "--force"]
     assert main(command) == DiskFull.exit_code
     assert contents(tmp_path / "out") == before
     assert not list(tmp_path.glob(".*"))
@@ -364,16 +364,16 @@ def test_bits_lead_there_and_back(dtype: torch.dtype, shape: tuple[int, ...]) ->
     new = torch.randint(0, 2, shape, generator=generator).to(dtype)
     if shape:
         new[0] = 1 - old[0].int()
-    place = difference(old, new) or Slices(None, None)
-    bits = exclusive_or(old, new, place)
-    assert torch.equal(flipped(old, bits, place), new)
-    assert torch.equal(flipped(new, bits, place), old)
+    placement = difference(old, new) or Slices(None, None)
+    bits = exclusive_or(old, new, placement)
+    assert torch.equal(flipped(old, bits, placement), new)
+    assert torch.equal(flipped(new, bits, placement), old)
     assert difference(old, old.clone()) is None
 
 
 def test_the_selection_is_that_of_the_training(tmp_path: Path) -> None:
-    made = make(tmp_path, "llama")
-    assert (made.delta / SELECTION).exists()
-    meta = json.loads((made.delta / META).read_text())
+    built = make(tmp_path, "llama")
+    assert (built.delta / SELECTION).exists()
+    meta = json.loads((built.delta / META).read_text())
     assert meta["gate_means"] == MEANS
     assert meta["routing"]["gate"] == "input"

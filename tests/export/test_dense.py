@@ -36,10 +36,10 @@ def test_logits_are_the_trained_models(case: str, method: str, tmp_path: Path) -
     for sequence in examples():
         with torch.no_grad(), ours.pair("en-de"):
             expected = ours.model(sequence[None]).logits
-            found = exported(sequence[None]).logits
+            actual = exported(sequence[None]).logits
             before = original(sequence[None]).logits
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        assert (found - before).abs().max() > 1e-2
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        assert (actual - before).abs().max() > 1e-2
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         with ours.pair("en-de"):
             translation = ours.model.generate(sequence[None], **options)

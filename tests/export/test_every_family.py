@@ -51,8 +51,8 @@ def test_a_routed_export_computes_what_was_trained(case: str, tmp_path: Path) ->
     assert exported.generation_config.max_new_tokens == 7
     assert (tmp_path / "out" / "tokenizer.model").read_text() == "tokenizer.model of the base"
     with torch.no_grad():
-        found = [exported(ids[None], pair="en-de").logits for ids in examples()]
-    for ours, theirs in zip(trained_logits(recipe, "en-de"), found, strict=True):
+        actual = [exported(ids[None], pair="en-de").logits for ids in examples()]
+    for ours, theirs in zip(trained_logits(recipe, "en-de"), actual, strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     embedding = exported.get_input_embeddings().weight
     tied = bool(CONFIGS[case]().tie_word_embeddings)

@@ -52,15 +52,15 @@ def test_exports_compute_what_was_trained(
     export.run(recipe, run)
     proof = json.loads((run.export / "verification.json").read_text())
     assert set(proof) == set(formats)
-    for kind, found in proof.items():
-        assert found["sentences"] == 2 * len(PAIRS)
+    for kind, actual in proof.items():
+        assert actual["sentences"] == 2 * len(PAIRS)
         exact = not (kind == "dense" and name == "input")
-        assert found["expected_exact"] == exact
+        assert actual["expected_exact"] == exact
         if exact:
-            assert found["max_logit_difference"] < 1e-5 * max(1.0, found["max_logit"])
-            assert found["same_greedy"]
+            assert actual["max_logit_difference"] < 1e-5 * max(1.0, actual["max_logit"])
+            assert actual["same_greedy"]
         else:
-            assert found["max_logit_difference"] > 1e-3, "gates have been dropped"
+            assert actual["max_logit_difference"] > 1e-3, "gates have been dropped"
         assert (run.export / kind / "tokenizer.json").exists()
 
 
@@ -85,8 +85,8 @@ def test_all_forms_of_a_gated_model(world_2: TinyRun, tmp_path: Path) -> None:
     [(pair, loss)] = proof["dense-en-de"]["loss"].items()
     assert (pair, loss["split"], loss["sentences"]) == ("en-de", "test", 4)
     for metric in ("bleu", "chrf"):
-        found = loss[metric]
-        assert found["difference"] == pytest.approx(found["folded"] - found["routed"])
+        actual = loss[metric]
+        assert actual["difference"] == pytest.approx(actual["folded"] - actual["routed"])
         assert loss["signatures"][metric]
     assert set(proof["dense-mean"]["loss"]) == set(PAIRS)
     cards = {path.parent.name: path.read_text() for path in run.export.glob("*/README.md")}
@@ -188,9 +188,9 @@ def test_the_checkpoint_says_what_was_trained_not_the_recipe(world_2: TinyRun, t
 def test_a_training_in_bfloat16_on_a_float32_base(world_2: TinyRun, tmp_path: Path) -> None:
     recipe, run = copy_of(world_2, "bfloat16", tmp_path / "run", "export.formats=[routed]")
     export.run(recipe, run)
-    found = json.loads((run.export / "verification.json").read_text())["routed"]
-    assert found["expected_exact"]
-    assert found["max_logit_difference"] < 1e-5 * max(1.0, found["max_logit"])
+    actual = json.loads((run.export / "verification.json").read_text())["routed"]
+    assert actual["expected_exact"]
+    assert actual["max_logit_difference"] < 1e-5 * max(1.0, actual["max_logit"])
 
 
 def test_in_bfloat16_the_proof_is_against_the_weights_that_were_used(
@@ -201,14 +201,14 @@ def test_in_bfloat16_the_proof_is_against_the_weights_that_were_used(
         world_2, "none", tmp_path / "run", "model.dtype=bfloat16", "export.dtype=bfloat16", "export.verify=1"
     )
     export.run(recipe, run)
-    found = json.loads((run.export / "verification.json").read_text())["routed"]
-    assert found["expected_exact"]
-    assert found["max_logit_difference"] < 1e-5 * max(1.0, found["max_logit"])
+    actual = json.loads((run.export / "verification.json").read_text())["routed"]
+    assert actual["expected_exact"]
+    assert actual["max_logit_difference"] < 1e-5 * max(1.0, actual["max_logit"])
 
 
 def test_narrower_exports_are_not_called_exact(world_2: TinyRun, tmp_path: Path) -> None:
     recipe, run = copy_of(world_2, "none", tmp_path / "run", "export.dtype=bfloat16", "export.verify=1")
     export.run(recipe, run)
-    found = json.loads((run.export / "verification.json").read_text())["routed"]
-    assert not found["expected_exact"]
-    assert found["max_logit_difference"] > 1e-5
+    actual = json.loads((run.export / "verification.json").read_text())["routed"]
+    assert not actual["expected_exact"]
+    assert actual["max_logit_difference"] > 1e-5

@@ -61,8 +61,8 @@ def test_a_constant_gate_folds_exactly(case: str, gate: str, init: str, other: s
     means = constant(recipe)
     for pair in ("en-de", "de-en"):
         out = fold(recipe, means, pair, tmp_path / pair)
-        found = logits(AutoModelForCausalLM.from_pretrained(out).eval())
-        for theirs, ours in zip(found, trained_logits(recipe, pair), strict=True):
+        actual = logits(AutoModelForCausalLM.from_pretrained(out).eval())
+        for theirs, ours in zip(actual, trained_logits(recipe, pair), strict=True):
             torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
     first, second = tensors(tmp_path / "en-de"), tensors(tmp_path / "de-en")
     assert any(not torch.equal(first[name], second[name]) for name in first), "pairs own different banks"
@@ -72,23 +72,23 @@ def test_mean_is_the_mean_factor_of_every_bank(tmp_path: Path) -> None:
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
     constant(recipe)
     means = {str(layer): {"en-de": 0.2, "en-fr": 0.5, "de-en": 0.8} for layer in LAYERS}
-    made = {pair: tensors(fold(recipe, means, pair, tmp_path / pair)) for pair in (*PAIRS, MEAN)}
+    built = {pair: tensors(fold(recipe, means, pair, tmp_path / pair)) for pair in (*PAIRS, MEAN)}
     name = f"model.layers.{LAYERS[0]}.mlp.up_proj.weight"
-    expected = torch.stack([made[pair][name] for pair in PAIRS]).mean(0)
-    torch.testing.assert_close(made[MEAN][name], expected)
-    assert not torch.equal(made["en-de"][name], made["de-en"][name])
+    expected = torch.stack([built[pair][name] for pair in PAIRS]).mean(0)
+    torch.testing.assert_close(built[MEAN][name], expected)
+    assert not torch.equal(built["en-de"][name], built["de-en"][name])
     untouched = "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(made[MEAN][untouched], tensors(Path(recipe.model.path))[untouched])
+    assert torch.equal(built[MEAN][untouched], tensors(Path(recipe.model.path))[untouched])
 
 
 def test_hard_gates_are_rounded(tmp_path: Path) -> None:
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
     recipe = replace(recipe, routing=replace(recipe.routing, gate_init="paper", gate_eval="hard"))
     means = constant(recipe)
-    found = logits(
+    actual = logits(
         AutoModelForCausalLM.from_pretrained(fold(recipe, means, "en-de", tmp_path / "out")).eval()
     )
-    for theirs, ours in zip(found, trained_logits(recipe, "en-de"), strict=True):
+    for theirs, ours in zip(actual, trained_logits(recipe, "en-de"), strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 

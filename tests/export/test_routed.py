@@ -48,7 +48,7 @@ class Exported:
 
     recipe: Recipe
     directory: Path
-    found: dict[str, Any]
+    actual: dict[str, Any]
 
 
 def prompts() -> dict[str, list[int]]:
@@ -86,8 +86,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
             "prompts": prompts(),
             "save": str(root / "saved") if name == "gemma3" else None,
         }
-    found = open_elsewhere(root, wanted)
-    return {name: Exported(recipes[name], Path(wanted[name]["directory"]), found[name]) for name in CASES}  # type: ignore[arg-type]
+    actual = open_elsewhere(root, wanted)
+    return {name: Exported(recipes[name], Path(wanted[name]["directory"]), actual[name]) for name in CASES}  # type: ignore[arg-type]
 
 
 def open_elsewhere(root: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +102,8 @@ def open_elsewhere(root: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = torch.load(root / "found.pt")
-    return found
+    actual: dict[str, Any] = torch.load(root / "found.pt")
+    return actual
 
 
 def trained(exported: Exported) -> InferenceModel:
@@ -121,8 +121,8 @@ def test_logits_and_translations_are_the_trained_models(exports: dict[str, Expor
         with torch.no_grad(), ours.pair(pair):
             expected = ours.model(prompt).logits
             greedy = ours.model.generate(prompt, **options)
-        torch.testing.assert_close(exported.found["logits"][pair], expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(exported.found["greedy"][pair], greedy), pair
+        torch.testing.assert_close(exported.actual["logits"][pair], expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(exported.actual["greedy"][pair], greedy), pair
         logits.append(expected[0, 0])
     assert expected.std() > 0.1
 
@@ -134,43 +134,43 @@ def test_the_trained_values_are_in_it(exports: dict[str, Exported], name: str) -
     ids = torch.tensor([prompts()["en-de"]])
     base = open_for_inference(exported.recipe, RunDirectory(exported.recipe.run_dir), "base")
     ours = trained(exported)
-    found = exported.found["logits"]["en-de"]
+    actual = exported.actual["logits"]["en-de"]
     with torch.no_grad():
-        assert (base.model(ids).logits - found).abs().max() > 1e-3
+        assert (base.model(ids).logits - actual).abs().max() > 1e-3
         if name != "none":
             with ours.pair("en-fr"):
-                assert (ours.model(ids).logits - found).abs().max() > 1e-4
+                assert (ours.model(ids).logits - actual).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_may_mix_pairs(exports: dict[str, Exported], name: str) -> None:
-    found = exports[name].found
+    actual = exports[name].actual
     for row, (pair, ids) in enumerate(prompts().items()):
         for single, mixed in (("greedy", "mixed"), ("beams", "mixed_beams")):
-            expected = found[single][pair][0, len(ids) :]
-            assert torch.equal(found[mixed][row, : len(expected)], expected), (single, pair)
+            expected = actual[single][pair][0, len(ids) :]
+            assert torch.equal(actual[mixed][row, : len(expected)], expected), (single, pair)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_pair_must_be_named_and_known(exports: dict[str, Exported], name: str) -> None:
-    found = exports[name].found
+    actual = exports[name].actual
     listed = ", ".join(PAIRS)
-    assert found["no_pair"] == f"say which language pair: pair=..., one of {listed}"
-    assert found["no_pair_generate"] == found["no_pair"]
-    assert found["unknown_pair"] == f"unknown pair 'en-xx'; this model knows {listed}"
+    assert actual["no_pair"] == f"say which language pair: pair=..., one of {listed}"
+    assert actual["no_pair_generate"] == actual["no_pair"]
+    assert actual["unknown_pair"] == f"unknown pair 'en-xx'; this model knows {listed}"
 
 
 def test_it_opens_by_the_auto_classes(exports: dict[str, Exported]) -> None:
     for exported in exports.values():
-        assert exported.found["config"] == "LanderConfig"
-        assert exported.found["dtypes"] == ["torch.float32"]
-        assert exported.found["limit"] == 5, "generation_config.json of the base counts"
+        assert exported.actual["config"] == "LanderConfig"
+        assert exported.actual["dtypes"] == ["torch.float32"]
+        assert exported.actual["limit"] == 5, "generation_config.json of the base counts"
 
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(exports: dict[str, Exported]) -> None:
     exported = exports["gemma3"]
     model, _ = shape(exported.recipe, selection_of(exported))
-    assert exported.found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert exported.actual["parameters"] == sum(p.numel() for p in model.parameters())
     assert not any("lm_head" in name for name in stored(exported.directory))
 
 
@@ -187,8 +187,8 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_user_may_save_it_again(exports: dict[str, Exported]) -> None:
-    found = exports["gemma3"].found
-    assert torch.equal(found["resaved"], found["logits"]["en-de"])
+    actual = exports["gemma3"].actual
+    assert torch.equal(actual["resaved"], actual["logits"]["en-de"])
 
 
 def test_many_shards(exports: dict[str, Exported]) -> None:
@@ -230,14 +230,14 @@ def test_types(tmp_path: Path, stored_as: str, option: torch.dtype | None, expec
     tensors = write_checkpoint(recipe)
     run = RunDirectory(recipe.run_dir)
     export_routed(open_trained(recipe), run.export, Form(option))
-    found = stored(run.export)
-    gates = {name for name in found if ".router." in name}
-    assert {found[name].dtype for name in set(found) - gates} == {expected}
+    actual = stored(run.export)
+    gates = {name for name in actual if ".router." in name}
+    assert {actual[name].dtype for name in set(actual) - gates} == {expected}
     # Gates have no type on disk to keep; they keep that of the training.
-    assert {found[name].dtype for name in gates} == {option or torch.float32}
+    assert {actual[name].dtype for name in gates} == {option or torch.float32}
     for name, value in tensors.items():
         # Rounded once, from the float32 masters.
-        assert torch.equal(found[f"model.{name}"], value.to(found[f"model.{name}"].dtype))
+        assert torch.equal(actual[f"model.{name}"], value.to(actual[f"model.{name}"].dtype))
 
 
 def test_other_methods_have_no_routed_form(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def outputs(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {pair: (model(ids, pair=pair).logits, greedy(model, ids, pair)) for pair in PAIRS}
 
 
-def assert_same(found: Any, expected: Any) -> None:
+def assert_same(actual: Any, expected: Any) -> None:
     for pair, (logits, translation) in outputs(expected).items():
-        other_logits, other = outputs(found)[pair]
+        other_logits, other = outputs(actual)[pair]
         torch.testing.assert_close(other_logits, logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(other, translation), pair
 
@@ -100,8 +100,8 @@ def test_threads_with_different_pairs(directory: Path) -> None:
         return [greedy(model, examples()[0][None], pair) for _ in range(10)]
 
     with ThreadPoolExecutor(len(PAIRS)) as threads:
-        for pair, found in zip(PAIRS, threads.map(translate, PAIRS), strict=True):
-            assert all(torch.equal(one, alone[pair]) for one in found), pair
+        for pair, actual in zip(PAIRS, threads.map(translate, PAIRS), strict=True):
+            assert all(torch.equal(one, alone[pair]) for one in actual), pair
 
 
 def gradients(model: Any, pair: str) -> torch.Tensor:
@@ -128,10 +128,10 @@ def test_recomputation_under_threads(directory: Path) -> None:
     wanted = {pair: gradients(plain, pair) for pair in PAIRS}
     with ThreadPoolExecutor(len(PAIRS)) as threads:
         for _ in range(4):
-            for pair, found in zip(
+            for pair, actual in zip(
                 PAIRS, threads.map(lambda pair: gradients(model, pair), PAIRS), strict=True
             ):
-                torch.testing.assert_close(found, wanted[pair], rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(actual, wanted[pair], rtol=1e-4, atol=1e-6)
 
 
 def test_reentrant_recomputation(directory: Path) -> None:
@@ -140,8 +140,8 @@ def test_reentrant_recomputation(directory: Path) -> None:
     for pair in PAIRS:
         model.zero_grad()
         model(ids, labels=ids, pair=pair).loss.backward()
-        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        torch.testing.assert_close(found, gradients(plain, pair), rtol=1e-4, atol=1e-6)
+        actual = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(actual, gradients(plain, pair), rtol=1e-4, atol=1e-6)
 
 
 def test_replicas_in_threads_as_data_parallel_makes_them(directory: Path) -> None:
@@ -153,8 +153,8 @@ def test_replicas_in_threads_as_data_parallel_makes_them(directory: Path) -> Non
         rows = [torch.tensor([i]) for i in range(len(PAIRS))]
         for _ in range(10):
             # The gradient mode belongs to the thread.
-            found = list(threads.map(lambda row: model(ids, pair_ids=row).logits.detach(), rows))
-            for one, other in zip(found, wanted, strict=True):
+            actual = list(threads.map(lambda row: model(ids, pair_ids=row).logits.detach(), rows))
+            for one, other in zip(actual, wanted, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 

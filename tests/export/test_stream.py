@@ -21,13 +21,13 @@ from lander_ds.models.weights import BaseWeights
 
 def every_type() -> dict[str, torch.Tensor]:
     """Tensors of all types, forms and awkward names, in no order."""
-    made = {f"b.{name}": torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
-    made |= {f"a.{name}": torch.ones(3, dtype=dtype) for name, dtype in DTYPES.items()}
-    made["überschrift"] = torch.randn(4, 5).T
-    made["empty"] = torch.empty(0, 3, dtype=torch.bfloat16)
-    made["number"] = torch.tensor(3.5)
-    made['quoted"name'] = torch.tensor([float("nan"), -0.0, float("inf")])
-    return made
+    built = {f"b.{name}": torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
+    built |= {f"a.{name}": torch.ones(3, dtype=dtype) for name, dtype in DTYPES.items()}
+    built["überschrift"] = torch.randn(4, 5).T
+    built["empty"] = torch.empty(0, 3, dtype=torch.bfloat16)
+    built["number"] = torch.tensor(3.5)
+    built['quoted"name'] = torch.tensor([float("nan"), -0.0, float("inf")])
+    return built
 
 
 def specs_of(values: dict[str, torch.Tensor]) -> dict[str, Spec]:
@@ -95,9 +95,9 @@ def test_a_type_that_safetensors_lacks_is_refused() -> None:
 def test_shards_hold_at_most_the_limit_and_large_tensors_alone() -> None:
     sizes = {"a": 3, "b": 3, "c": 20, "d": 1, "e": 9}
     specs = {name: Spec(torch.uint8, (size,)) for name, size in sizes.items()}
-    found = shards(specs, 10)
-    assert list(found) == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
-    assert list(found.values()) == [["a", "b"], ["c"], ["d", "e"]]
+    actual = shards(specs, 10)
+    assert list(actual) == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert list(actual.values()) == [["a", "b"], ["c"], ["d", "e"]]
     assert shards(specs, 100) == {SINGLE: list(sizes)}
 
 
@@ -113,8 +113,8 @@ def test_shards_and_index_load_with_transformers(tmp_path: Path) -> None:
     assert len(set(index["weight_map"].values())) > 2
     assert index["metadata"]["total_size"] == sum(v.numel() * 4 for v in values.values())
     for path in out.glob("*.safetensors"):
-        held = Header.read(path).specs.values()
-        assert len(held) == 1 or sum(spec.bytes for spec in held) <= 9000
+        holding = Header.read(path).specs.values()
+        assert len(holding) == 1 or sum(spec.bytes for spec in holding) <= 9000
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in values.items())
     assert set(BaseWeights(out).names()) == set(values)

@@ -38,8 +38,8 @@ def load(base: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
-    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+def same(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(actual, wanted, strict=True))
 
 
 @pytest.mark.parametrize("case", ["gemma3", "bloom", "opt", "gpt_neox", "llama"])
@@ -56,9 +56,9 @@ def test_each_delta_gives_what_it_gives_alone(case: str, tmp_path: Path) -> None
     for name, pair in (("one", "en-de"), ("two", "en-de"), ("plain", None), ("one", "en-fr")):
         recipe = gated.get(name, plain)
         with served.using(name, pair) as model:
-            found = logits(model)
-        assert same(found, trained_logits(recipe, pair or "en-de"))
-        assert not same(found, untouched)
+            actual = logits(model)
+        assert same(actual, trained_logits(recipe, pair or "en-de"))
+        assert not same(actual, untouched)
         assert all(torch.equal(a, b) for a, b in zip(logits(served.model), untouched, strict=True))
     after = dict(served.model.named_parameters())
     assert after.keys() == before.keys()
@@ -121,8 +121,8 @@ def test_threads_with_different_pairs_and_deltas(tmp_path: Path) -> None:
 
     wanted = {request: serve(request) for request in requests}
     with ThreadPoolExecutor(len(requests)) as threads:
-        for request, found in zip(requests * 5, threads.map(serve, requests * 5), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(found, wanted[request], strict=True)), request
+        for request, actual in zip(requests * 5, threads.map(serve, requests * 5), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, wanted[request], strict=True)), request
 
 
 def test_a_thread_started_inside_takes_its_context_along(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_a_thread_started_inside_takes_its_context_along(tmp_path: Path) -> None
     served = Switch(load(base), base)
     served.add("one", tmp_path / "one" / "delta")
     with served.using("one", "en-de") as model, ThreadPoolExecutor(1) as thread:
-        found = thread.submit(copy_context().run, logits, model).result()
-        assert all(torch.equal(a, b) for a, b in zip(found, logits(model), strict=True))
+        actual = thread.submit(copy_context().run, logits, model).result()
+        assert all(torch.equal(a, b) for a, b in zip(actual, logits(model), strict=True))
 
 
 def test_nothing_is_put_on_twice(tmp_path: Path) -> None:

@@ -68,20 +68,20 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
-def assert_close(found: Any, wanted: Any, tolerance: float, path: str = "") -> None:
+def assert_close(actual: Any, wanted: Any, tolerance: float, path: str = "") -> None:
     """Nested figures alike; what is new in `found` is no fault."""
     if isinstance(wanted, dict):
         for key, value in wanted.items():
-            assert key in found, f"{path}/{key}"
-            assert_close(found[key], value, tolerance, f"{path}/{key}")
+            assert key in actual, f"{path}/{key}"
+            assert_close(actual[key], value, tolerance, f"{path}/{key}")
     elif isinstance(wanted, list):
-        assert len(found) == len(wanted), path
+        assert len(actual) == len(wanted), path
         for index, value in enumerate(wanted):
-            assert_close(found[index], value, tolerance, f"{path}/{index}")
+            assert_close(actual[index], value, tolerance, f"{path}/{index}")
     elif isinstance(wanted, float):
-        assert found == pytest.approx(wanted, rel=tolerance, abs=tolerance), path
+        assert actual == pytest.approx(wanted, rel=tolerance, abs=tolerance), path
     else:
-        assert found == wanted, path
+        assert actual == wanted, path
 
 
 def test_losses_are_what_they_were(now: Path) -> None:
@@ -89,50 +89,50 @@ def test_losses_are_what_they_were(now: Path) -> None:
 
 
 def test_awareness_is_what_it_was(now: Path) -> None:
-    found, wanted = (Awareness.load(run / "awareness.safetensors") for run in (now, THEN))
-    assert found.pairs == wanted.pairs
-    assert torch.equal(found.tokens, wanted.tokens)
+    actual, wanted = (Awareness.load(run / "awareness.safetensors") for run in (now, THEN))
+    assert actual.pairs == wanted.pairs
+    assert torch.equal(actual.tokens, wanted.tokens)
     for statistic in STATISTICS:
         torch.testing.assert_close(
-            getattr(found, statistic), getattr(wanted, statistic), rtol=1e-6, atol=1e-9, msg=statistic
+            getattr(actual, statistic), getattr(wanted, statistic), rtol=1e-6, atol=1e-9, msg=statistic
         )
 
 
 def test_the_selection_is_what_it_was(now: Path) -> None:
-    found, wanted = (Selection.load(run / "selection.safetensors") for run in (now, THEN))
-    assert found.pairs == wanted.pairs
-    assert [layer.layer for layer in found.layers] == [layer.layer for layer in wanted.layers]
-    for one, other in zip(found.layers, wanted.layers, strict=True):
+    actual, wanted = (Selection.load(run / "selection.safetensors") for run in (now, THEN))
+    assert actual.pairs == wanted.pairs
+    assert [layer.layer for layer in actual.layers] == [layer.layer for layer in wanted.layers]
+    for one, other in zip(actual.layers, wanted.layers, strict=True):
         assert one.banks == other.banks
         assert torch.equal(one.permutation, other.permutation)
 
 
 def test_checkpoints_hold_what_they_held(now: Path) -> None:
     for name in ("trained-0", "optimizer-0"):
-        found, wanted = (load_file(run / f"checkpoints/step-4/{name}.safetensors") for run in (now, THEN))
-        assert found.keys() == wanted.keys()
+        actual, wanted = (load_file(run / f"checkpoints/step-4/{name}.safetensors") for run in (now, THEN))
+        assert actual.keys() == wanted.keys()
         for key, value in wanted.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=2e-6, msg=key)
+            torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=2e-6, msg=key)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_translations_are_what_they_were(now: Path, system: str) -> None:
     for path in sorted((THEN / "translations" / system).iterdir()):
-        found, wanted = (
+        actual, wanted = (
             [
                 json.loads(line)["hyp"]
                 for line in (run / "translations" / system / path.name).open(encoding="utf-8")
             ]
             for run in (now, THEN)
         )
-        assert found == wanted, path.name
+        assert actual == wanted, path.name
 
 
 def test_scores_are_what_they_were(now: Path) -> None:
-    found, wanted = (
+    actual, wanted = (
         json.loads((run / "scores.json").read_text(encoding="utf-8"))["pairs"] for run in (now, THEN)
     )
-    assert_close(found, wanted, 1e-9)
+    assert_close(actual, wanted, 1e-9)
 
 
 def adopt_new_data_hash(directory: Path) -> None:
@@ -154,11 +154,11 @@ def test_old_files_are_read(tmp_path: Path) -> None:
     shutil.copy(run / "selection.safetensors", tmp_path / "old.safetensors")
     run_stage(tmp_path, "prepare")
     run_stage(tmp_path, "select", "--force")
-    found, wanted = (
+    actual, wanted = (
         Selection.load(run / "selection.safetensors"),
         Selection.load(tmp_path / "old.safetensors"),
     )
-    for one, other in zip(found.layers, wanted.layers, strict=True):
+    for one, other in zip(actual.layers, wanted.layers, strict=True):
         assert one.banks == other.banks
         assert torch.equal(one.permutation, other.permutation)
     # The checkpoint belongs to the very file.

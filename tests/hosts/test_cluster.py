@@ -24,17 +24,17 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with laboratory(tmp_path_factory.mktemp("hosts") / "lab", ranks=2, slurm=False) as made:
-        yield made
+    with laboratory(tmp_path_factory.mktemp("hosts") / "lab", ranks=2, slurm=False) as built:
+        yield built
 
 
 @pytest.fixture(scope="module")
 def job(lab: Lab) -> Job:
-    made = tiny_job(lab.directory / "job", ranks=2)
-    made.copy("single")
-    launch = Launch(lab, made, "single", "single")
+    built = tiny_job(lab.directory / "job", ranks=2)
+    built.copy("single")
+    launch = Launch(lab, built, "single", "single")
     assert launch.wait() == 0, launch.tail()
-    return made
+    return built
 
 
 def test_hosts_are_apart(lab: Lab) -> None:

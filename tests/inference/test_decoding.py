@@ -43,9 +43,9 @@ def test_greedy_equals_plain_generate() -> None:
             torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=[2, 3], pad_token_id=0
         )[0, len(prompt) :]
         expected = tokenizer.decode(output, skip_special_tokens=True).partition("\n")[0].strip()
-        found = Decoder(model, tokenizer, TranslateConfig(max_new_tokens=12)).decode([prompt])[0]
-        assert found.text == expected
-        assert found.tokens == len(output)
+        actual = Decoder(model, tokenizer, TranslateConfig(max_new_tokens=12)).decode([prompt])[0]
+        assert actual.text == expected
+        assert actual.tokens == len(output)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -87,10 +87,10 @@ def test_a_translation_ends_at_the_line_end_and_at_the_end_of_sequence() -> None
     assert line_end_tokens(tokenizer) == [3]
     assert end_tokens(tiny_llama(), tokenizer) == [2]
     decoder = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=40))
-    found = decoder.decode(prompts(12))
-    ended = [hypothesis for hypothesis in found if hypothesis.tokens < 40]
+    actual = decoder.decode(prompts(12))
+    ended = [hypothesis for hypothesis in actual if hypothesis.tokens < 40]
     assert ended, "the model never ended a line: choose another seed"
-    assert all("\n" not in hypothesis.text and "</s>" not in hypothesis.text for hypothesis in found)
+    assert all("\n" not in hypothesis.text and "</s>" not in hypothesis.text for hypothesis in actual)
     # The closing token is counted, and is no word of the translation.
     assert all(len(hypothesis.text.split()) < hypothesis.tokens for hypothesis in ended)
 

@@ -36,8 +36,8 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_files_hold_every_sentence_in_corpus_order(reference: Path) -> None:
     assert sorted(files(reference)) == ["en-de.jsonl", "en-fr.jsonl"]
     for pair, wanted in requests(COUNTS).items():
-        found = read_translations(reference / f"{pair}.jsonl")
-        assert [(t.id, t.src, t.ref) for t in found] == [(r.id, r.src, r.ref) for r in wanted]
+        actual = read_translations(reference / f"{pair}.jsonl")
+        assert [(t.id, t.src, t.ref) for t in actual] == [(r.id, r.src, r.ref) for r in wanted]
         lines = (reference / f"{pair}.jsonl").read_text().splitlines()
         assert set(json.loads(lines[0])) == {"id", "src", "ref", "hyp", "tokens", "truncated"}
 
@@ -100,13 +100,13 @@ def test_every_rank_gets_the_same_number_of_batches_when_the_model_is_sharded(
     monkeypatch.setattr(process_group, "world_size", lambda: 4)
     for count in (1, 2, 5, 8, 13):
         wanted = requests({"en-de": count})["en-de"]
-        found = []
+        actual = []
         for rank in range(4):
             monkeypatch.setattr(process_group, "rank", lambda rank=rank: rank)
-            found.append(list(batches(wanted, 2, fill=True)))
-        assert len({len(of_rank) for of_rank in found}) == 1
+            actual.append(list(batches(wanted, 2, fill=True)))
+        assert len({len(of_rank) for of_rank in actual}) == 1
         real = [
-            request for of_rank in found for batch in of_rank for request in batch.requests[: batch.wanted]
+            request for of_rank in actual for batch in of_rank for request in batch.requests[: batch.wanted]
         ]
         assert sorted(request.id for request in real) == sorted(request.id for request in wanted)
-        assert all(batch.requests for of_rank in found for batch in of_rank)
+        assert all(batch.requests for of_rank in actual for batch in of_rank)

@@ -9,7 +9,7 @@ import pytest
 from lander_ds.common.errors import ArtefactError
 from lander_ds.inference.translations import Translation, read_translations, write_translations
 
-MADE = [
+BUILT = [
     Translation("en-de:test:0", "a\u2028b", "ü", "", 1),
     Translation("en-de:test:1", 'quote " and \\', "日本", "x\u0085y", 7),
 ]
@@ -17,8 +17,8 @@ MADE = [
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "base" / "en-de.jsonl"
-    write_translations(path, MADE)
-    assert read_translations(path) == MADE
+    write_translations(path, BUILT)
+    assert read_translations(path) == BUILT
     assert [file.name for file in path.parent.iterdir()] == ["en-de.jsonl"]
 
 
@@ -39,7 +39,7 @@ def test_missing_file(tmp_path: Path) -> None:
 )
 def test_damaged_line(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "en-de.jsonl"
-    write_translations(path, MADE)
+    write_translations(path, BUILT)
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(ArtefactError, match="line 3 is not a translation"):
         read_translations(path)
@@ -47,7 +47,7 @@ def test_damaged_line(tmp_path: Path, line: bytes) -> None:
 
 def test_repeated_sentence(tmp_path: Path) -> None:
     path = tmp_path / "en-de.jsonl"
-    write_translations(path, [*MADE, MADE[0]])
+    write_translations(path, [*BUILT, BUILT[0]])
     with pytest.raises(ArtefactError, match="line 3 repeats the sentence id 'en-de:test:0'"):
         read_translations(path)
 

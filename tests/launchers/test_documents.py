@@ -117,9 +117,9 @@ def snippets(language: str) -> list[tuple[str, str]]:
 def test_recipe_snippets_load(tmp_path: Path) -> None:
     """The loader refuses unknown keys and wrong types; what a snippet leaves out the demo recipe gives."""
     complete = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
-    found = snippets("yaml")
-    assert found
-    for name, body in found:
+    actual = snippets("yaml")
+    assert actual
+    for name, body in actual:
         recipe = tmp_path / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump(complete | yaml.safe_load(body)), encoding="utf-8")
         load_recipe(recipe)

@@ -23,9 +23,9 @@ REPLICAS: dict[str, Any] = JOB["spec"]["pytorchReplicaSpecs"]
 
 
 def container(replica: str) -> dict[str, Any]:
-    (found,) = REPLICAS[replica]["template"]["spec"]["containers"]
-    assert found["name"] == "pytorch", "the operator looks for this name"
-    return dict(found)
+    (actual,) = REPLICAS[replica]["template"]["spec"]["containers"]
+    assert actual["name"] == "pytorch", "the operator looks for this name"
+    return dict(actual)
 
 
 def split(command: list[str]) -> tuple[list[str], list[str]]:
@@ -60,10 +60,10 @@ def test_the_command_is_one_that_torchrun_and_lander_know(replica: str) -> None:
 
 @pytest.mark.parametrize("replica", sorted(REPLICAS))
 def test_volumes_and_variables(replica: str) -> None:
-    found = container(replica)
+    actual = container(replica)
     volumes = {volume["name"] for volume in REPLICAS[replica]["template"]["spec"]["volumes"]}
-    assert {mount["name"] for mount in found["volumeMounts"]} == volumes
-    variables = {entry["name"]: entry["value"] for entry in found["env"]}
+    assert {mount["name"] for mount in actual["volumeMounts"]} == volumes
+    variables = {entry["name"]: entry["value"] for entry in actual["env"]}
     assert variables["PATH"].startswith(f"{variables['LANDER_VENV']}/bin:")
     assert all(isinstance(value, str) for value in variables.values())
     # What the operator and torchrun set must not be set here.

@@ -34,17 +34,17 @@ def test_both_ways_equal_attention_by_hand(
     monkeypatch.setattr(attention, "CPU_EXPLICIT_LENGTH", explicit_length)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, count, sum(LENGTHS), 8) for count in (heads[0], heads[1], heads[1]))
-    found, _ = attention.packed_attention(
+    actual, _ = attention.packed_attention(
         torch.nn.Module(), q, k, v, None, scaling=0.3, segment_lengths=LENGTHS, sliding_window=window
     )
-    torch.testing.assert_close(found, by_hand(q, k, v, 0.3, window), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, by_hand(q, k, v, 0.3, window), atol=1e-5, rtol=1e-5)
 
 
 def test_no_gradient_crosses_examples() -> None:
     q = torch.randn(1, 2, sum(LENGTHS), 8, requires_grad=True)
     k, v = (torch.randn(1, 2, sum(LENGTHS), 8, requires_grad=True) for _ in range(2))
-    found, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, segment_lengths=LENGTHS)
-    found[0, : LENGTHS[0]].sum().backward()
+    actual, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, segment_lengths=LENGTHS)
+    actual[0, : LENGTHS[0]].sum().backward()
     assert k.grad is not None
     assert v.grad is not None
     assert k.grad[0, :, LENGTHS[0] :].abs().max() == 0

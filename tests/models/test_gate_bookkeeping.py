@@ -29,9 +29,9 @@ def test_noise_is_box_muller_over_splitmix64(layer: int) -> None:
         first, second = ((z & 0xFFFFFF) + 1) / 2**24, (z >> 40) / 2**24
         radius = (-2 * torch.log(torch.tensor(first, dtype=torch.float64))).sqrt()
         expected.append(radius * torch.cos(2 * torch.pi * torch.tensor(second, dtype=torch.float64)))
-    found = gate_noise(torch.tensor(keys), layer)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.stack(expected).float())
+    actual = gate_noise(torch.tensor(keys), layer)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, torch.stack(expected).float())
 
 
 def test_noise_is_standard_normal_and_differs_by_layer() -> None:

@@ -30,11 +30,11 @@ def grouped(recipe: Recipe, selection: Selection) -> tuple[PreTrainedModel, dict
     fill(model, family, BaseWeights(recipe.model.path), lambda unit: None)
     groups = mark_trained(model, family, recipe.train, selection)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {group: {names[id(p)] for p in parameters} for group, parameters in groups.items()}
+    actual = {group: {names[id(p)] for p in parameters} for group, parameters in groups.items()}
     flat = [p for parameters in groups.values() for p in parameters]
     assert len({id(p) for p in flat}) == len(flat), "a parameter is in two groups"
     assert {names[id(p)] for p in flat} == {n for n, p in model.named_parameters() if p.requires_grad}
-    return model, found
+    return model, actual
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +56,24 @@ ALL = {"general", "specific:en-de", "specific:en-fr", "specific:de-en", "specifi
 def test_banks_and_gates(bases: dict[str, Path], case: str) -> None:
     recipe = recipe_of(bases, case, "lander")
     selection = selection_for(recipe)
-    model, found = grouped(recipe, selection)
-    assert set(found) == ALL | {"gates"}
+    model, actual = grouped(recipe, selection)
+    assert set(actual) == ALL | {"gates"}
     parts = 3  # gate, up, down; or up, bias, down
     for layer in selection.layers:
         for number, bank in enumerate(layer.banks):
-            where = {name for names in found.values() for name in names if f".banks.{number}." in name}
+            where = {name for names in actual.values() for name in names if f".banks.{number}." in name}
             assert (len(where) == parts * len(LAYERS)) == (bank.kind != "frozen")
-    group_of = {name: group for group, names in found.items() for name in names}
+    group_of = {name: group for group, names in actual.items() for name in names}
     for name, group in group_of.items():
         if ".banks." in name:
             number = int(name.split(".banks.")[1].split(".")[0])
             bank = selection.layers[0].banks[number]
             expected = "general" if bank.kind == "general" else f"specific:{'+'.join(bank.owners)}"
             assert group == expected
-    assert found["gates"] == {
+    assert actual["gates"] == {
         name for name, _ in model.named_parameters() if name.split(".")[-2:-1] == ["router"]
     }
-    assert len(found["gates"]) == 4 * len(LAYERS)
+    assert len(actual["gates"]) == 4 * len(LAYERS)
     # The bias of the out-projection belongs to no neuron.
     assert not any("output_bias" in name for name in group_of)
 
@@ -83,8 +83,8 @@ def test_banks_and_gates(bases: dict[str, Path], case: str) -> None:
 )
 def test_one_kind_of_bank_alone(bases: dict[str, Path], banks: tuple[str, ...], expected: set[str]) -> None:
     recipe = recipe_of(bases, "llama", "lander", gate="none", banks=banks)
-    _, found = grouped(recipe, selection_for(recipe))
-    assert set(found) == expected
+    _, actual = grouped(recipe, selection_for(recipe))
+    assert set(actual) == expected
 
 
 def test_a_general_bank_of_some_pairs_has_its_own_group(bases: dict[str, Path]) -> None:
@@ -95,16 +95,16 @@ def test_a_general_bank_of_some_pairs_has_its_own_group(bases: dict[str, Path]) 
     owned[0, 40:] = True
     layer = divide(1, owned, PAIRS[:2])
     assert [bank.kind for bank in layer.banks] == ["general", "specific"]
-    _, found = grouped(recipe, Selection(PAIRS, 48, (layer,), {}))
-    assert set(found) == {"general:en-de+en-fr", "specific:en-de"}
+    _, actual = grouped(recipe, Selection(PAIRS, 48, (layer,), {}))
+    assert set(actual) == {"general:en-de+en-fr", "specific:en-de"}
     rates = LearningRates(general=0.1, specific=0.2)
     assert learning_rate("general:en-de+en-fr", replace(recipe.train, lr=rates)) == 0.1
 
 
 def test_full_is_everything(bases: dict[str, Path]) -> None:
     recipe = recipe_of(bases, "gemma3", "full")
-    model, found = grouped(recipe, selection_for(recipe))
-    assert found == {"dense": {name for name, _ in model.named_parameters()}}
+    model, actual = grouped(recipe, selection_for(recipe))
+    assert actual == {"dense": {name for name, _ in model.named_parameters()}}
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_full_is_everything(bases: dict[str, Path]) -> None:
 )
 def test_layers_is_what_the_banks_together_are(bases: dict[str, Path], case: str, expected: set[str]) -> None:
     recipe = recipe_of(bases, case, "layers")
-    model, found = grouped(recipe, selection_for(recipe))
-    names = found["dense"]
+    model, actual = grouped(recipe, selection_for(recipe))
+    names = actual["dense"]
     assert len(names) == 3 * len(LAYERS)
     assert {".".join(name.rsplit(".", 2)[1:]) for name in names} == expected
     assert {int(part) for name in names for part in name.split(".") if part.isdigit()} == set(LAYERS)
@@ -140,10 +140,10 @@ def test_lora_adapts_every_linear_layer_but_the_head(bases: dict[str, Path], cas
     plain = tiny_model(case)
     head = plain.get_output_embeddings()
     linear = {n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    model, found = grouped(recipe, selection_for(recipe))
-    assert set(found) == {"lora"}
-    assert {name.split(".lora_")[0] for name in found["lora"]} == linear
-    for name in found["lora"]:
+    model, actual = grouped(recipe, selection_for(recipe))
+    assert set(actual) == {"lora"}
+    assert {name.split(".lora_")[0] for name in actual["lora"]} == linear
+    for name in actual["lora"]:
         values = model.get_parameter(name)
         assert not values.is_meta
         assert (values.abs().max() == 0) == (".lora_B." in name)
@@ -157,8 +157,8 @@ def test_lora_starts_the_same_on_every_rank_and_differs_by_seed(bases: dict[str,
     def start(seed: int) -> dict[str, torch.Tensor]:
         recipe = replace(recipe_of(bases, "llama", "lora"), seed=seed)
         torch.manual_seed(int(torch.randint(1 << 30, ())))
-        model, found = grouped(recipe, selection_for(recipe))
-        return {name: model.get_parameter(name) for name in found["lora"] if ".lora_A." in name}
+        model, actual = grouped(recipe, selection_for(recipe))
+        return {name: model.get_parameter(name) for name in actual["lora"] if ".lora_A." in name}
 
     one, same, other = start(1), start(1), start(2)
     assert all(torch.equal(value, same[name]) for name, value in one.items())

@@ -38,11 +38,11 @@ def rewrite(directory: Path, rename: Callable[[str], str]) -> None:
     save_file({rename(name): tensor for name, tensor in tensors.items()}, directory / SINGLE)
 
 
-def assert_same_logits(found: PreTrainedModel, expected: PreTrainedModel) -> None:
+def assert_same_logits(actual: PreTrainedModel, expected: PreTrainedModel) -> None:
     with torch.no_grad():
         for sequence in examples():
             torch.testing.assert_close(
-                found(sequence[None]).logits, expected(sequence[None]).logits, atol=1e-5, rtol=1e-5
+                actual(sequence[None]).logits, expected(sequence[None]).logits, atol=1e-5, rtol=1e-5
             )
 
 
@@ -131,11 +131,11 @@ def test_every_parameter_is_placed_exactly_once(case: str, tmp_path: Path) -> No
     model, family = build(ModelConfig(path=str(tmp_path), dtype="float32"))
     placed: list[nn.Parameter] = []
 
-    def place(unit: nn.Module) -> None:
+    def placement(unit: nn.Module) -> None:
         assert not any(parameter.is_meta for parameter in unit.parameters())
         placed.extend(unit.parameters())
 
-    fill(model, family, BaseWeights(tmp_path), place)
+    fill(model, family, BaseWeights(tmp_path), placement)
     assert len({id(parameter) for parameter in placed}) == len(placed)
     assert {id(parameter) for parameter in placed} == {id(parameter) for parameter in model.parameters()}
     names = [name for name, _ in units(model, family, whole(model, family))]

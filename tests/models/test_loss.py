@@ -55,14 +55,14 @@ def test_values_and_gradients(bias: bool, softcap: float | None, trained: bool) 
     hidden, targets = inputs()
     # Tokens of unequal weight, so that the gradient of each has to be right by itself.
     weights = torch.linspace(0.1, 2.0, TOKENS)
-    found = LossHead(head, softcap)(hidden, targets)
+    actual = LossHead(head, softcap)(hidden, targets)
     leaves = [hidden, *(p for p in head.parameters() if trained)]
-    found_gradients = torch.autograd.grad((found * weights).sum(), leaves)
+    actual_gradients = torch.autograd.grad((actual * weights).sum(), leaves)
     expected = expected_losses(hidden, head, targets, softcap)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), leaves)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(found_gradients, expected_gradients, strict=True):
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
+    for one, other in zip(actual_gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -71,12 +71,12 @@ def test_values_and_gradients(bias: bool, softcap: float | None, trained: bool) 
 def test_bfloat16(softcap: float | None) -> None:
     head = head_of(True, False, torch.bfloat16)
     hidden, targets = inputs(dtype=torch.bfloat16)
-    found = LossHead(head, softcap)(hidden, targets)
-    [gradient] = torch.autograd.grad(found.sum(), [hidden])
+    actual = LossHead(head, softcap)(hidden, targets)
+    [gradient] = torch.autograd.grad(actual.sum(), [hidden])
     expected = expected_losses(hidden, head, targets, softcap)
     [expected_gradient] = torch.autograd.grad(expected.sum(), [hidden])
-    assert (found.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
+    assert (actual.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.02)
     torch.testing.assert_close(gradient, expected_gradient, atol=0.05, rtol=0.05)
 
 
@@ -84,10 +84,10 @@ def test_bfloat16(softcap: float | None) -> None:
 def test_no_target_at_all(trained: bool) -> None:
     head = head_of(False, trained)
     hidden, targets = inputs(0)
-    found = LossHead(head, None)(hidden, targets)
-    assert found.shape == (0,)
-    assert found.sum().item() == 0.0
-    [gradient] = torch.autograd.grad(found.sum(), [hidden])
+    actual = LossHead(head, None)(hidden, targets)
+    assert actual.shape == (0,)
+    assert actual.sum().item() == 0.0
+    [gradient] = torch.autograd.grad(actual.sum(), [hidden])
     assert gradient.shape == hidden.shape
 
 
@@ -95,9 +95,9 @@ def test_without_gradients_the_losses_are_the_same() -> None:
     head = head_of(True, False)
     hidden, targets = inputs()
     with torch.no_grad():
-        found = LossHead(head, 1.5)(hidden, targets)
-    assert not found.requires_grad
-    torch.testing.assert_close(found, expected_losses(hidden, head, targets, 1.5).detach())
+        actual = LossHead(head, 1.5)(hidden, targets)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, expected_losses(hidden, head, targets, 1.5).detach())
 
 
 def test_the_inputs_are_not_overwritten() -> None:

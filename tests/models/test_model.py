@@ -33,7 +33,7 @@ from lander_ds.models.weights import BaseWeights
 ONE = BatchTotals(target_tokens=1, examples=1)
 
 
-def made(recipe: Recipe, span: Span | None = None) -> tuple[PreTrainedModel, Family]:
+def built(recipe: Recipe, span: Span | None = None) -> tuple[PreTrainedModel, Family]:
     """The model as training makes it, but in one process; outside the span it stays on meta."""
     model, family = build(recipe.model)
     selection = selection_for(recipe)
@@ -46,7 +46,7 @@ def made(recipe: Recipe, span: Span | None = None) -> tuple[PreTrainedModel, Fam
 def wrapped(
     recipe: Recipe, span: Span | None = None, recompute: bool = False, **objective: float
 ) -> TranslationModel:
-    model, family = made(recipe, span)
+    model, family = built(recipe, span)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if ".router.w2" in name or ".router.b2" in name:
@@ -87,7 +87,7 @@ def gradients(module: TranslationModel, batch: list[Example], totals: BatchTotal
 def test_losses_are_those_of_each_example_alone(case: str, tmp_path: Path) -> None:
     plain = tiny_model(case)
     recipe = recipe_for(save(plain, tmp_path), tmp_path, "full")
-    model, family = made(recipe)
+    model, family = built(recipe)
     module = TranslationModel(model, family, len(PAIRS))
     loss, per_pair, _ = module(pack(examples()), BatchTotals(10, 5))
     sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
@@ -144,7 +144,7 @@ def test_every_trained_parameter_gets_a_gradient_even_from_a_filler(recipe: Reci
 
 def test_no_graph_below_the_first_trained_layer(tmp_path: Path) -> None:
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
-    model, family = made(recipe)
+    model, family = built(recipe)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and ".layers.2." in name)
     module = TranslationModel(model, family, len(PAIRS))
@@ -239,10 +239,10 @@ def run_spans(
         outputs.append(part(batch, totals, *arrived[-1]))
         part.zero_grad(set_to_none=True)
     gradients: list[torch.Tensor] = [torch.ones(())]
-    for part, given, made in zip(reversed(parts), reversed(arrived), reversed(outputs), strict=True):
+    for part, given, built in zip(reversed(parts), reversed(arrived), reversed(outputs), strict=True):
         if not part.has_backward:
             break
-        torch.autograd.backward(made[: len(gradients)], gradients)
+        torch.autograd.backward(built[: len(gradients)], gradients)
         gradients = [tensor.grad for tensor in given]  # type: ignore[misc]
     return outputs[-1], arrived
 
@@ -259,13 +259,13 @@ def test_spans_compute_what_the_whole_model_does(case: str, recompute: bool, tmp
     wanted = gradients(complete, examples(), totals)
     parts = [wrapped(recipe, span, recompute, **options) for span in spans((1, 2), 3)]
     assert [part.has_backward for part in parts] == [True] * 3
-    found, arrived = run_spans(parts, batch, totals)
+    actual, arrived = run_spans(parts, batch, totals)
     for part, tensors in zip(parts[1:], arrived[1:], strict=True):
         empty = part.carried(batch)
         assert [(t.shape, t.dtype) for t in tensors] == [(t.shape, t.dtype) for t in empty]
-    torch.testing.assert_close(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1])
-    torch.testing.assert_close(found[2], expected[2])
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+    torch.testing.assert_close(actual[2], expected[2])
     names: set[str] = set()
     for part in parts:
         own = {id(p) for p in part.parameters()}
@@ -284,7 +284,7 @@ def test_gradients_go_no_further_down_than_the_first_trained_layer(trained: int,
     recipe = recipe_for(save(tiny_model("llama"), tmp_path / "base"), tmp_path / "run")
     parts = []
     for span in spans((1, 2), 3):
-        model, family = made(recipe, span)
+        model, family = built(recipe, span)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and f".layers.{trained}." in name)
         parts.append(TranslationModel(model, family, len(PAIRS), span=span))
@@ -299,7 +299,7 @@ def test_detection_sends_gradients_down_to_the_embedding(tmp_path: Path) -> None
     recipe = recipe_for(save(tiny_model("gemma3"), tmp_path / "base"), tmp_path / "run", "full")
     parts = []
     for span in spans((1, 2), 3):
-        model, family = made(recipe, span)
+        model, family = built(recipe, span)
         model.requires_grad_(False)
         parts.append(TranslationModel(model, family, len(PAIRS), span=span, input_gradients=True))
     _, arrived = run_spans(parts, pack(examples()), ONE)

@@ -64,11 +64,11 @@ def ours(directory: Path) -> Any:
     return model.eval()
 
 
-def assert_same(found: Any, expected: Any) -> None:
+def assert_same(actual: Any, expected: Any) -> None:
     with torch.no_grad():
         for ids in examples():
             torch.testing.assert_close(
-                found(ids[None]).logits, expected(ids[None]).logits, rtol=1e-5, atol=1e-5
+                actual(ids[None]).logits, expected(ids[None]).logits, rtol=1e-5, atol=1e-5
             )
 
 

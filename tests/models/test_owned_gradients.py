@@ -17,8 +17,8 @@ def gradients(
     inputs = x.clone().requires_grad_()
     run(ffn, inputs, pair_ids).backward(out_grad)
     assert inputs.grad is not None
-    found = {name: p.grad for name, p in ffn.named_parameters() if p.grad is not None}
-    return found, inputs.grad
+    actual = {name: p.grad for name, p in ffn.named_parameters() if p.grad is not None}
+    return actual, inputs.grad
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -49,18 +49,18 @@ def test_tokens_of_other_pairs_send_a_bank_exactly_nothing(gated: bool) -> None:
     ffn = small_ffn(gated)
     x, _ = tokens()
     for pair in range(len(PAIRS)):
-        found, _ = gradients(ffn, x, torch.tensor(pair), torch.ones_like(x))
+        actual, _ = gradients(ffn, x, torch.tensor(pair), torch.ones_like(x))
         for number, bank in enumerate(ffn.banks):
             assert isinstance(bank, BankFFN)
             for role, parameter in bank.named_parameters():
                 name = f"banks.{number}.{role}"
                 if not parameter.requires_grad:
-                    assert name not in found
+                    assert name not in actual
                 elif pair in bank.owners:
-                    assert found[name].abs().max() > 0, name
+                    assert actual[name].abs().max() > 0, name
                 else:
                     # Zero, not missing: every rank must reduce the same gradients.
-                    assert found[name].abs().max() == 0, name
+                    assert actual[name].abs().max() == 0, name
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -68,18 +68,18 @@ def test_activation_gradients_are_the_plain_ffns(gated: bool) -> None:
     ffn = small_ffn(gated, "none")
     x, pair_ids = tokens()
     out_grad = torch.randn_like(x)
-    _, found = gradients(ffn, x, pair_ids, out_grad)
+    _, actual = gradients(ffn, x, pair_ids, out_grad)
     inputs = x.clone().requires_grad_()
     whole_by_hand(ffn, inputs).backward(out_grad)
     assert inputs.grad is not None
-    torch.testing.assert_close(found, inputs.grad)
+    torch.testing.assert_close(actual, inputs.grad)
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_owned_gradients_are_those_of_autograd_on_the_owners_tokens(gated: bool) -> None:
     ffn = small_ffn(gated, "none")
     x, pair_ids = tokens()
-    found, _ = gradients(ffn, x, pair_ids, torch.ones_like(x))
+    actual, _ = gradients(ffn, x, pair_ids, torch.ones_like(x))
     for number, bank in enumerate(ffn.banks):
         assert isinstance(bank, BankFFN)
         if bank.kind == "frozen":
@@ -88,7 +88,7 @@ def test_owned_gradients_are_those_of_autograd_on_the_owners_tokens(gated: bool)
         names = [role for role, _ in bank.named_parameters()]
         expected = torch.autograd.grad(bank_by_hand(bank, own).sum(), list(bank.parameters()))
         for role, value in zip(names, expected, strict=True):
-            torch.testing.assert_close(found[f"banks.{number}.{role}"], value)
+            torch.testing.assert_close(actual[f"banks.{number}.{role}"], value)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -117,8 +117,8 @@ def test_the_gate_learns_from_every_pairs_tokens() -> None:
     ffn = small_ffn()
     x, _ = tokens()
     for pair in range(len(PAIRS)):
-        found, _ = gradients(ffn, x, torch.tensor(pair), torch.ones_like(x))
-        assert found["router.w1"].abs().max() > 0
+        actual, _ = gradients(ffn, x, torch.tensor(pair), torch.ones_like(x))
+        assert actual["router.w1"].abs().max() > 0
 
 
 def test_only_trained_banks_keep_their_input() -> None:

@@ -116,7 +116,7 @@ def test_packed_attention_is_what_its_docstring_says(softcap: float | None) -> N
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 13, 8), torch.randn(1, 2, 13, 8), torch.randn(1, 2, 13, 8)
     lengths = (8, 1, 4)
-    found, weights = packed_attention(
+    actual, weights = packed_attention(
         torch.nn.Identity(),
         query,
         key,
@@ -132,4 +132,4 @@ def test_packed_attention_is_what_its_docstring_says(softcap: float | None) -> N
         for q, k, v in zip(*(tensor[0].split(lengths, 1) for tensor in (query, key, value)), strict=True)
     ]
     assert weights is None
-    torch.testing.assert_close(found[0], torch.cat(parts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual[0], torch.cat(parts), atol=1e-5, rtol=1e-5)

@@ -109,9 +109,9 @@ def test_forms_of_pair_ids(pair_ids: torch.Tensor, shape: tuple[int, ...]) -> No
     count = torch.Size(shape).numel()
     x, _ = tokens(count)
     per_token = pair_ids.reshape(-1).repeat_interleave(count // pair_ids.numel())
-    found = run(ffn, x.reshape(*shape, D), pair_ids)
-    assert found.shape == (*shape, D)
-    torch.testing.assert_close(found.reshape(-1, D), by_hand(ffn, x, per_token), rtol=1e-6, atol=1e-6)
+    actual = run(ffn, x.reshape(*shape, D), pair_ids)
+    assert actual.shape == (*shape, D)
+    torch.testing.assert_close(actual.reshape(-1, D), by_hand(ffn, x, per_token), rtol=1e-6, atol=1e-6)
 
 
 def test_one_routing_serves_passes_of_different_length() -> None:

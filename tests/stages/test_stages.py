@@ -68,8 +68,8 @@ def test_translate_then_score(
     translate.run(recipe, run)
     for system in ("base", "fewshot"):
         for pair in PAIRS:
-            found = read_translations(run.translations / system / f"{pair}.jsonl")
-            assert [item.id for item in found] == [f"{pair}:test:{number}" for number in range(6)]
+            actual = read_translations(run.translations / system / f"{pair}.jsonl")
+            assert [item.id for item in actual] == [f"{pair}:test:{number}" for number in range(6)]
     first = stamps(run)
     assert run.read_record("translate.base")["sentences"] == 12
 

@@ -57,8 +57,8 @@ def shape(recipe: Recipe, selection: Selection) -> tuple[PreTrainedModel, Family
 def selection_for(recipe: Recipe) -> Selection:
     """Banks of every kind in `LAYERS`."""
     model, family = build(recipe.model, attention=None)
-    made = random_selection(family.neurons(model), LAYERS, PAIRS, seed=4)
-    return replace(made, metadata={"base_fingerprint": base_fingerprint(recipe.model.path)})
+    built = random_selection(family.neurons(model), LAYERS, PAIRS, seed=4)
+    return replace(built, metadata={"base_fingerprint": base_fingerprint(recipe.model.path)})
 
 
 def write_checkpoint(recipe: Recipe, step: int = 7) -> dict[str, torch.Tensor]:

@@ -34,16 +34,16 @@ def trained(run: RunDirectory) -> dict[str, torch.Tensor]:
     return dict(checkpoint.newest(run.checkpoints).trained())
 
 
-def relative(found: Sequence[float], expected: Sequence[float]) -> float:
+def relative(actual: Sequence[float], expected: Sequence[float]) -> float:
     """Largest relative difference between two series of equal length."""
-    assert len(found) == len(expected) > 0
-    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True))
+    assert len(actual) == len(expected) > 0
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(actual, expected, strict=True))
 
 
-def distance(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+def distance(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
     """Norm of the difference over the norm of `expected`, all tensors together."""
-    assert set(found) == set(expected)
-    return norm({name: found[name] - value for name, value in expected.items()}) / norm(expected)
+    assert set(actual) == set(expected)
+    return norm({name: actual[name] - value for name, value in expected.items()}) / norm(expected)
 
 
 def norm(tensors: Mapping[str, torch.Tensor]) -> float:
@@ -53,15 +53,15 @@ def norm(tensors: Mapping[str, torch.Tensor]) -> float:
 
 def assert_same_training(run: RunDirectory, expected: RunDirectory, tolerance: float) -> None:
     """Losses, norms, gates, validation losses and trained weights of every step and pair agree."""
-    found, wanted = metrics(run), metrics(expected)
+    actual, wanted = metrics(run), metrics(expected)
     pairs = sorted({pair for record in wanted for pair in record["loss_per_pair"]})
-    assert relative([r["loss"] for r in found], [r["loss"] for r in wanted]) < tolerance
+    assert relative([r["loss"] for r in actual], [r["loss"] for r in wanted]) < tolerance
     for pair in pairs:
-        losses = [[r["loss_per_pair"].get(pair, 1.0) for r in records] for records in (found, wanted)]
+        losses = [[r["loss_per_pair"].get(pair, 1.0) for r in records] for records in (actual, wanted)]
         assert relative(*losses) < tolerance
-    assert relative([r["grad_norm"] for r in found], [r["grad_norm"] for r in wanted]) < 1e-4
-    assert relative([r["budget_loss"] for r in found], [r["budget_loss"] for r in wanted]) < 1e-4
-    for one, other in zip(found, wanted, strict=True):
+    assert relative([r["grad_norm"] for r in actual], [r["grad_norm"] for r in wanted]) < 1e-4
+    assert relative([r["budget_loss"] for r in actual], [r["budget_loss"] for r in wanted]) < 1e-4
+    for one, other in zip(actual, wanted, strict=True):
         assert one["lr"] == other["lr"]
         assert one["gates"].keys() == other["gates"].keys()
         for layer, gates in one["gates"].items():
@@ -73,12 +73,12 @@ def assert_same_training(run: RunDirectory, expected: RunDirectory, tolerance: f
 
 def assert_same_awareness(run: RunDirectory, expected: RunDirectory) -> None:
     """Equal counts, and sums within 1e-5 of the sums of absolute values."""
-    found, wanted = Awareness.load(run.awareness), Awareness.load(expected.awareness)
-    assert found.metadata == wanted.metadata
-    assert torch.equal(found.tokens, wanted.tokens)
-    assert torch.equal(found.active, wanted.active)
+    actual, wanted = Awareness.load(run.awareness), Awareness.load(expected.awareness)
+    assert actual.metadata == wanted.metadata
+    assert torch.equal(actual.tokens, wanted.tokens)
+    assert torch.equal(actual.active, wanted.active)
     assert wanted.phi().min() > 0
     for statistic in STATISTICS:
-        one, other = getattr(found, statistic), getattr(wanted, statistic)
+        one, other = getattr(actual, statistic), getattr(wanted, statistic)
         scale = other.abs() if statistic != "sum_h" else wanted.sum_abs_h
         assert ((one - other).abs() / scale.clamp_min(1e-12)).max() < 1e-5, statistic

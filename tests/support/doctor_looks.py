@@ -56,15 +56,15 @@ CARD = {"name": "H100", "memory": 80 * GIGABYTE, "free": 79 * GIGABYTE}
 
 def look(number: int = 1, cards: int = 0, **changes: dict[str, Any]) -> dict[str, Any]:
     """A sound host's look with keys of its parts changed."""
-    found = deepcopy(SOUND)
-    found["machine"] |= {"hostname": f"node{number}", "identity": f"boot/{number}"}
+    actual = deepcopy(SOUND)
+    actual["machine"] |= {"hostname": f"node{number}", "identity": f"boot/{number}"}
     if cards:
-        found["accelerator"] |= {
+        actual["accelerator"] |= {
             "cards": [dict(CARD)] * cards,
             "driver": True,
             "cuda": "12.8",
             "nccl": "2.27",
         }
     for part, changed in changes.items():
-        found[part] = changed if "error" in changed else {**found[part], **changed}
-    return found
+        actual[part] = changed if "error" in changed else {**actual[part], **changed}
+    return actual

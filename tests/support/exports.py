@@ -82,14 +82,14 @@ def rewrite(
     routing: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a newer checkpoint with changed tensors and options of the gates."""
-    found = checkpoint.newest(run.checkpoints)
-    tensors = {name: tensor.clone() for name, tensor in found.trained().items()}
+    actual = checkpoint.newest(run.checkpoints)
+    tensors = {name: tensor.clone() for name, tensor in actual.trained().items()}
     change(tensors)
     writer = Writer(run.checkpoints, Retention(), background=False)
     # The writer adds these by itself.
     own = ("format", "step", "files", "versions")
-    description = {name: value for name, value in found.state.items() if name not in own}
+    description = {name: value for name, value in actual.state.items() if name not in own}
     description["routing"] = {**description["routing"], **(routing or {})}
-    selection = run.selection if found.selection() is not None else None
-    writer.save(found.step + 1, Parts(tensors, {}), description, selection)
+    selection = run.selection if actual.selection() is not None else None
+    writer.save(actual.step + 1, Parts(tensors, {}), description, selection)
     writer.finish()

@@ -126,12 +126,12 @@ def exit_code(arguments: list[str]) -> int:
 
 def failed(report: dict[str, Any]) -> dict[str, set[str]]:
     """Host -> checks that failed there."""
-    found: dict[str, set[str]] = {}
+    actual: dict[str, set[str]] = {}
     for check in report["checks"]:
         if check["status"] == "fail":
             assert check["cure"], check
-            found.setdefault(check["host"], set()).add(check["check"])
-    return found
+            actual.setdefault(check["host"], set()).add(check["check"])
+    return actual
 
 
 def write_model(path: Path, seed: int = 0) -> None:

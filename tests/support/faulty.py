@@ -78,7 +78,7 @@ def signalled_again(recipe: Recipe, run: RunDirectory) -> None:
 def refused(recipe: Recipe, run: RunDirectory) -> None:
     """Start a finished training again: with more steps, without saying what to do with its checkpoints; with fewer."""
     train.run(recipe, run)
-    told = []
+    wording = []
     for steps, resume in ((9, False), (1, True)):
         other = Recipe(
             **{**vars(recipe), "train": type(recipe.train)(**{**vars(recipe.train), "steps": steps})}
@@ -86,8 +86,8 @@ def refused(recipe: Recipe, run: RunDirectory) -> None:
         try:
             train.run(other, run, auto_resume=resume)
         except LanderError as error:
-            told.append([error.exit_code, str(error)])
-    (run.path / f"{process_group.rank()}-{NOTES}").write_text(json.dumps(told))
+            wording.append([error.exit_code, str(error)])
+    (run.path / f"{process_group.rank()}-{NOTES}").write_text(json.dumps(wording))
 
 
 def infinite_gradients(recipe: Recipe, run: RunDirectory) -> None:
@@ -117,13 +117,13 @@ def _state(loop: Trainer) -> list[object]:
     engine = loop.session.engine
     optimizer = engine._optimizer
     assert optimizer is not None
-    found: list[object] = [dict(sorted(engine.group_steps().items()))]
+    actual: list[object] = [dict(sorted(engine.group_steps().items()))]
     for _, part in engine._masters():
-        found += [
+        actual += [
             part.detach().clone(),
             *(v.clone() for v in optimizer.state[part].values() if hasattr(v, "clone")),
         ]
-    return found
+    return actual
 
 
 def _equal(one: object, other: object) -> bool:

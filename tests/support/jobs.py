@@ -178,9 +178,9 @@ def diverge(recipe: Recipe, run: RunDirectory) -> None:
 def _states(session: Session) -> dict[str, list[torch.Tensor]]:
     """This rank's float32 masters and optimizer state by group; none where its stage trains nothing."""
     names = [group["name"] for group in session.engine.param_groups]
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    actual: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     if not names:
-        return found
+        return actual
     zero = session.engine._engine.optimizer
     if session.recipe.topology == "pipeline":
         masters = dict(zip(names, ([part] for part in zero.single_partition_of_fp32_groups), strict=True))
@@ -190,9 +190,9 @@ def _states(session: Session) -> dict[str, list[torch.Tensor]]:
             masters[names[zero.sub_group_to_group_id[number]]].append(part)
     for name, parts in masters.items():
         for part in parts:
-            found[name].append(part.detach().clone())
-            found[name] += [torch.as_tensor(value).clone() for value in zero.optimizer.state[part].values()]
-    return found
+            actual[name].append(part.detach().clone())
+            actual[name] += [torch.as_tensor(value).clone() for value in zero.optimizer.state[part].values()]
+    return actual
 
 
 def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

@@ -29,7 +29,7 @@ def error_of(call: Any, *args: Any, **kwargs: Any) -> str | None:
 
 
 wanted, target = map(Path, sys.argv[1:])
-found: dict[str, Any] = {}
+actual: dict[str, Any] = {}
 for name, case in json.loads(wanted.read_text()).items():
     model = AutoModelForCausalLM.from_pretrained(
         case["directory"], trust_remote_code=True, dtype=torch.float32
@@ -45,7 +45,7 @@ for name, case in json.loads(wanted.read_text()).items():
     pair_ids = torch.arange(len(pairs))
     greedy = {"max_new_tokens": 12, "do_sample": False}
     with torch.no_grad():
-        found[name] = {
+        actual[name] = {
             "logits": {pair: model(p, pair=pair).logits for pair, p in zip(pairs, prompts, strict=True)},
             "greedy": {
                 pair: model.generate(p, attention_mask=torch.ones_like(p), pair=pair, **greedy)
@@ -63,18 +63,18 @@ for name, case in json.loads(wanted.read_text()).items():
             "no_pair_generate": error_of(model.generate, prompts[0], **greedy),
             "unknown_pair": error_of(model, prompts[0], pair="en-xx"),
         }
-    found[name]["dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
-    found[name]["limit"] = model.generation_config.max_new_tokens
-    found[name]["parameters"] = sum(p.numel() for p in model.parameters())
-    found[name]["config"] = type(
+    actual[name]["dtypes"] = sorted({str(p.dtype) for p in model.parameters()})
+    actual[name]["limit"] = model.generation_config.max_new_tokens
+    actual[name]["parameters"] = sum(p.numel() for p in model.parameters())
+    actual[name]["config"] = type(
         AutoConfig.from_pretrained(case["directory"], trust_remote_code=True)
     ).__name__
     if case.get("save"):
         model.save_pretrained(case["save"])
         again = AutoModelForCausalLM.from_pretrained(case["save"], trust_remote_code=True)
         with torch.no_grad():
-            found[name]["resaved"] = again(prompts[0], pair=pairs[0]).logits
+            actual[name]["resaved"] = again(prompts[0], pair=pairs[0]).logits
 assert not any(
     module.split(".")[0] in ("lander_ds", "deepspeed") and sys.modules[module] for module in sys.modules
 )
-torch.save(found, target)
+torch.save(actual, target)

@@ -28,9 +28,9 @@ class PlainRanks:
         context.set_forkserver_preload(list(PRELOADED))
         name = uuid.uuid4().hex
         self._log = directory / f"output-{name}.txt"
-        meeting = directory / f"meeting-{name}"
+        gathering = directory / f"meeting-{name}"
         self.processes: list[BaseProcess] = [
-            context.Process(target=_rank, args=(rank, ranks, meeting, self._log, function, arguments))
+            context.Process(target=_rank, args=(rank, ranks, gathering, self._log, function, arguments))
             for rank in range(ranks)
         ]
         for process in self.processes:
@@ -57,7 +57,7 @@ class PlainRanks:
 
 
 def _rank(
-    rank: int, ranks: int, meeting: Path, log: Path, function: Callable[..., object], arguments: Any
+    rank: int, ranks: int, gathering: Path, log: Path, function: Callable[..., object], arguments: Any
 ) -> None:
     import torch.distributed as dist
 
@@ -69,7 +69,7 @@ def _rank(
 
     console.setup_logging()
     if ranks > 1:
-        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=ranks)
+        dist.init_process_group("gloo", f"file://{gathering}", rank=rank, world_size=ranks)
     function(*arguments)
     sys.stderr.flush()
     # Not in good order: another rank may be gone.

@@ -227,7 +227,7 @@ class Reference:
         """Trained values under the names of a checkpoint."""
         if self.recipe.train.method != "lander":
             return {name: entry.parameter.detach() for name, entry in self.trained.items()}
-        found = {}
+        actual = {}
         for chosen in self.selection.layers:
             prefix = f"model.layers.{chosen.layer}.mlp"
             for number, (bank, neurons) in enumerate(zip(chosen.banks, chosen.slices(), strict=True)):
@@ -235,9 +235,9 @@ class Reference:
                     weight = self.trained[f"{prefix}.{projection}.weight"].parameter.detach()
                     values = weight[:, neurons] if role == "down" else weight[neurons]
                     if bank.kind in self.recipe.train.banks:
-                        found[f"{prefix}.banks.{number}.{role}"] = values
+                        actual[f"{prefix}.banks.{number}.{role}"] = values
             if self.recipe.routing.gate != "none":
                 for name in ("w1", "b1", "w2", "b2"):
                     value = self.trained[f"router.{chosen.layer}.{name}"].parameter.detach()
-                    found[f"{prefix}.router.{name}"] = value
-        return found
+                    actual[f"{prefix}.router.{name}"] = value
+        return actual

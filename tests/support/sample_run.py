@@ -147,9 +147,9 @@ def write_scores(run: RunDirectory, pairs: tuple[str, ...], sentences: int) -> N
         lines = (SAMPLE / f"test.{pair}.jsonl").read_text(encoding="utf-8").splitlines()[:sentences]
         rows = [json.loads(line) for line in lines]
         systems = {
-            "base": [made(pair, n, row, 0.3) for n, row in enumerate(rows)],
-            "fewshot": [made(pair, n, row, 0.5) for n, row in enumerate(rows)],
-            "trained": [made(pair, n, row, 0.8) for n, row in enumerate(rows)],
+            "base": [built(pair, n, row, 0.3) for n, row in enumerate(rows)],
+            "fewshot": [built(pair, n, row, 0.5) for n, row in enumerate(rows)],
+            "trained": [built(pair, n, row, 0.8) for n, row in enumerate(rows)],
         }
         for system, translations in systems.items():
             write_translations(run.translations / system / f"{pair}.jsonl", translations)
@@ -167,7 +167,7 @@ def write_scores(run: RunDirectory, pairs: tuple[str, ...], sentences: int) -> N
     )
 
 
-def made(pair: str, number: int, row: dict[str, str], share: float) -> Translation:
+def built(pair: str, number: int, row: dict[str, str], share: float) -> Translation:
     """A translation that gets the first `share` of the words right and goes on in the source language."""
     words, source = row["tgt"].split(), row["src"].split()
     right = round(share * len(words))

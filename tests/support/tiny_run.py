@@ -105,8 +105,8 @@ class TinyRun:
 
     def selection(self, layers: tuple[int, ...] = SELECTED) -> Selection:
         """General, specific, shared and frozen banks in `layers`."""
-        made = random_selection(NEURONS, layers, PAIRS, seed=2)
-        return replace(made, metadata={"base_fingerprint": base_fingerprint(self.model)})
+        built = random_selection(NEURONS, layers, PAIRS, seed=2)
+        return replace(built, metadata={"base_fingerprint": base_fingerprint(self.model)})
 
 
 def make_tiny_run(root: Path) -> TinyRun:
@@ -124,12 +124,12 @@ def make_tiny_run(root: Path) -> TinyRun:
         root / "model",
         VOCABULARY,
     )
-    made = TinyRun(root)
-    shutil.copytree(made.model, made.untied)
-    _random_gemma(tied=True).save_pretrained(made.model)
-    _random_gemma(tied=False).save_pretrained(made.untied)
-    prepare.run(made.recipe("prepared"), RunDirectory(root / "prepared"))
-    return made
+    built = TinyRun(root)
+    shutil.copytree(built.model, built.untied)
+    _random_gemma(tied=True).save_pretrained(built.model)
+    _random_gemma(tied=False).save_pretrained(built.untied)
+    prepare.run(built.recipe("prepared"), RunDirectory(root / "prepared"))
+    return built
 
 
 def _short_lines(path: Path, count: int) -> Iterator[str]:

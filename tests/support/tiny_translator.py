@@ -83,10 +83,10 @@ def requests(pairs: dict[str, int], shared: int = 0) -> dict[str, list[Request]]
     def words(count: int) -> tuple[int, ...]:
         return tuple(generator.randrange(4, 64) for _ in range(count))
 
-    made = {}
+    built = {}
     for pair, count in pairs.items():
         prefix = words(shared)
-        made[pair] = [
+        built[pair] = [
             Request(
                 f"{pair}:test:{number}",
                 f"source {number}",
@@ -95,7 +95,7 @@ def requests(pairs: dict[str, int], shared: int = 0) -> dict[str, list[Request]]
             )
             for number in range(count)
         ]
-    return made
+    return built
 
 
 def translate_as_rank(directory: Path, rank: int, world_size: int, port: int) -> None:

@@ -48,14 +48,14 @@ class ToyModel(nn.Module):
 def samples() -> list[Sample]:
     """Twelve samples of 5 to 16 tokens, pairs in turn; the first third of each has no loss, like a prompt."""
     generator = torch.Generator().manual_seed(1)
-    made = []
+    built = []
     for number in range(12):
         length = 5 + number
         ids = torch.randint(VOCABULARY, (length,), generator=generator)
         targets = torch.randint(VOCABULARY, (length,), generator=generator)
         targets[: length // 3] = -100
-        made.append((ids, targets, number % len(PAIRS)))
-    return made
+        built.append((ids, targets, number % len(PAIRS)))
+    return built
 
 
 def backward(model: nn.Module, collector: StatisticsCollector, batch: Sequence[Sample]) -> torch.Tensor:

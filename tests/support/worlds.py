@@ -88,9 +88,9 @@ def _wait(root: Path, processes: Sequence[object], ranks: int) -> None:
         time.sleep(0.05)
     if all(process.exitcode == 0 for process in processes):  # type: ignore[attr-defined]
         return
-    told = [path.read_text() for path in sorted(root.glob(f"failure-{ranks}-*.txt"))]
+    wording = [path.read_text() for path in sorted(root.glob(f"failure-{ranks}-*.txt"))]
     raise RuntimeError(
-        "\n".join(told) or f"a world of {ranks} ranks did not end a job in {TIMEOUT_SECONDS} s"
+        "\n".join(wording) or f"a world of {ranks} ranks did not end a job in {TIMEOUT_SECONDS} s"
     )
 
 
@@ -113,25 +113,25 @@ def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -
     from lander_ds.distributed import collectives, process_group
     from support.tiny_run import TinyRun
 
-    place = "start"
+    placement = "start"
     try:
         process_group.start(TIMEOUT_SECONDS)
-        made = TinyRun(root)
+        built = TinyRun(root)
         for job in jobs:
-            place = job.name
+            placement = job.name
             name = f"{job.name}-{ranks}"
             if rank == 0:
-                made.run(name)
+                built.run(name)
             collectives.barrier()
             module, function = job.call.split(":")
             began = time.monotonic()
-            getattr(import_module(module), function)(made.recipe(name, *job.overrides), made.run(name))
+            getattr(import_module(module), function)(built.recipe(name, *job.overrides), built.run(name))
             collectives.barrier()
             if rank == 0:
                 (root / name / JOB_DONE).write_text(f"{time.monotonic() - began:.2f}")
         process_group.stop()
     except BaseException:
-        text = f"job {place}, rank {rank} of {ranks}:\n{traceback.format_exc()}"
+        text = f"job {placement}, rank {rank} of {ranks}:\n{traceback.format_exc()}"
         (root / f"failure-{ranks}-{rank}.txt").write_text(text)
         # Other ranks may wait for this one: an orderly exit could hang.
         os._exit(1)

@@ -38,7 +38,7 @@ def write(path: Path, steps: range, done: int = 0, loss: float = 1.0) -> None:
     journal.close()
 
 
-def found(path: Path) -> list[tuple[int, str, float]]:
+def actual(path: Path) -> list[tuple[int, str, float]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         (line["step"], "valid", line["valid_loss_mean"])
@@ -54,20 +54,20 @@ def test_later_steps_are_dropped_and_done_again(tmp_path: Path) -> None:
     write(path, range(5, 7), done=4, loss=2.0)
     expected = [(1, "train", 1.0), (2, "train", 1.0), (2, "valid", 1.0), (3, "train", 1.0), (4, "train", 1.0)]
     expected += [(4, "valid", 1.0), (5, "train", 2.0), (6, "train", 2.0), (6, "valid", 2.0)]
-    assert found(path) == expected
+    assert actual(path) == expected
 
 
 def test_a_new_training_drops_everything(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 4))
     write(path, range(1, 2), loss=2.0)
-    assert found(path) == [(1, "train", 2.0)]
+    assert actual(path) == [(1, "train", 2.0)]
 
 
 def test_a_file_that_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, range(5, 6), done=4)
-    assert found(path) == [(5, "train", 1.0)]
+    assert actual(path) == [(5, "train", 1.0)]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 100])
@@ -77,7 +77,7 @@ def test_a_line_that_was_cut_is_dropped(tmp_path: Path, cut: int) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     write(path, range(3, 4), done=2)
-    assert [(step, kind) for step, kind, _ in found(path)] == [
+    assert [(step, kind) for step, kind, _ in actual(path)] == [
         (1, "train"),
         (2, "train"),
         (2, "valid"),
@@ -91,4 +91,4 @@ def test_the_last_line_without_its_end_does_not_run_into_the_next(tmp_path: Path
     write(path, range(1, 4))
     path.write_bytes(path.read_bytes()[:-1])
     write(path, range(4, 5), done=3)
-    assert [step for step, kind, _ in found(path) if kind == "train"] == [1, 2, 3, 4]
+    assert [step for step, kind, _ in actual(path) if kind == "train"] == [1, 2, 3, 4]

@@ -29,8 +29,8 @@ def parameters() -> dict[str, list[nn.Parameter]]:
 
 def set_gradients(groups: dict[str, list[nn.Parameter]], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
-    for held in groups.values():
-        for parameter in held:
+    for holding in groups.values():
+        for parameter in holding:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
@@ -45,8 +45,10 @@ def test_active_groups_move_as_under_torchs_optimizer(kind: str, allocate: bool)
     ours, theirs = parameters(), parameters()
     optimizer = build_optimizer(ours, TrainConfig(**{**vars(TRAIN), "optimizer": kind}), offload=False)
     if allocate:
-        optimizer.allocate(p for held in ours.values() for p in held)  # type: ignore[attr-defined]
-    described = [{"params": held, "lr": 0.01 if name == "general" else 0.02} for name, held in theirs.items()]
+        optimizer.allocate(p for holding in ours.values() for p in holding)  # type: ignore[attr-defined]
+    described = [
+        {"params": holding, "lr": 0.01 if name == "general" else 0.02} for name, holding in theirs.items()
+    ]
     reference: torch.optim.Optimizer = (
         torch.optim.AdamW(described, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
         if kind == "adamw"
@@ -63,8 +65,8 @@ def test_active_groups_move_as_under_torchs_optimizer(kind: str, allocate: bool)
         activate(optimizer, {"general"} if rests else set(ours))
         optimizer.step()
         reference.step()
-    for name, held in ours.items():
-        for one, other in zip(held, theirs[name], strict=True):
+    for name, holding in ours.items():
+        for one, other in zip(holding, theirs[name], strict=True):
             assert torch.equal(one, other), name
 
 
@@ -90,7 +92,7 @@ def test_allocation_takes_all_the_memory_there_will_be() -> None:
     groups = parameters()
     optimizer = build_optimizer(groups, TRAIN, offload=False)
     assert isinstance(optimizer, SelectiveAdamW)
-    everything = [p for held in groups.values() for p in held]
+    everything = [p for holding in groups.values() for p in holding]
     optimizer.allocate(everything)
 
     def size() -> int:

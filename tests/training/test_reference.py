@@ -23,15 +23,15 @@ def test_losses_gradients_and_weights(world_2: TinyRun, name: str, tolerance: fl
     recipe, run = world_2.recipe(f"{name}-2", *OVERRIDES[name]), world_2.run(f"{name}-2")
     reference = Reference(recipe, PreparedData.load(run, recipe), world_2.selection())
     base = {key: value.clone() for key, value in reference.weights().items()}
-    expected, found = reference.train(), metrics(run)
+    expected, actual = reference.train(), metrics(run)
     weights = reference.weights()
-    assert len(found) == recipe.train.steps
-    for record, wanted in zip(found, expected, strict=True):
+    assert len(actual) == recipe.train.steps
+    for record, wanted in zip(actual, expected, strict=True):
         assert record["loss_per_pair"] == pytest.approx(wanted["loss_per_pair"], rel=tolerance)
         gates = {f"{layer} {pair}": c for layer, of in record["gates"].items() for pair, c in of.items()}
         assert gates == pytest.approx(wanted["gates"], rel=1e-5)
     for key in ("loss", "grad_norm", "budget_loss"):
-        assert relative([r[key] for r in found], [r[key] for r in expected]) < tolerance, key
+        assert relative([r[key] for r in actual], [r[key] for r in expected]) < tolerance, key
     assert distance(trained(run), weights) < tolerance
     # What training changed must agree too, not only what it started from.
     change = {key: weights[key] - base[key] for key in base}

@@ -35,10 +35,10 @@ def test_cosine() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_warm_up_rises_evenly_and_reaches_the_peak(schedule: str) -> None:
-    found = factors(schedule=schedule, warmup_steps=4)
-    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert min(found) > 0, "no step is wasted on a rate of zero"
-    assert found[4:] == sorted(found[4:], reverse=True)
+    actual = factors(schedule=schedule, warmup_steps=4)
+    assert actual[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert min(actual) > 0, "no step is wasted on a rate of zero"
+    assert actual[4:] == sorted(actual[4:], reverse=True)
 
 
 def test_the_minimum_is_where_the_last_step_ends() -> None:

@@ -35,23 +35,23 @@ def faulty(tiny_run: TinyRun) -> TinyRun:
 
 
 def notes(faulty: TinyRun, name: str, rank: int) -> list[Any]:
-    found: list[Any] = json.loads((faulty.run(name).path / f"{rank}-{NOTES}").read_text())
-    return found
+    actual: list[Any] = json.loads((faulty.run(name).path / f"{rank}-{NOTES}").read_text())
+    return actual
 
 
 def test_a_signal_to_one_rank_stops_all(faulty: TinyRun) -> None:
     for rank in (0, 1):
         code, message = notes(faulty, "preempted-2", rank)
         assert code == 75
-        told = re.fullmatch(
+        wording = re.fullmatch(
             r"asked to stop: step (\d) is saved; start the same command with --auto-resume to go on",
             str(message),
         )
-        assert told is not None
+        assert wording is not None
         # The step at hand is finished; all ranks hear of it in that step or the next one.
-        assert int(told[1]) in (SIGNAL_AT, SIGNAL_AT + 1)
+        assert int(wording[1]) in (SIGNAL_AT, SIGNAL_AT + 1)
         saved = checkpoint.newest(faulty.run("preempted-2").path / "after-the-signal")
-        assert saved.step == saved.state["progress"]["done"] == int(told[1])
+        assert saved.step == saved.state["progress"]["done"] == int(wording[1])
 
 
 def test_after_a_signal_it_goes_on_as_if_nothing_had_happened(faulty: TinyRun) -> None:
@@ -59,9 +59,9 @@ def test_after_a_signal_it_goes_on_as_if_nothing_had_happened(faulty: TinyRun) -
     assert [record["loss"] for record in metrics(run)] == [record["loss"] for record in metrics(expected)]
     assert validations(run) == validations(expected)
     one, other = checkpoint.newest(run.checkpoints), checkpoint.newest(expected.checkpoints)
-    for found, wanted in ((one.trained(), other.trained()), (one.optimizer(), other.optimizer())):
-        assert set(found) == set(wanted)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for actual, wanted in ((one.trained(), other.trained()), (one.optimizer(), other.optimizer())):
+        assert set(actual) == set(wanted)
+        assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
     for key in ("step", "progress", "group_steps", "valid_loss"):
         assert one.state[key] == other.state[key]
     summaries = [json.loads(r.training_summary.read_text()) for r in (run, expected)]
@@ -76,10 +76,10 @@ def test_a_signal_during_the_last_save_does_not_lose_it(tiny_run: TinyRun) -> No
 
 def test_all_ranks_refuse_alike(faulty: TinyRun) -> None:
     for rank in (0, 1):
-        told = notes(faulty, "refused-2", rank)
-        assert [code for code, _ in told] == [2, 2]
-        assert "--auto-resume goes on from there, --force deletes them" in told[0][1]
-        assert re.match(r"train\.steps: 1, but .*/step-2 has come further already: raise", told[1][1])
+        wording = notes(faulty, "refused-2", rank)
+        assert [code for code, _ in wording] == [2, 2]
+        assert "--auto-resume goes on from there, --force deletes them" in wording[0][1]
+        assert re.match(r"train\.steps: 1, but .*/step-2 has come further already: raise", wording[1][1])
     assert checkpoint.steps(faulty.run("refused-2").checkpoints) == [2]
 
 

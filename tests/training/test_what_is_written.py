@@ -52,15 +52,15 @@ def test_a_record_of_every_step(world_1: TinyRun) -> None:
 
 
 def test_the_summary_of_a_training(world_2: TinyRun) -> None:
-    found = json.loads(world_2.run("adamw-2").training_summary.read_text())
-    assert set(found) >= {
+    actual = json.loads(world_2.run("adamw-2").training_summary.read_text())
+    assert set(actual) >= {
         *("method", "trained_parameters", "total_parameters", "ranks", "steps", "stopped_early", "seconds"),
         *("weight_bytes_per_rank", "gradient_bytes_per_rank", "optimizer_bytes_per_rank"),
         *("frozen_unchanged", "groups", "checkpoint"),
     }
-    assert (found["method"], found["ranks"], found["steps"]) == ("lander", 2, 20)
-    assert found["checkpoint"] == "checkpoints/step-20"
-    assert not found["stopped_early"]
+    assert (actual["method"], actual["ranks"], actual["steps"]) == ("lander", 2, 20)
+    assert actual["checkpoint"] == "checkpoints/step-20"
+    assert not actual["stopped_early"]
 
 
 def test_validation_is_the_mean_over_pairs(world_1: TinyRun) -> None:
@@ -85,20 +85,20 @@ def test_tensorboard(world_2: TinyRun) -> None:
 def test_patience(world_2: TinyRun) -> None:
     run = world_2.run("patience-2")
     assert [record["step"] for record in validations(run)] == [2, 4]
-    found = json.loads(run.training_summary.read_text())
-    assert (found["steps"], found["stopped_early"]) == (4, True)
-    assert found["checkpoint"] == "checkpoints/step-4"
+    actual = json.loads(run.training_summary.read_text())
+    assert (actual["steps"], actual["stopped_early"]) == (4, True)
+    assert actual["checkpoint"] == "checkpoints/step-4"
     # Step 3 was asked for, step 4 is the end.
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-3", "step-4"]
 
 
 def test_the_checkpoint_at_the_end_holds_the_trained_tensors(world_2: TinyRun) -> None:
     run = world_2.run("adamw-2")
-    found = checkpoint.newest(run.checkpoints)
+    actual = checkpoint.newest(run.checkpoints)
     summary = json.loads(run.training_summary.read_text())
-    assert sum(value.numel() for value in found.trained().values()) == summary["trained_parameters"]
-    assert found.state["routing"]["alpha_max"] == 1.0
-    assert found.state["pairs"] == list(PAIRS)
+    assert sum(value.numel() for value in actual.trained().values()) == summary["trained_parameters"]
+    assert actual.state["routing"]["alpha_max"] == 1.0
+    assert actual.state["pairs"] == list(PAIRS)
 
 
 def test_divergence_ends_with_an_error_and_whole_checkpoints(world_2: TinyRun) -> None:
@@ -160,8 +160,8 @@ def test_a_selection_of_another_base_is_refused(tiny_run: TinyRun, tmp_path: Pat
 def test_which_methods_need_a_selection(tiny_run: TinyRun, tmp_path: Path, method: str, needed: bool) -> None:
     recipe, run = recipe_in(tiny_run, tmp_path)
     recipe = replace(recipe, train=replace(recipe.train, method=method))  # type: ignore[arg-type]
-    found = load_selection(recipe, run, tiny_run.selection().metadata["base_fingerprint"])
-    assert isinstance(found, Selection) == needed
+    actual = load_selection(recipe, run, tiny_run.selection().metadata["base_fingerprint"])
+    assert isinstance(actual, Selection) == needed
 
 
 @pytest.mark.parametrize(

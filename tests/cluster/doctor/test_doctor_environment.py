@@ -31,31 +31,31 @@ def test_what_travels_and_what_stays(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "2",
         "EDITOR": "ed",
     }
-    found = travelling(environment, here)
-    assert found.variables == {
+    actual = travelling(environment, here)
+    assert actual.variables == {
         "NCCL_DEBUG": "INFO",
         "PYTHONPATH": f"{here}:/more",
         "HF_HOME": "/shared",
         "OMP_NUM_THREADS": "2",
     }
-    assert [finding.status for finding in found.findings] == ["warn"]
-    assert "GLOO_SOCKET_IFNAME" in found.findings[0].detail
-    assert "OMP_NUM_THREADS" not in found.findings[0].detail
+    assert [finding.status for finding in actual.findings] == ["warn"]
+    assert "GLOO_SOCKET_IFNAME" in actual.findings[0].detail
+    assert "OMP_NUM_THREADS" not in actual.findings[0].detail
 
 
 def test_all_well(tmp_path: Path) -> None:
-    found = travelling({"HOME": str(tmp_path), "PATH": "/bin"}, tmp_path)
-    assert [finding.status for finding in found.findings] == ["ok"]
+    actual = travelling({"HOME": str(tmp_path), "PATH": "/bin"}, tmp_path)
+    assert [finding.status for finding in actual.findings] == ["ok"]
 
 
 def test_a_file_of_another_name(tmp_path: Path) -> None:
     (tmp_path / "cluster.env").write_text("HF_HOME=/shared\n")
-    found = travelling({"HOME": str(tmp_path), "DS_ENV_FILE": str(tmp_path / "cluster.env")}, tmp_path)
-    assert found.variables["HF_HOME"] == "/shared"
+    actual = travelling({"HOME": str(tmp_path), "DS_ENV_FILE": str(tmp_path / "cluster.env")}, tmp_path)
+    assert actual.variables["HF_HOME"] == "/shared"
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "wording"),
     [
         ("", "line 2: a blank line stops DeepSpeed's launcher"),
         ("# threads", "line 2: DeepSpeed knows no comments"),
@@ -67,11 +67,11 @@ def test_a_file_of_another_name(tmp_path: Path) -> None:
         ("NAME=$HOME/x", "line 2: the remote shell would change the value of NAME"),
     ],
 )
-def test_faults_of_the_file_are_named_with_their_line(line: str, told: str, tmp_path: Path) -> None:
+def test_faults_of_the_file_are_named_with_their_line(line: str, wording: str, tmp_path: Path) -> None:
     path = tmp_path / ".deepspeed_env"
     path.write_text(f"GOOD=1\n{line}\nALSO=a=b\n")
     variables, findings = read_environment_file(path)
     assert variables == {"GOOD": "1", "ALSO": "a=b"}
     assert fails(findings)
-    assert [str(path) in finding.detail and told in finding.detail for finding in findings] == [True]
+    assert [str(path) in finding.detail and wording in finding.detail for finding in findings] == [True]
     assert findings[0].cure

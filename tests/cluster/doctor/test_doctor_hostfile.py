@@ -34,7 +34,7 @@ def test_deepspeed_reads_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "wording"),
     [
         ("node1 slots=8\nnode1 slots=8\n", "line 2: node1 stands in line 1 already"),
         ("node1 slots=8\nnode2\n", "line 2: 'node2' has no slots=N"),
@@ -48,14 +48,14 @@ def test_deepspeed_reads_the_same(tmp_path: Path) -> None:
         ("", "names no host"),
     ],
 )
-def test_faults_are_named_with_their_line(text: str, told: str, tmp_path: Path) -> None:
+def test_faults_are_named_with_their_line(text: str, wording: str, tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text(text)
     _, findings = read_hostfile(path)
     assert fails(findings)
     finding = next(finding for finding in findings if finding.status == "fail")
     assert finding.detail.startswith(str(path))
-    assert told in finding.detail
+    assert wording in finding.detail
     assert finding.cure
 
 
@@ -68,8 +68,8 @@ def test_sound_lines_beside_a_fault_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_unreadable_file_fails(tmp_path: Path) -> None:
-    for path, told in ((tmp_path / "none", "does not exist"), (tmp_path, "cannot be read")):
+    for path, wording in ((tmp_path / "none", "does not exist"), (tmp_path, "cannot be read")):
         hosts, findings = read_hostfile(path)
         assert hosts == []
         assert fails(findings)
-        assert told in findings[0].detail
+        assert wording in findings[0].detail

@@ -35,12 +35,12 @@ def _logging_as_before() -> Iterator[None]:
 @pytest.fixture
 def hosts(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHosts]:
     """Two sound hosts, one and two; afterwards nothing of them may be left."""
-    found = FakeHosts(workspace, tmp_path_factory.mktemp("cluster") / "hosts")
-    yield found
+    actual = FakeHosts(workspace, tmp_path_factory.mktemp("cluster") / "hosts")
+    yield actual
     deadline = time.monotonic() + 60.0
-    while found.processes_left() and time.monotonic() < deadline:
+    while actual.processes_left() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert found.processes_left() == []
+    assert actual.processes_left() == []
 
 
 def test_two_sound_hosts_are_ready_and_measured(hosts: FakeHosts, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,13 +98,13 @@ def test_faults_of_one_host_are_all_named_and_one_that_is_gone_hinders_nobody(
             "run_dir",
         },
     }
-    told = {check["check"]: check["detail"] for check in report["checks"] if check["status"] == "fail"}
-    assert "transformers is 4.0.0" in told["packages"]
-    assert "train.steps is 11, on one 10" in told["recipe"]
-    assert "run.py" in told["code"]
-    assert f"{other / 'run'} is another directory than {workspace.path / 'run'} on one" in told["run_dir"]
-    assert "Address already in use" in told["rendezvous"]
-    assert "100.0" in told["clock"]
+    wording = {check["check"]: check["detail"] for check in report["checks"] if check["status"] == "fail"}
+    assert "transformers is 4.0.0" in wording["packages"]
+    assert "train.steps is 11, on one 10" in wording["recipe"]
+    assert "run.py" in wording["code"]
+    assert f"{other / 'run'} is another directory than {workspace.path / 'run'} on one" in wording["run_dir"]
+    assert "Address already in use" in wording["rendezvous"]
+    assert "100.0" in wording["clock"]
     assert report["bandwidth"] == {}
 
 
@@ -139,10 +139,10 @@ def test_hosts_that_do_not_answer_are_named_and_the_rest_goes_on(
         "crashes": {"probe"},
         "hangs": {"ssh"},
     }
-    told = {check["host"]: check for check in report["checks"]}
-    assert "no answer to 'hello' within 20 s" in told["hangs"]["detail"]
-    assert "ssh-keyscan" in told["newkey"]["cure"]
-    assert told["elsewhere"]["detail"] == f"{hosts.workspace.path} is no directory there"
+    wording = {check["host"]: check for check in report["checks"]}
+    assert "no answer to 'hello' within 20 s" in wording["hangs"]["detail"]
+    assert "ssh-keyscan" in wording["newkey"]["cure"]
+    assert wording["elsewhere"]["detail"] == f"{hosts.workspace.path} is no directory there"
 
 
 def test_nothing_outlives_a_doctor_that_is_killed(hosts: FakeHosts) -> None:
@@ -251,8 +251,8 @@ def test_over_a_real_sshd(
         "--ssh-port",
         str(port),
     ]
-    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    assert exit_code([*command, *meeting]) == 2
+    gathering = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    assert exit_code([*command, *gathering]) == 2
     shown = capsys.readouterr().out
     assert "1 ranks add up correctly over gloo" in shown
     assert "GLOO_SOCKET_IFNAME=lo" in shown

@@ -123,10 +123,10 @@ FAULTS: dict[str, tuple[int, dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_on_its_host_alone(run: Run, name: str) -> None:
-    cards, changes, check, told = FAULTS[name]
+    cards, changes, check, wording = FAULTS[name]
     failed = [finding for finding in judged(run, with_fault(cards, **changes)) if finding.status == "fail"]
     assert {finding.host for finding in failed} == {"node2"}
-    assert any(finding.check == check and told in finding.detail for finding in failed)
+    assert any(finding.check == check and wording in finding.detail for finding in failed)
     assert all(finding.cure for finding in failed)
 
 
@@ -142,11 +142,12 @@ WARNINGS: dict[str, tuple[int, dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("name", WARNINGS)
 def test_a_warning_does_not_fail(run: Run, name: str) -> None:
-    cards, changes, check, told = WARNINGS[name]
+    cards, changes, check, wording = WARNINGS[name]
     findings = [finding for finding in judged(run, with_fault(cards, **changes)) if finding.status != "ok"]
     assert {finding.status for finding in findings} == {"warn"}
     assert any(
-        (finding.check, finding.host) == (check, "node2") and told in finding.detail for finding in findings
+        (finding.check, finding.host) == (check, "node2") and wording in finding.detail
+        for finding in findings
     )
     assert all(finding.cure for finding in findings)
 
@@ -165,11 +166,11 @@ def test_of_two_hosts_the_first_is_held_to_be_right() -> None:
 def test_many_differences_are_counted() -> None:
     many = {f"file{number}.py": "x" for number in range(9)}
     looks = with_fault(recipe={"facts": {**SOUND["recipe"]["facts"], "code": many}})
-    told = next(
+    wording = next(
         finding for finding in compare_hosts(looks) if finding.check == "code" and finding.host == "node2"
     )
-    assert "file0.py is x, on node1 absent" in told.detail
-    assert told.detail.endswith("and 5 more")
+    assert "file0.py is x, on node1 absent" in wording.detail
+    assert wording.detail.endswith("and 5 more")
 
 
 def test_an_unreadable_model_fails_and_unreadable_data_warns() -> None:
@@ -180,12 +181,12 @@ def test_an_unreadable_model_fails_and_unreadable_data_warns() -> None:
         "run_dir": {"prepared data": unreadable},
     }
     looks = {"node1": look(1, recipe={"facts": changed})}
-    found = {
+    actual = {
         finding.check: finding.status
         for finding in compare_hosts(looks)
         if "truncated" in finding.detail and finding.cure
     }
-    assert found == {"model": "fail", "data": "warn"}
+    assert actual == {"model": "fail", "data": "warn"}
 
 
 @pytest.mark.parametrize("tool", ["compiler", "ninja"])

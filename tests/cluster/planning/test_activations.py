@@ -22,9 +22,9 @@ BATCH = MicroBatch(24, 8, (9, 9, 6))
 
 def measured(recipe: Recipe, sharded: bool) -> int:
     """Bytes that a real forward pass saves; every pair has as many tokens."""
-    made = anatomy(recipe)
-    made.model.to_empty(device="cpu")
-    for parameter in made.model.parameters():
+    built = anatomy(recipe)
+    built.model.to_empty(device="cpu")
+    for parameter in built.model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
     pairs = torch.arange(BATCH.tokens) % len(recipe.data.pairs)
     ids, positions = torch.arange(3, 27), torch.cat([torch.arange(n) for n in BATCH.lengths])
@@ -32,7 +32,7 @@ def measured(recipe: Recipe, sharded: bool) -> int:
     targets = torch.arange(BATCH.targets)
     batch = PackedBatch(ids, positions, pairs, segments, BATCH.lengths, torch.arange(3), targets, targets + 3)
     with _linear(sharded):
-        return saved_bytes(TranslationModel(made.model, made.family, len(recipe.data.pairs)), batch)
+        return saved_bytes(TranslationModel(built.model, built.family, len(recipe.data.pairs)), batch)
 
 
 def predicted(recipe: Recipe, sharded: bool) -> Activations:

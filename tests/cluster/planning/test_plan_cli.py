@@ -54,12 +54,12 @@ def test_json_and_plot(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         "2",
     ]
     assert cli(arguments) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    names = {plan["name"] for plan in found["plans"]}
+    actual: dict[str, Any] = json.loads(capsys.readouterr().out)
+    names = {plan["name"] for plan in actual["plans"]}
     assert names == {"zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
-    assert found["best"].split()[0] in names
-    held = found["plans"][0]["parts"][0]["held"]
-    assert {"weights", "gradients", "optimizer", "activations", "gathered", "on_host"} <= set(held)
+    assert actual["best"].split()[0] in names
+    holding = actual["plans"][0]["parts"][0]["held"]
+    assert {"weights", "gradients", "optimizer", "activations", "gathered", "on_host"} <= set(holding)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in plot.parent.iterdir()] == ["plan.png"]
 

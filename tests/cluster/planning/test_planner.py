@@ -72,9 +72,9 @@ def test_recomputation_trades_memory_for_work(tmp_path: Path) -> None:
 
 def test_more_machines_hold_less_each(tmp_path: Path) -> None:
     planner = Planner(recipe_of(tmp_path, "llama"), WORKLOAD)
-    found = over_nodes(planner, CLUSTER, 4)
-    assert list(found) == [1, 2, 4]
-    weights = [next(p for p in found[n] if p.name == "zero3").parts[0].memory.weights for n in found]
+    actual = over_nodes(planner, CLUSTER, 4)
+    assert list(actual) == [1, 2, 4]
+    weights = [next(p for p in actual[n] if p.name == "zero3").parts[0].memory.weights for n in actual]
     assert weights[0] > weights[1] > weights[2]
 
 
@@ -102,20 +102,20 @@ def test_stages_are_cut_as_training_cuts_them(tmp_path: Path, stages: int, cut: 
         pytest.skip("a cut of the recipe is for its own number of stages")
     overrides = ("topology=pipeline", f"pipeline_stages={stages}", f"pipeline_cut={cut}")
     recipe = recipe_of(tmp_path, "llama", *overrides)
-    made = anatomy(recipe)
+    built = anatomy(recipe)
     model, family = build(recipe.model)
-    prepare_model(model, family, recipe, made.selection)
-    mark_trained(model, family, recipe.train, made.selection)
+    prepare_model(model, family, recipe, built.selection)
+    mark_trained(model, family, recipe.train, built.selection)
     real = [span_of(recipe, model, family, ParallelDims(stages, 1, rank)) for rank in range(stages)]
-    assert list(made.stage_spans(stages)) == real
+    assert list(built.stage_spans(stages)) == real
 
 
 def test_the_selection_of_the_run_is_used(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama")
     assert anatomy(recipe).estimated
     random_selection(48, [2], recipe.data.pairs).save(RunDirectory(recipe.run_dir).selection)
-    made = anatomy(recipe)
-    assert (made.estimated, made.first_trained) == (False, 2)
+    built = anatomy(recipe)
+    assert (built.estimated, built.first_trained) == (False, 2)
     random_selection(40, [2], recipe.data.pairs).save(RunDirectory(recipe.run_dir).selection)
     with pytest.raises(ArtefactError, match="is for a model with 40 neurons"):
         anatomy(recipe)
@@ -126,16 +126,16 @@ def test_the_selection_of_the_run_is_used(tmp_path: Path) -> None:
 
 def test_estimated_selections_have_the_sizes_that_select_asks_for() -> None:
     select = SelectConfig(LayerChoice(k=2), BankChoice(rho=0.8, min_awareness=0.1))
-    made = estimated_selection(select, ("en-de", "en-fr"), 10, 100)
-    assert [layer.layer for layer in made.layers] == [0, 5]
-    sizes = {(bank.kind, bank.owners): bank.size for bank in made.layers[0].banks}
+    built = estimated_selection(select, ("en-de", "en-fr"), 10, 100)
+    assert [layer.layer for layer in built.layers] == [0, 5]
+    sizes = {(bank.kind, bank.owners): bank.size for bank in built.layers[0].banks}
     assert sizes == {
         ("general", ("en-de", "en-fr")): 72,
         ("specific", ("en-de",)): 9,
         ("specific", ("en-fr",)): 9,
         ("frozen", ()): 10,
     }
-    assert torch.equal(made.layers[0].permutation.sort().values, torch.arange(100))
+    assert torch.equal(built.layers[0].permutation.sort().values, torch.arange(100))
     for criterion, layers in (("last", [8, 9]), ("all", list(range(10)))):
         choice = SelectConfig(LayerChoice(criterion=criterion, k=2))  # type: ignore[arg-type]
         assert [layer.layer for layer in estimated_selection(choice, ("en-de",), 10, 20).layers] == layers

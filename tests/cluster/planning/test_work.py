@@ -24,14 +24,14 @@ BATCH = MicroBatch(24, 8, (1,) * 24)
 
 def counted(recipe: Recipe) -> tuple[int, int]:
     """Forward and backward operations of a real micro-batch, by torch."""
-    made = anatomy(recipe)
-    made.model.to_empty(device="cpu")
-    for parameter in made.model.parameters():
+    built = anatomy(recipe)
+    built.model.to_empty(device="cpu")
+    for parameter in built.model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
     ids, targets = torch.arange(3, 27), torch.arange(BATCH.targets)
     pairs, zeros, segments = ids % len(recipe.data.pairs), torch.zeros_like(ids), torch.arange(24)
     batch = PackedBatch(ids, zeros, pairs, segments, BATCH.lengths, segments, targets, targets + 3)
-    model = TranslationModel(made.model, made.family, len(recipe.data.pairs))
+    model = TranslationModel(built.model, built.family, len(recipe.data.pairs))
     with FlopCounterMode(display=False) as forward:
         loss, *_ = model(batch, BatchTotals(1, 1))
     with FlopCounterMode(display=False) as backward:
@@ -53,20 +53,20 @@ def test_operations_are_those_that_torch_counts(
     tmp_path: Path, case: str, overrides: tuple[str, ...]
 ) -> None:
     recipe = recipe_of(tmp_path, case, *overrides)
-    made = anatomy(recipe)
-    found = operations(made, made.whole, BATCH)
+    built = anatomy(recipe)
+    actual = operations(built, built.whole, BATCH)
     forward, backward = counted(recipe)
     # In sum, because the loss of a frozen head takes its gradient during the forward pass.
-    assert found.forward + found.backward == pytest.approx(forward + backward, rel=0.03)
-    assert found.recompute == 0.0
+    assert actual.forward + actual.backward == pytest.approx(forward + backward, rel=0.03)
+    assert actual.recompute == 0.0
 
 
 def test_recomputation_repeats_layers_with_a_backward_pass(tmp_path: Path) -> None:
     recipe = recipe_of(
         tmp_path, "llama", "select.layers.criterion=last", "train.activation_checkpointing=true"
     )
-    made = anatomy(recipe)
-    by_layer = [operations(made, Span(i, i + 1, 3), BATCH) for i in range(3)]
+    built = anatomy(recipe)
+    by_layer = [operations(built, Span(i, i + 1, 3), BATCH) for i in range(3)]
     assert [part.recompute > 0 for part in by_layer] == [False, False, True]
     assert [part.backward > 0 for part in by_layer] == [False, False, True]
 
@@ -75,12 +75,12 @@ def test_zero3_gathers_every_weight_for_every_micro_batch(tmp_path: Path) -> Non
     recipe = recipe_of(tmp_path, "llama", f"deepspeed={tmp_path}/z.json", "select.layers.criterion=last")
     zero = '"stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_reuse_distance": 0'
     (tmp_path / "z.json").write_text(f'{{"zero_optimization": {{{zero}}}}}')
-    made = anatomy(recipe)
-    found = traffic(made, made.whole, sharding_of(recipe, 1, 4, 1))
-    large = sum(tensor.elements for tensor in made.tensors(made.whole) if tensor.elements > 100)
-    again = sum(tensor.elements for tensor in made.layer(2) if tensor.elements > 100)
-    assert found.gathers == pytest.approx(4 * (large + again) * 3 / 4)
-    trained = sum(tensor.elements for tensor in made.tensors(made.whole) if tensor.trained)
-    assert found.reductions == pytest.approx(4 * trained * 3 / 4)
-    alone = traffic(made, made.whole, sharding_of(recipe, 1, 1, 1))
+    built = anatomy(recipe)
+    actual = traffic(built, built.whole, sharding_of(recipe, 1, 4, 1))
+    large = sum(tensor.elements for tensor in built.tensors(built.whole) if tensor.elements > 100)
+    again = sum(tensor.elements for tensor in built.layer(2) if tensor.elements > 100)
+    assert actual.gathers == pytest.approx(4 * (large + again) * 3 / 4)
+    trained = sum(tensor.elements for tensor in built.tensors(built.whole) if tensor.trained)
+    assert actual.reductions == pytest.approx(4 * trained * 3 / 4)
+    alone = traffic(built, built.whole, sharding_of(recipe, 1, 1, 1))
     assert (alone.gathers, alone.reductions, alone.collectives) == (0.0, 0.0, 0)
