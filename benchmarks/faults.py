@@ -152,15 +152,19 @@ class Killing:
                 time.sleep(self.random.uniform(0.0, 0.5))
         saving: list[str] = []
         reach = SAVE_SECONDS
+        # Where saves are too short to be hit, the training must not come to its end meanwhile.
+        limit = min((number + 1) * STEPS_PER_KILL + SPARE_STEPS // 2, self.steps - STEPS_PER_KILL)
         while True:
             if kind == "save":
-                training.until(lambda: bool(being_saved(run)), "a save")
+                training.until(lambda: bool(being_saved(run)) or last_step(run) >= limit, "a save")
                 time.sleep(self.random.uniform(0.0, reach))
                 # Came too late, perhaps: saves may be shorter here.
                 reach /= 2
             # All stand still while the driver looks at what is there.
             training.signal(signal.SIGSTOP, range(RANKS))
             saving, self._present = being_saved(run), checkpoint.steps(run.checkpoints)
+            if kind == "save" and not saving and last_step(run) >= limit:
+                kind = "step"
             if saving or kind != "save":
                 break
             training.signal(signal.SIGCONT, range(RANKS))

@@ -21,6 +21,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
+WORLDS = frozenset(("world_1", "world_2", "world_4", "stages_2", "stages_4"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what stays on one worker, and what begins: tests of a file share fixtures, and those of all files the worlds
+    of several ranks, which take minutes to run. What is long begins first, so that nothing long is left at the end."""
+    groups = {}
+    for item in items:
+        worlds = WORLDS.intersection(getattr(item, "fixturenames", ()))
+        groups[item] = "worlds" if worlds else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    distributed = {groups[item] for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: (groups[item] != "worlds", groups[item] not in distributed))
+
+
 @pytest.fixture(autouse=True)
 def log_levels() -> Iterator[None]:
     """What a test, or the command line that it runs, sets as log level ends with the test."""

@@ -99,7 +99,7 @@ class CorpusConfig:
     split: Split = "train"
     """What the corpus is for. `detect` feeds the detect stage; without one it is cut from `train`."""
     format: CorpusFormat = "auto"
-    """`auto` decides by the file name. Files may be plain, .gz, .xz or .zst."""
+    """`auto` decides by the file name. Files may be plain, .gz, .bz2, .xz or .zst."""
     pairs: tuple[str, ...] = ()
     """Pairs this corpus serves; empty means all pairs of the recipe."""
     columns: ColumnConfig = field(default_factory=ColumnConfig)

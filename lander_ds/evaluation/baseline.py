@@ -38,7 +38,7 @@ def read_baseline(path: Path, sentences: Sequence[Translation]) -> list[Translat
 
     Args:
         path: `.jsonl` (or `.json`, `.ndjson`) with `id` and `hyp` per line, or else text with one translation
-            per line; plain, .gz, .xz or .zst.
+            per line; plain or compressed.
         sentences: what another system translated: these identifiers, in corpus order.
 
     Raises:

@@ -16,20 +16,17 @@ from sacrebleu.significance import PairedTest
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.data.tokens.languages import normalise_code
-from lander_ds.evaluation.scripts import script_of
+from lander_ds.data.tokens.languages import normalise_code, script_of, standard_code
 
 logger = logging.getLogger(__name__)
 
 BOOTSTRAPPED = ("bleu", "chrf", "chrfpp")
 """Metrics with confidence intervals and p-values. `chrf` is chrF2, `chrfpp` chrF2++ (word order 2)."""
 
-_CHINESE = ("zh", "zho", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
-_JAPANESE = ("ja", "jpn")
-_KOREAN = ("ko", "kor")
+_CHINESE = ("zh", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
 # Written without spaces between words, and no segmenter is installed: characters are the words.
-_WITHOUT_SPACES_IN = ("thai", "laoo", "khmr", "mymr", "tibt")
-_WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "tha", "lao", "khm", "mya", "bod", "dzo", "shn")
+_WITHOUT_SPACES_IN = ("Thai", "Laoo", "Khmr", "Mymr", "Tibt")
+_WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "shn")
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,9 @@ def bleu_tokenizer(language: str, overrides: Mapping[str, str]) -> str:
         ConfigError: an override names a tokenizer that sacreBLEU does not have, or that is not installed.
     """
     code = normalise_code(language)
-    bare = code.partition("-")[0]
+    bare = standard_code(language).partition("-")[0]
     own = {normalise_code(name): tokenizer for name, tokenizer in overrides.items()}
-    for candidate in (code, bare):
+    for candidate in (code, code.partition("-")[0], bare):
         if candidate in own:
             return _checked_tokenizer(own[candidate], candidate)
     match _writing(language):
@@ -79,14 +76,14 @@ def bleu_tokenizer(language: str, overrides: Mapping[str, str]) -> str:
 
 def _writing(language: str) -> Literal["chinese", "japanese", "korean", "characters", "spaces"]:
     """Between what words stand in a language; the script counts more (`zh_Latn` has spaces, `nod_Thai` has none)."""
-    bare, script = normalise_code(language).partition("-")[0], script_of(language)
-    if script == "latn":
+    bare, script = standard_code(language).partition("-")[0], script_of(language)
+    if script == "Latn":
         return "spaces"
-    if bare in _KOREAN:
+    if bare == "ko":
         return "korean"
-    if bare in _JAPANESE:
+    if bare == "ja":
         return "japanese"
-    if bare in _CHINESE or script in ("hans", "hant", "hani"):
+    if bare in _CHINESE or script in ("Hans", "Hant", "Hani"):
         return "chinese"
     return "characters" if bare in _WITHOUT_SPACES or script in _WITHOUT_SPACES_IN else "spaces"
 

@@ -73,7 +73,7 @@ def score_pair(
             figures["ter"], signatures["ter"] = translation_error_rate(references, texts, language)
         figures["off_target"] = identifier.off_target(texts, language)
         figures["empty"] = sum(not text for text in texts) / len(texts)
-        figures["truncated"] = sum(one.truncated for one in translations[system]) / len(texts)
+        figures["truncated"] = _share([one.truncated for one in translations[system]])
         systems[system] = figures
     entry = {
         "sentences": len(references),
@@ -131,6 +131,11 @@ def means(pairs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float |
 def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return fmean(present) if len(present) == len(values) else None
+
+
+def _share(values: Sequence[bool | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(values) if len(known) == len(values) else None
 
 
 def _figures(estimates: Mapping[str, Estimate], compared: bool) -> dict[str, Any]:

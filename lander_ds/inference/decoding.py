@@ -211,16 +211,15 @@ class _StopText(StoppingCriteria):
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a text: the tokenizer's, and those that the model's configurations name (several in chat models)."""
-    config = model.config
-    named = (
-        tokenizer.eos_token_id,
-        getattr(model.generation_config, "eos_token_id", None),
-        getattr(config, "eos_token_id", None),
-        getattr(config.get_text_config(), "eos_token_id", None),
-    )
-    ids = [id_ for ids in named for id_ in (ids if isinstance(ids, Sequence) else [ids])]
-    return list(dict.fromkeys(int(id_) for id_ in ids if id_ is not None))
+    """Ids that end a text: the tokenizer's, and those of the model's generation configuration (several in chat models).
+    Not that of config.json, which transformers fills with a number of its own where the file has none."""
+    named = model.generation_config.eos_token_id
+    return list(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, as_list(named))]))
+
+
+def as_list(ids: Any) -> list[Any]:
+    """Token ids as configurations name them: none, one, or a list."""
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
 def line_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

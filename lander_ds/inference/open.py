@@ -20,12 +20,13 @@ from lander_ds.config.deepspeed_json import resolve_inference_config
 from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import process_group
 from lander_ds.distributed.engines.zero3 import Zero3
+from lander_ds.inference.decoding import as_list
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import prepare_model
 from lander_ds.models.routed_ffn import Routing, routed
 from lander_ds.models.surgery import routed_ffns
-from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base
+from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base, read_config
 
 
 class InferenceModel:
@@ -61,7 +62,7 @@ def open_for_inference(
         ModelError: the base cannot be read.
     """
     model, family = build(recipe.model, attention=None)
-    model.generation_config = generation_config(model, Path(recipe.model.path))
+    model.generation_config = generation_config(Path(recipe.model.path))
     trained: Mapping[str, torch.Tensor] = {}
     name: str | None = None
     if system == "trained":
@@ -84,20 +85,24 @@ def open_for_inference(
     return InferenceModel(model, name)
 
 
-def generation_config(model: PreTrainedModel, path: Path) -> GenerationConfig:
-    """The one beside the weights, whose end tokens may be others than those of config.json; else the model's.
+def generation_config(path: Path) -> GenerationConfig:
+    """That of a model directory, with every id that its files call an end of sequence.
 
     Raises:
         ModelError: it cannot be read.
     """
-    if not (path / GENERATION_CONFIG_NAME).exists():
-        return model.generation_config
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"{path / GENERATION_CONFIG_NAME} cannot be read ({error}): repair or delete it"
-        ) from None
+    config = read_config(path)
+    ends = as_list(config.get("eos_token_id")) + as_list(config.get("text_config", {}).get("eos_token_id"))
+    own = GenerationConfig()
+    if (path / GENERATION_CONFIG_NAME).exists():
+        try:
+            own = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"{path / GENERATION_CONFIG_NAME} cannot be read ({error}): repair or delete it"
+            ) from None
+    own.eos_token_id = list(dict.fromkeys([*as_list(own.eos_token_id), *ends])) or None
+    return own
 
 
 def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, trained: Checkpoint) -> None:

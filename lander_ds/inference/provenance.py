@@ -7,11 +7,14 @@ translate again.
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
+
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from lander_ds.checkpoint.choice import chosen
 from lander_ds.common.errors import ArtefactError
-from lander_ds.common.files import json_hash
+from lander_ds.common.files import file_hash, json_hash
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed.start import Start
@@ -60,6 +63,9 @@ def inputs_of(start: Start, data: PreparedData, system: System) -> dict[str, str
     split = start.recipe.translate.split
     read = (split, "train") if system == "fewshot" else (split,)
     inputs = {"data": data.content_hash(*read), "base": start.base_fingerprint}
+    own = Path(start.recipe.model.path) / GENERATION_CONFIG_NAME
+    if own.exists():
+        inputs["generation config"] = file_hash(own)
     if system == "trained":
         saved = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
         inputs["checkpoint"] = json_hash(dict(saved.state))

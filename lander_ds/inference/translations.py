@@ -37,8 +37,8 @@ class Translation:
     """The system's translation; may be empty."""
     tokens: int
     """Generated tokens, the closing one included."""
-    truncated: bool = False
-    """Whether it was cut short at `translate.max_new_tokens`."""
+    truncated: bool | None = None
+    """Whether it was cut short at `translate.max_new_tokens`; None where that is not known."""
 
 
 def write_translations(path: Path, translations: Sequence[Translation]) -> None:
@@ -145,7 +145,7 @@ def _parse(line: bytes) -> Translation | None:
     texts = [value.get(name) for name in ("id", "src", "ref", "hyp")]
     id_, src, ref, hyp = (text if isinstance(text, str) else None for text in texts)
     # Files of version 0.1 do not say whether a translation is truncated.
-    tokens, truncated = value.get("tokens"), value.get("truncated", False)
+    tokens, truncated = value.get("tokens"), value.get("truncated")
     if id_ is None or src is None or ref is None or hyp is None or not isinstance(tokens, int):
         return None
-    return Translation(id_, src, ref, hyp, tokens, bool(truncated))
+    return Translation(id_, src, ref, hyp, tokens, truncated if isinstance(truncated, bool) else None)

@@ -130,3 +130,29 @@ class TestEqualPrompts:
         pairs = ("sr_Latn-en", "de-en", "sr_Cyrl-en")
         check_prompt(PromptConfig(), pairs)
         assert equal_prompts(PromptConfig(), pairs) == [("sr_Latn-en", "sr_Cyrl-en")]
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("deu_Latn", "German"),
+        ("deu", "German"),
+        ("por", "Portuguese"),
+        ("por_BR", "Brazilian Portuguese"),
+        ("zho_Hans", "Simplified Chinese"),
+        ("zho_Hant", "Traditional Chinese"),
+        ("arz_Arab", "Egyptian Arabic"),
+        ("ace_Latn", "Acehnese"),
+        ("nno_Latn", "Norwegian Nynorsk"),
+        ("srp_Cyrl", "Serbian"),
+        ("de_AT", "German"),
+    ],
+)
+def test_names_of_three_letter_codes_and_those_of_flores(code: str, name: str) -> None:
+    assert language_name(code, {}) == name
+
+
+@pytest.mark.parametrize("code", ["xx", "qq-Latn", "klingon!", "x"])
+def test_codes_of_no_language_have_no_name(code: str) -> None:
+    with pytest.raises(ConfigError, match=r"none is known for .*add data\.prompt\.language_names"):
+        language_name(code, {})

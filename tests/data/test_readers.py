@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pytest
+import zstandard
 
 from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import ColumnConfig, CorpusConfig, DataConfig
@@ -43,6 +46,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".xz": lzma.compress,
     ".zst": zstd,
+    ".bz2": bz2.compress,
 }
 
 JSONL = '{"src": "a", "tgt": "ä"}\n{"src": "b c", "tgt": "ß"}\n'.encode()
@@ -206,3 +210,36 @@ class TestTmx:
         path.write_bytes(TMX.replace(b"</seg></tuv></tu>\n</body>", b"</tuv></tu>\n</body>"))
         with pytest.raises(DataError, match=r"c\.tmx: line 3: not well-formed"):
             read_all(CorpusConfig(str(path)))
+
+
+def test_zstd_with_a_long_window_and_several_frames(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.zst"
+    window = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
+    frames = [zstandard.ZstdCompressor(compression_params=window), zstandard.ZstdCompressor()]
+    # A stream: where the length is known beforehand, the window is no longer than that.
+    compressed = b"".join(
+        stream.compress(JSONL) + stream.flush() for stream in (frame.compressobj() for frame in frames)
+    )
+    path.write_bytes(compressed)
+    assert len(texts(read_all(CorpusConfig(str(path))))) == 4
+    path.write_bytes(compressed[:-2])
+    with pytest.raises(DataError, match=r"broken \.zst file"):
+        read_all(CorpusConfig(str(path)))
+
+
+def test_a_tmx_on_one_line_is_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "c.tmx"
+    unit = "<tu><tuv xml:lang='en'><seg>one {0}</seg></tuv><tuv xml:lang='de'><seg>eins {0}</seg></tuv></tu>"
+    units = 60_000
+    with path.open("w") as file:
+        file.write("<?xml version='1.0'?><tmx version='1.4'><header/><body>")
+        file.writelines(unit.format(number) for number in range(units))
+        file.write("</body></tmx>")
+    (corpus,) = resolve(DataConfig(("en-de",), (CorpusConfig(str(path)),)))
+    tracemalloc.start()
+    count = sum(isinstance(item, Row) and item.line == 1 for item in read(corpus))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == units
+    # Pieces of 64 KiB as elements; the file has 6 MB.
+    assert peak < 3e6

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from support.tiny_translator import requests, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig
 
+from lander_ds.common.errors import ModelError
 from lander_ds.config.recipe import TranslateConfig
 from lander_ds.inference.decoding import (
     Decoder,
@@ -15,6 +20,7 @@ from lander_ds.inference.decoding import (
     end_tokens,
     line_end_tokens,
 )
+from lander_ds.inference.open import generation_config
 
 
 def prompts(count: int, shared: int = 0) -> list[tuple[int, ...]]:
@@ -99,18 +105,14 @@ def long_prompt(decoder: Decoder) -> int:
     return next(number for number in range(60) if len(written(decoder, number)[0]) >= 8)
 
 
-@pytest.mark.parametrize("where", ["generation config", "config", "both"])
 @pytest.mark.parametrize("several", [False, True])
-def test_end_tokens_of_the_models_own_configurations_end_a_translation(where: str, several: bool) -> None:
+def test_end_tokens_of_the_models_own_configuration_end_a_translation(several: bool) -> None:
     tokenizer, config = tiny_tokenizer(), TranslateConfig(max_new_tokens=40)
     number = long_prompt(Decoder(tiny_llama(), tokenizer, config))
     words, _ = written(Decoder(tiny_llama(), tokenizer, config), number)
     end = tokenizer.convert_tokens_to_ids(words[4])
     model = tiny_llama()
-    if where != "config":
-        model.generation_config.eos_token_id = [2, end] if several else end
-    if where != "generation config":
-        model.config.eos_token_id = [end, 2] if several else end
+    model.generation_config.eos_token_id = [2, end] if several else end
     expected = words[: words.index(words[4])]
     got, hypothesis = written(Decoder(model, tokenizer, config), number)
     assert got == expected
@@ -194,3 +196,29 @@ def test_common_prefix_leaves_a_token_of_every_prompt() -> None:
     assert common_prefix_length([(1, 2), (1, 2, 3)]) == 1
     assert common_prefix_length([(1, 2, 3)]) == 2
     assert common_prefix_length([(9, 2), (1, 2)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({}, None, None),
+        ({"eos_token_id": 5}, None, [5]),
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": [6, 9]}, [6, 9, 5]),
+        ({"text_config": {"eos_token_id": 7}}, {"eos_token_id": 3}, [3, 7]),
+        ({}, {"eos_token_id": [1, 106], "top_k": 64}, [1, 106]),
+    ],
+)
+def test_ends_are_those_that_stand_in_files(
+    tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, expected: list[int] | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert generation_config(tmp_path).eos_token_id == expected
+
+
+def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read .*repair or delete it"):
+        generation_config(tmp_path)

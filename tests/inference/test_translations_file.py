@@ -55,6 +55,6 @@ def test_repeated_sentence(tmp_path: Path) -> None:
 def test_a_file_of_an_older_version_has_nothing_truncated(tmp_path: Path) -> None:
     path = tmp_path / "en-de.jsonl"
     path.write_text('{"id": "a", "src": "b", "ref": "c", "hyp": "d", "tokens": 2}\n')
-    assert read_translations(path) == [Translation("a", "b", "c", "d", 2, truncated=False)]
+    assert read_translations(path) == [Translation("a", "b", "c", "d", 2, truncated=None)]
     write_translations(path, [Translation("a", "b", "c", "d", 2, truncated=True)])
     assert read_translations(path)[0].truncated

@@ -127,7 +127,7 @@ def _recognise(path: Path, src: str, tgt: str, key: str) -> CorpusFormat:
     if path.exists():
         known = ", ".join(FORMAT_OF_SUFFIX)
         raise DataError(
-            f"{path}: unknown kind of file ({key}): name it {known} (plain, .gz, .xz or .zst), give a Moses "
+            f"{path}: unknown kind of file ({key}): name it {known} (plain, .gz, .bz2, .xz or .zst), give a Moses "
             f"prefix with .{src} and .{tgt} behind it, or set the format of this corpus"
         )
     raise DataError(
@@ -140,7 +140,7 @@ def _moses_sides(path: Path, src: str, tgt: str, key: str) -> tuple[Path, Path]:
     candidates = _moses_candidates(path, src, tgt)
     if not candidates:
         raise DataError(
-            f"{path}: no Moses pair there ({key}): {path.name}.{src} and {path.name}.{tgt} (plain, .gz, .xz "
+            f"{path}: no Moses pair there ({key}): {path.name}.{src} and {path.name}.{tgt} (plain, .gz, .bz2, .xz "
             "or .zst) must both exist"
         )
     return candidates[0]

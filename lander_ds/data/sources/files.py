@@ -1,20 +1,24 @@
-"""Opening corpora: plain, .gz, .xz or .zst, line by line, with progress in bytes read from disk."""
+"""Opening corpora: plain, .gz, .bz2, .xz or .zst, line by line, with progress in bytes read from disk."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
-import pyarrow
+import zstandard
 
 from lander_ds.common.errors import DataError
 
-COMPRESSIONS = (".gz", ".xz", ".zst")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+_ZSTD_BYTES = 1 << 16
+"""Compressed bytes that are read at a time; text becomes some four times as many."""
 
 Advance = Callable[[int], None]
 """Called with the number of bytes (of the file as it lies on disk) read since the last call."""
@@ -35,7 +39,7 @@ class _CountedFile(io.FileIO):
 
 
 def without_compression(path: Path) -> Path:
-    """`path` without a .gz, .xz or .zst at its end."""
+    """`path` without the ending of a compression."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
@@ -50,21 +54,28 @@ def read_lines(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
         yield number, text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
 
 
-def read_raw_lines(path: Path, advance: Advance) -> Iterator[tuple[int, bytes]]:
+def read_raw_lines(path: Path, advance: Advance, longest: int = -1) -> Iterator[tuple[int, bytes]]:
     """Number (from 1) and bytes of every line as they stand in the file.
+
+    Args:
+        path: the file.
+        advance: told of the bytes that were read.
+        longest: cut lines into pieces of so many bytes, all of which have the line's number; -1: do not.
 
     Raises:
         DataError: the file cannot be read, or its compression is broken.
     """
-    number = 0
+    number, ended = 0, True
     try:
         with (
             io.BufferedReader(_CountedFile(path, advance), 1 << 20) as raw,
             _decompressed(raw, path) as stream,
         ):
-            for number, line in enumerate(stream, start=1):
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+            while piece := stream.readline(longest):
+                number += ended
+                ended = piece.endswith(b"\n")
+                yield number, piece
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise _broken(path, number, error) from None
     except OSError as error:
         if path.suffix.lower() in COMPRESSIONS and error.errno is None:
@@ -76,14 +87,43 @@ def _decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     match path.suffix.lower():
         case ".gz":
             return cast(IO[bytes], gzip.open(raw, "rb"))
+        case ".bz2":
+            return cast(IO[bytes], bz2.open(raw, "rb"))
         case ".xz":
             return cast(IO[bytes], lzma.open(raw, "rb"))
         case ".zst":
-            # Arrow's reader, unlike some others, refuses a truncated stream and reads concatenated ones.
-            compressed = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-            return cast(IO[bytes], io.BufferedReader(compressed, 1 << 20))
+            return cast(IO[bytes], io.BufferedReader(_ZstdFile(raw), 1 << 20))
         case _:
             return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """What a zstd file holds: several frames one behind the other (pzstd), windows of any size (--long=31), and, unlike
+    with zstandard's own reader, an error where the file ends too early."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._begun, self._left = raw, False, b""
+        self._frame = self._next_frame()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            if not (compressed := self._frame.unused_data or self._raw.read(_ZSTD_BYTES)):
+                if self._begun and not self._frame.eof:
+                    raise EOFError("it ends too early")
+                return 0
+            if self._frame.eof:
+                self._frame = self._next_frame()
+            self._left, self._begun = self._frame.decompress(compressed), True
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    @staticmethod
+    def _next_frame() -> zstandard.ZstdDecompressionObj:
+        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
 def _broken(path: Path, line: int, error: Exception) -> DataError:

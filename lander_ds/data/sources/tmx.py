@@ -14,6 +14,9 @@ from lander_ds.data.tokens.languages import normalise_code
 
 XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 
+PIECE_BYTES = 1 << 16
+"""Some tools write a whole memory on one line."""
+
 # Inline elements whose content is markup of the original document, not text (TMX 1.4b, section 3.2).
 NATIVE_CODE = frozenset({"bpt", "ept", "it", "ph", "ut"})
 
@@ -30,7 +33,7 @@ def read_tmx(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
     languages: set[str] = set()
     matched, units, number = False, 0, 0
     try:
-        for number, line in read_raw_lines(path, advance):
+        for number, line in read_raw_lines(path, advance, PIECE_BYTES):
             parser.feed(line)
             for event, element in cast(Iterator[tuple[str, Element]], parser.read_events()):
                 if event == "start":

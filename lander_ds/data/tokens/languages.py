@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import langcodes
+from langcodes.tag_parser import LanguageTagError
+
 from lander_ds.common.errors import ConfigError
 
 # ISO 639-1 codes, and the ISO 639-3, script and region codes that translation corpora use.
@@ -56,6 +59,36 @@ def normalise_code(code: str) -> str:
     return code.strip().replace("_", "-").lower()
 
 
+def standard_code(code: str) -> str:
+    """The shortest code of the same language, script and region: `deu_Latn` and `de` become `de`, `zho_Hant` becomes
+    `zh-hant`. What is no code stays, in the form of `normalise_code`."""
+    normalised = normalise_code(code)
+    try:
+        return langcodes.standardize_tag(normalised).lower()
+    except LanguageTagError:
+        return normalised
+
+
+def macrolanguage(code: str) -> str:
+    """The code without region and script of the language that one belongs to: `arb` and `ar` become `ar`."""
+    try:
+        return langcodes.standardize_tag(normalise_code(code), macro=True).partition("-")[0].lower()
+    except LanguageTagError:
+        return normalise_code(code)
+
+
+def script_of(code: str) -> str | None:
+    """The script (ISO 15924) that a code names or, for Chinese, that its region writes; None where it says nothing."""
+    standard = standard_code(code)
+    try:
+        tag = langcodes.Language.get(standard)
+    except LanguageTagError:
+        return None
+    named = langcodes.Language.get(normalise_code(code)).script
+    chinese = tag.language in ("zh", "yue") and (tag.script or tag.territory)
+    return named or (tag.maximize().script if chinese else None)
+
+
 def is_known(code: str) -> bool:
     """Whether a text is a language code with a name, or a three-letter code with a script, as FLORES writes them."""
     normalised = normalise_code(code)
@@ -64,17 +97,19 @@ def is_known(code: str) -> bool:
 
 
 def language_name(code: str, overrides: Mapping[str, str]) -> str:
-    """The English name of a language: from `overrides` or the table, there also without region and script.
+    """The English name of a language: from `overrides`, the table (there also without region and script), or CLDR.
 
     Raises:
         ConfigError: nothing is known about the code.
     """
     if code in overrides:
         return overrides[code]
-    normalised = normalise_code(code)
-    for candidate in (normalised, normalised.partition("-")[0]):
+    normalised, standard = normalise_code(code), standard_code(code)
+    for candidate in (normalised, standard, normalised.partition("-")[0], standard.partition("-")[0]):
         if candidate in LANGUAGE_NAMES:
             return LANGUAGE_NAMES[candidate]
+    if langcodes.tag_is_valid(standard):
+        return langcodes.Language.get(standard).language_name()
     raise ConfigError(
         f"data.prompt.template wants a language name, and none is known for {code!r}: add "
         f"data.prompt.language_names: {{{code}: ...}}"
