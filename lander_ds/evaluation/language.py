@@ -7,7 +7,6 @@ references is reported next to the rates of the systems: that is what it makes o
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -15,37 +14,14 @@ from typing import Any
 from py3langid.langid import MODEL_FILE
 from py3langid.langid import LanguageIdentifier as Identifier
 
-from lander_ds.data.tokens.languages import macrolanguage, script_of, standard_code
+from lander_ds.data.tokens.languages import macrolanguage, standard_code
+from lander_ds.evaluation.scripts import is_written_in, script_of
 
 LARGE_LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "ru", "tr", "vi", "zh")
 """Always candidates: what a model that misses the target language is likely to write."""
 
 _OTHER_CODES = {"nb": "no", "fil": "tl", "cmn": "zh"}
 """Standard codes of languages that the identifier knows under another one."""
-
-_LETTERS = {
-    "Arab": "ARABIC",
-    "Armn": "ARMENIAN",
-    "Beng": "BENGALI",
-    "Cyrl": "CYRILLIC",
-    "Deva": "DEVANAGARI",
-    "Ethi": "ETHIOPIC",
-    "Geor": "GEORGIAN",
-    "Grek": "GREEK",
-    "Gujr": "GUJARATI",
-    "Guru": "GURMUKHI",
-    "Hebr": "HEBREW",
-    "Latn": "LATIN",
-    "Mong": "MONGOLIAN",
-    "Mymr": "MYANMAR",
-    "Olck": "OL CHIKI",
-    "Tfng": "TIFINAGH",
-    "Tibt": "TIBETAN",
-}
-"""Script -> first word of the Unicode names of its letters, for scripts that share a language with another."""
-
-_CHINESE = {"Hans": ("gb2312", "big5"), "Hant": ("big5", "gb2312")}
-"""Script -> character set that has its characters, and one that has not those of its own."""
 
 
 class LanguageIdentifier:
@@ -63,8 +39,8 @@ class LanguageIdentifier:
         self._identifier.set_languages(self._candidates)
 
     def off_target(self, texts: Sequence[str], target_language: str) -> float | None:
-        """Share of texts that are written in another language than `target_language`, or in another script than it
-        names (`sr_Latn`, `zh_Hant`, `zh-TW`).
+        """Share of texts that are written in another language than `target_language`, or in another script than its
+        code names (`sr_Latn`, `zh-Hant`): the identifier gives one code for all scripts of a language.
 
         Texts without a letter have no language and do not count.
 
@@ -76,35 +52,12 @@ class LanguageIdentifier:
         if target is None or not written:
             return None
         script = script_of(target_language)
-        off = [
-            str(self._identifier.classify(text)[0]) != target or not _is_written_in(text, script)
+        fitting = sum(
+            str(self._identifier.classify(text)[0]) == target
+            and (script is None or is_written_in(text, script))
             for text in written
-        ]
-        return sum(off) / len(off)
-
-
-def _is_written_in(text: str, script: str | None) -> bool:
-    """Whether most letters of a text are of a script; also where that cannot be told."""
-    letters = [character for character in text if character.isalpha()]
-    if script in _CHINESE:
-        own, other = _CHINESE[script]
-        return sum(_only_in(letter, own, other) - _only_in(letter, other, own) for letter in letters) >= 0
-    if script not in _LETTERS:
-        return True
-    name = _LETTERS[script]
-    return 2 * sum(unicodedata.name(letter, "").startswith(name) for letter in letters) >= len(letters)
-
-
-def _only_in(character: str, charset: str, other: str) -> bool:
-    return _can(character, charset) and not _can(character, other)
-
-
-def _can(character: str, charset: str) -> bool:
-    try:
-        character.encode(charset)
-    except UnicodeEncodeError:
-        return False
-    return True
+        )
+        return (len(written) - fitting) / len(written)
 
 
 def identifier_code(language: str) -> str | None:

@@ -16,7 +16,8 @@ from sacrebleu.significance import PairedTest
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.data.tokens.languages import normalise_code, script_of, standard_code
+from lander_ds.data.tokens.languages import normalise_code, standard_code
+from lander_ds.evaluation.scripts import script_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ BOOTSTRAPPED = ("bleu", "chrf", "chrfpp")
 
 _CHINESE = ("zh", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
 # Written without spaces between words, and no segmenter is installed: characters are the words.
-_WITHOUT_SPACES_IN = ("Thai", "Laoo", "Khmr", "Mymr", "Tibt")
+_WITHOUT_SPACES_IN = ("thai", "laoo", "khmr", "mymr", "tibt")
 _WITHOUT_SPACES = ("th", "lo", "km", "my", "bo", "dz", "shn")
 
 
@@ -77,13 +78,13 @@ def bleu_tokenizer(language: str, overrides: Mapping[str, str]) -> str:
 def _writing(language: str) -> Literal["chinese", "japanese", "korean", "characters", "spaces"]:
     """Between what words stand in a language; the script counts more (`zh_Latn` has spaces, `nod_Thai` has none)."""
     bare, script = standard_code(language).partition("-")[0], script_of(language)
-    if script == "Latn":
+    if script == "latn":
         return "spaces"
     if bare == "ko":
         return "korean"
     if bare == "ja":
         return "japanese"
-    if bare in _CHINESE or script in ("Hans", "Hant", "Hani"):
+    if bare in _CHINESE or script in ("hans", "hant", "hani"):
         return "chinese"
     return "characters" if bare in _WITHOUT_SPACES or script in _WITHOUT_SPACES_IN else "spaces"
 

@@ -129,7 +129,9 @@ def test_the_local_rank_of_the_launcher_is_taken(workspace: Workspace) -> None:
 
 def test_a_stage_runs_on_the_resolved_recipe(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, bool]] = []
-    monkeypatch.setattr(score.STAGE, "perform", lambda start: ran.append((start.recipe.run_dir, start.force)))
+    monkeypatch.setattr(
+        score.STAGE, "_parts", lambda start: (ran.append((start.recipe.run_dir, start.force)), [])[1]
+    )
     assert main(["score", "--recipe", "recipe.yaml", "--set", "run_dir=other", "--force"]) == 0
     assert ran == [("other", True)]
     written = load_recipe(workspace.path / "other" / "recipe.resolved.yaml")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lander_ds.evaluation.language import LanguageIdentifier, identifier_code
+from lander_ds.evaluation.scripts import script_of
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
 
@@ -58,34 +59,71 @@ def test_codes(code: str, expected: str | None) -> None:
 
 
 SERBIAN = {
-    "Cyrl": "Сва људска бића рађају се слободна и једнака у достојанству и правима.",
-    "Latn": "Sva ljudska bića rađaju se slobodna i jednaka u dostojanstvu i pravima.",
+    "Latn": [
+        "Ova opcija omogućava korisniku da izmeni podešavanja.",
+        "Danas je lepo vreme i deca se igraju u parku.",
+    ],
+    "Cyrl": ["Молимо вас унесите лозинку поново.", "Данас је лепо време и деца се играју у парку (Firefox)."],
 }
 CHINESE = {
-    "Hans": "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心。",
-    "Hant": "人人生而自由，在尊嚴和權利上一律平等。他們賦有理性和良心。",
+    "Hans": [
+        "请输入您的用户名和密码。",
+        "今天天气很好，孩子们在公园里玩。",
+        "CPU 使用率过高，请检查系统设置。",
+    ],
+    "Hant": [
+        "請輸入您的使用者名稱和密碼。",
+        "今天天氣很好，孩子們在公園裡玩。",
+        "CPU 使用率過高，請檢查系統設定。",
+    ],
 }
 
 
 @pytest.mark.parametrize(
-    ("target", "text", "off"),
+    ("texts", "codes"),
     [
-        ("sr_Cyrl", SERBIAN["Cyrl"], 0.0),
-        ("srp_Cyrl", SERBIAN["Cyrl"], 0.0),
-        ("sr_Latn", SERBIAN["Cyrl"], 1.0),
-        ("sr", SERBIAN["Cyrl"], 0.0),
-        ("zh_Hans", CHINESE["Hans"], 0.0),
-        ("zh_Hans", CHINESE["Hant"], 1.0),
-        ("zho_Hant", CHINESE["Hant"], 0.0),
-        ("zho_Hant", CHINESE["Hans"], 1.0),
-        ("zh-TW", CHINESE["Hans"], 1.0),
-        ("zh-CN", CHINESE["Hans"], 0.0),
-        ("zh", CHINESE["Hans"], 0.0),
-        ("zh", CHINESE["Hant"], 0.0),
-        # The same characters in both.
-        ("zh_Hans", "人人生而自由", 0.0),
-        ("zh_Hant", "人人生而自由", 0.0),
+        (
+            SERBIAN,
+            {"Latn": ["sr_Latn", "sr-Latn-RS", "srp_Latn"], "Cyrl": ["sr-Cyrl", "sr_cyrl", "srp_Cyrl"]},
+        ),
+        (
+            CHINESE,
+            {
+                "Hans": ["zh_Hans", "zh-CN", "zho_Hans", "zh-Hans-SG"],
+                "Hant": ["zh-Hant", "zh_TW", "zho_Hant", "zh-HK"],
+            },
+        ),
     ],
 )
-def test_scripts_are_told_apart(target: str, text: str, off: float) -> None:
-    assert LanguageIdentifier({"en", target}).off_target([text], target) == off
+def test_the_other_script_of_a_language_is_off_target(
+    texts: dict[str, list[str]], codes: dict[str, list[str]]
+) -> None:
+    for script, others in (tuple(codes), tuple(reversed(codes))):
+        for code in codes[script]:
+            identifier = LanguageIdentifier({"en", code})
+            assert identifier.off_target(texts[script], code) == 0.0
+            assert identifier.off_target(texts[others], code) == 1.0
+            assert identifier.off_target(["Enter your user name and the password again."], code) == 1.0
+
+
+def test_a_code_without_a_script_takes_any() -> None:
+    identifier = LanguageIdentifier({"en", "sr", "zh"})
+    for texts, language in ((SERBIAN, "sr"), (CHINESE, "zh")):
+        assert identifier.off_target([text for own in texts.values() for text in own], language) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("de", None),
+        ("pt-BR", None),
+        ("deu_Latn", "latn"),
+        ("zh-TW", "hant"),
+        ("zh_hk", "hant"),
+        ("zho_TW", "hant"),
+        ("yue_Hans", "hans"),
+        ("zh", None),
+    ],
+)
+def test_scripts_of_codes(code: str, expected: str | None) -> None:
+    assert script_of(code) == expected

@@ -77,18 +77,6 @@ def macrolanguage(code: str) -> str:
         return normalise_code(code)
 
 
-def script_of(code: str) -> str | None:
-    """The script (ISO 15924) that a code names or, for Chinese, that its region writes; None where it says nothing."""
-    standard = standard_code(code)
-    try:
-        tag = langcodes.Language.get(standard)
-    except LanguageTagError:
-        return None
-    named = langcodes.Language.get(normalise_code(code)).script
-    chinese = tag.language in ("zh", "yue") and (tag.script or tag.territory)
-    return named or (tag.maximize().script if chinese else None)
-
-
 def is_known(code: str) -> bool:
     """Whether a text is a language code with a name, or a three-letter code with a script, as FLORES writes them."""
     normalised = normalise_code(code)
