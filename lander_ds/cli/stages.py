@@ -7,10 +7,8 @@ import logging
 from contextlib import nullcontext
 
 from lander_ds.common import launch
-from lander_ds.common.files import write_text
 from lander_ds.common.lazy import load
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.loading import dump_recipe
 from lander_ds.distributed import agreement, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
@@ -58,8 +56,6 @@ def _run(start: Start, command: str) -> None:
     path = start.run.path
     # Two of them would take turns, a stage each.
     with alone(path / f".{ALL}.lock", f"all in {path}", collective=True) if command == ALL else nullcontext():
-        if process_group.rank() == 0:
-            write_text(start.run.recipe, dump_recipe(start.recipe))
         for name in catalogue.names(command):
             # A stage brings its libraries with it; those of the others stay away.
             load(f"lander_ds.stages.{name}:STAGE").perform(start)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import write_text
 from lander_ds.common.lock import locked
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.loading import dump_recipe
 from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
@@ -96,7 +98,7 @@ class Stage:
         self.perform(Start(recipe, run, force, auto_resume))
 
     def perform(self, start: Start) -> None:
-        """Run every part that is not up to date and record it (collective).
+        """Run every part that is not up to date and record it, with the recipe beside it (collective).
 
         Raises:
             ArtefactError: another process runs this stage in the same run directory.
@@ -109,6 +111,8 @@ class Stage:
             # What a training reads must not be made anew beneath it.
             lock = "train" if name in UP_TO_TRAIN else name
             with alone(run / f".{lock}.lock", f"stage {name} in {run}", collective):
+                if process_group.rank() == 0:
+                    write_text(start.run.recipe, dump_recipe(start.recipe))
                 for part in self._parts(start):
                     self._perform(start, part, started)
                     if collective:
