@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 
-from lander_ds.data.tokens.languages import normalise_code
+from lander_ds.data.tokens.languages import normalise_code, standard_code
 
 _REGIONS = {
     "zh-cn": "hans",
@@ -66,10 +66,8 @@ Many characters are in both."""
 def script_of(language: str) -> str | None:
     """The script that a language code asks for: `latn` for `sr_Latn`, `hant` for `zh-TW`; None when it does not say, or
     for a script that is not known here."""
-    code = normalise_code(language)
-    if code in _REGIONS:
-        return _REGIONS[code]
-    return next((part for part in code.split("-")[1:] if part in _ALPHABETS), None)
+    named = (part for part in normalise_code(language).split("-")[1:] if part in _ALPHABETS)
+    return next(named, None) or _REGIONS.get(standard_code(language))
 
 
 def is_written_in(text: str, script: str) -> bool:

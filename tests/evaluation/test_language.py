@@ -114,7 +114,16 @@ def test_a_code_without_a_script_takes_any() -> None:
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [("de", None), ("pt-BR", None), ("deu_Latn", "latn"), ("zh-TW", "hant"), ("zh_hk", "hant"), ("zh", None)],
+    [
+        ("de", None),
+        ("pt-BR", None),
+        ("deu_Latn", "latn"),
+        ("zh-TW", "hant"),
+        ("zh_hk", "hant"),
+        ("zho_TW", "hant"),
+        ("yue_Hans", "hans"),
+        ("zh", None),
+    ],
 )
 def test_scripts_of_codes(code: str, expected: str | None) -> None:
     assert script_of(code) == expected
