@@ -26,8 +26,11 @@ WORLDS = frozenset(("world_1", "world_2", "world_4", "stages_2", "stages_4"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say, before xdist asks, what stays on one worker, and what begins: tests of a file share fixtures, and those of all files the worlds
-    of several ranks, which take minutes to run. What is long begins first, so that nothing long is left at the end."""
+    """Say, before xdist asks, what stays on one worker and what begins.
+
+    Tests of a file share fixtures, and those of all files the worlds of several ranks, which take minutes to run. What
+    is long begins first, so that nothing long is left at the end.
+    """
     groups = {}
     for item in items:
         worlds = WORLDS.intersection(getattr(item, "fixturenames", ()))
