@@ -34,4 +34,4 @@ export_loopback
 cd "$ROOT"
 run_part "install" "$ROOT/launchers/setup.sh" --dev
 # Tests that share fixtures stay on one worker: tests/conftest.py says which.
-run_part "tests" "$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadgroup "$@"
+run_part "tests" "$VENV_PYTHON" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.stage_runs import stages_2, stages_4
 from support.training_runs import tiny_run, world_1, world_2, world_4
 from support.workspace import Workspace
+from xdist.scheduler import LoadFileScheduling
 
 __all__ = ["stages_2", "stages_4", "tiny_run", "world_1", "world_2", "world_4"]
 
@@ -21,23 +24,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
-WORLDS = frozenset(("world_1", "world_2", "world_4", "stages_2", "stages_4"))
+WORLDS = ("world_1", "world_2", "world_4", "stages_2", "stages_4")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say, before xdist asks, what stays on one worker and what begins.
+    """Begin with what takes long, so that nothing long is left at the end."""
+    distributed = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: (not _uses_worlds(item.path), item.path not in distributed))
 
-    Tests of a file share fixtures, and those of all files the worlds of several ranks, which take minutes to run. What
-    is long begins first, so that nothing long is left at the end.
-    """
-    groups = {}
-    for item in items:
-        worlds = WORLDS.intersection(getattr(item, "fixturenames", ()))
-        groups[item] = "worlds" if worlds else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    distributed = {groups[item] for item in items if item.get_closest_marker("distributed")}
-    items.sort(key=lambda item: (groups[item] != "worlds", groups[item] not in distributed))
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Tests of a file share fixtures, and those of several files the worlds of several ranks, which take minutes to run:
+    they stay on one worker. (xdist's own groups do nothing under pytest 9.2.)"""
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "worlds" if _uses_worlds(config.rootpath / file) else file
+
+    return Scheduling(config, log)
+
+
+@cache
+def _uses_worlds(path: Path) -> bool:
+    return any(world in path.read_text(encoding="utf-8") for world in WORLDS)
 
 
 @pytest.fixture(autouse=True)
