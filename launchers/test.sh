@@ -21,8 +21,8 @@ for argument in "$@"; do
     esac
 done
 
-# Ranks and hosts wait for each other most of the time.
-workers="$((2 * $(cores)))"
+# One more than cores, because ranks and hosts wait for each other.
+workers="$(($(cores) + 1))"
 workers=$((workers > 8 ? 8 : workers))
 say "1. install requirements-dev.txt into .venv (first time: some minutes, several hundred MB or more)"
 say "2. run pytest with $workers worker processes"
