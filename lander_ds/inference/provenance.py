@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.checkpoint.choice import chosen
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, json_hash
@@ -28,8 +29,15 @@ def record_name(system: System) -> str:
 
 
 def is_up_to_date(start: Start, data: PreparedData, system: System) -> bool:
-    """Whether the system's translations are there and were made from this recipe, data, base and training."""
-    options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)
+    """Whether the system's translations are there and were made from this recipe, data, base and training.
+
+    Raises:
+        ArtefactError: the trained system is asked for and there is no checkpoint.
+    """
+    trained = (
+        chosen(start.run.checkpoints, start.recipe.translate.checkpoint) if system == "trained" else None
+    )
+    options, inputs = options_of(start.recipe, system), inputs_of(start, data, system, trained)
     return start.run.up_to_date(record_name(system), options, inputs)
 
 
@@ -54,11 +62,14 @@ def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
     )
 
 
-def inputs_of(start: Start, data: PreparedData, system: System) -> dict[str, str]:
+def inputs_of(start: Start, data: PreparedData, system: System, trained: Checkpoint | None) -> dict[str, str]:
     """Hashes of what a system's translations are made from.
 
-    Raises:
-        ArtefactError: the trained system is asked for and there is no checkpoint.
+    Args:
+        start: names the base.
+        data: prepared data.
+        system: its name.
+        trained: the checkpoint that the system `trained` is; the other systems have none.
     """
     split = start.recipe.translate.split
     read = (split, "train") if system == "fewshot" else (split,)
@@ -66,7 +77,6 @@ def inputs_of(start: Start, data: PreparedData, system: System) -> dict[str, str
     own = Path(start.recipe.model.path) / GENERATION_CONFIG_NAME
     if own.exists():
         inputs["generation config"] = file_hash(own)
-    if system == "trained":
-        saved = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
-        inputs["checkpoint"] = json_hash(dict(saved.state))
+    if system == "trained" and trained is not None:
+        inputs["checkpoint"] = json_hash(dict(trained.state))
     return inputs

@@ -18,6 +18,14 @@ class Description:
     """All ranks work on it, in a process group of the compute device. Else rank 0 works and the others wait."""
     resumes: bool = False
     """It knows --auto-resume; other stages begin again, or go on by themselves."""
+    up_to_train: bool = False
+    """A training rests on it: of all such stages only one may run at a time in a run directory, because what a training
+    reads must not be made anew beneath it."""
+
+    @property
+    def lock(self) -> str:
+        """Name of the lock that it holds while it runs: two with the same one wait for each other."""
+        return "train" if self.up_to_train else self.name
 
 
 STAGES: dict[str, Description] = {
@@ -27,17 +35,20 @@ STAGES: dict[str, Description] = {
             "prepare",
             "corpora -> checked, filtered and tokenised sentence pairs",
             "--set data.workers=8",
+            up_to_train=True,
         ),
         Description(
             "detect",
             "base model + sentence pairs -> awareness.safetensors",
             "--set detect.examples=64",
             collective=True,
+            up_to_train=True,
         ),
         Description(
             "select",
             "awareness -> selection.safetensors: layers and banks",
             "--set select.banks.rho=0.7",
+            up_to_train=True,
         ),
         Description(
             "train",
@@ -45,6 +56,7 @@ STAGES: dict[str, Description] = {
             "--set train.steps=500 --set train.lr.general=1e-4",
             collective=True,
             resumes=True,
+            up_to_train=True,
         ),
         Description(
             "translate",

@@ -23,10 +23,6 @@ from lander_ds.stages.catalogue import STAGES
 logger = logging.getLogger(__name__)
 
 
-UP_TO_TRAIN = ("prepare", "detect", "select", "train")
-"""Stages of which only one may run at a time in a run directory; of the others, one of each."""
-
-
 @dataclass(frozen=True)
 class Result:
     """What the body of a part leaves."""
@@ -52,6 +48,8 @@ class Part:
     """Whether outputs that the record does not list are still there."""
     show: Callable[[], None] = lambda: None
     """Tells the user of the result, whether it is new or not."""
+    prepare: Callable[[], object] = lambda: None
+    """Raises what the user has to be told before any part of the stage begins; called when this one is not up to date."""
 
 
 @contextmanager
@@ -107,30 +105,35 @@ class Stage:
         if collective or process_group.rank() == 0:
             # To find out what there is to do takes time too: large corpora are hashed.
             started = time.monotonic()
-            name, run = self.description.name, start.run.path
-            # What a training reads must not be made anew beneath it.
-            lock = "train" if name in UP_TO_TRAIN else name
+            name, lock, run = self.description.name, self.description.lock, start.run.path
             with alone(run / f".{lock}.lock", f"stage {name} in {run}", collective):
                 if process_group.rank() == 0:
                     write_text(start.run.recipe, dump_recipe(start.recipe))
-                for part in self._parts(start):
-                    self._perform(start, part, started)
+                parts = self._parts(start)
+                current = self._current(start, parts)
+                for part in parts:
+                    if part.record not in current:
+                        part.prepare()
+                for part in parts:
+                    self._perform(start, part, part.record in current, started)
                     if collective:
                         collectives.barrier()
                     started = time.monotonic()
         if not collective:
             process_group.wait_for_rank_zero()
 
-    def _perform(self, start: Start, part: Part, started: float) -> None:
-        writes = process_group.rank() == 0
-        current = writes and self._is_up_to_date(start, part)
-        if self.description.collective:
-            current = collectives.from_rank_zero(current)
+    def _current(self, start: Start, parts: Sequence[Part]) -> list[str]:
+        """Records of the parts that are up to date; rank 0 looks, for all ranks."""
+        looks = process_group.rank() == 0
+        current = [part.record for part in parts if looks and self._is_up_to_date(start, part)]
+        return collectives.from_rank_zero(current) if self.description.collective else current
+
+    def _perform(self, start: Start, part: Part, current: bool, started: float) -> None:
         if current:
             logger.info("%s: up to date", part.record.replace(".", " "))
         else:
             result = part.body()
-            if writes:
+            if process_group.rank() == 0:
                 seconds = time.monotonic() - started
                 start.run.record(
                     part.record, part.options, part.inputs, result.outputs, seconds, result.figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -15,14 +16,7 @@ from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.inference.open import InferenceModel, open_for_inference
-from lander_ds.inference.provenance import (
-    System,
-    data_hash,
-    inputs_of,
-    is_up_to_date,
-    options_of,
-    record_name,
-)
+from lander_ds.inference.provenance import System, inputs_of, options_of, record_name
 from lander_ds.inference.requests import requests_for
 from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import PartialTranslations
@@ -39,31 +33,26 @@ def _parts(start: Start) -> list[Part]:
         ConfigError: a prompt and its translation may need more positions than the model has.
         DataError: a pair has no sentence to translate.
     """
-    data = PreparedData.load(start.run, start.recipe)
-    tokenizer = load_tokenizer(start.recipe.model.path, start.recipe.model.trust_remote_code)
+    recipe, run = start.recipe, start.run
+    data, models = PreparedData.load(run, recipe), _Models(start)
     # Systems of the same model come one after the other.
-    systems = sorted(start.recipe.translate.systems, key=_model_of)
-    current = [system for system in systems if not start.force and is_up_to_date(start, data, system)]
-    current = collectives.from_rank_zero(current)
-    # Before a model is loaded, which takes long, because not every request can be met.
-    requests = {
-        system: requests_for(system, start.recipe, data, tokenizer)
-        for system in systems
-        if system not in current
-    }
-    models = _Models(start)
-    if "trained" in start.recipe.translate.systems and process_group.rank() == 0:
-        trained = chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
-        warn_of_changes(trained.state, start.recipe, start.run, data_hash(start))
+    systems = sorted(recipe.translate.systems, key=_model_of)
+    trained = chosen(run.checkpoints, recipe.translate.checkpoint) if "trained" in systems else None
+    if trained is not None and process_group.rank() == 0:
+        warn_of_changes(trained.state, recipe, run, data.content_hash("train", "valid"))
+    tokenizer = cache(lambda: load_tokenizer(recipe.model.path, recipe.model.trust_remote_code))
+    # All before a model is loaded, which takes long, because not every request can be met.
+    requests = cache(lambda system: requests_for(system, recipe, data, tokenizer()))
 
     def part(system: System) -> Part:
-        options, inputs = options_of(start.recipe, system), inputs_of(start, data, system)
+        options, inputs = options_of(recipe, system), inputs_of(start, data, system, trained)
         key = json_hash({"options": options, "inputs": inputs})
         return Part(
             record_name(system),
             options,
             inputs,
-            lambda: _translate(start, tokenizer, models.open(system), system, requests[system], key),
+            lambda: _translate(start, tokenizer(), models.open(system), system, requests(system), key),
+            prepare=lambda: requests(system),
         )
 
     return [part(system) for system in systems]

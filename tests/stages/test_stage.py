@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,21 @@ def test_a_part_runs_again_when_its_options_or_outputs_changed(kitchen: Kitchen,
     ]
     (kitchen.directory / "bread").unlink()
     assert kitchen.run(recipe, *parts[:1]) == ["bread"]
+
+
+def test_what_is_not_up_to_date_is_prepared_before_the_first_part_begins(
+    kitchen: Kitchen, recipe: Any
+) -> None:
+    def part(name: str, **options: Any) -> Part:
+        return replace(kitchen.part(name, **options), prepare=lambda: kitchen.did.append(f"dough of {name}"))
+
+    assert kitchen.run(recipe, part("bread"), part("cake")) == [
+        "dough of bread",
+        "dough of cake",
+        "bread",
+        "cake",
+    ]
+    assert kitchen.run(recipe, part("bread"), part("cake", sugar=2)) == ["dough of cake", "cake"]
 
 
 def test_a_part_that_fails_leaves_no_record_and_those_before_it_stay(kitchen: Kitchen, recipe: Any) -> None:
