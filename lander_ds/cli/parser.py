@@ -23,6 +23,7 @@ OTHER_COMMANDS: dict[str, str] = {
     "tokenizer": "train a SentencePiece tokenizer on a recipe's corpora",
     "delta": "put a delta onto its base, take it off, or make one from two models",
     "doctor": "before a run: whether all hosts are ready, and how fast their network is",
+    "experiment": "a grid of runs over one data plan: methods x seeds, tuned alike, compared in one table",
     "plan": "what fits on a cluster, and how long a step takes there; needs no weights and no GPU",
 }
 
@@ -92,8 +93,23 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(prog="lander", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
     for stage in STAGES.values():
         _add_stage(commands, stage.name, stage.summary, stage.example)
-    _add_stage(commands, ALL, OTHER_COMMANDS[ALL], "--set run_dir=runs/mine")
-    for add in (_add_config, _add_summary, _add_tokenizer, _add_delta, _add_doctor, _add_plan):
+    everything = _add_stage(commands, ALL, OTHER_COMMANDS[ALL], "--set run_dir=runs/mine")
+    everything.add_argument(
+        "--stages",
+        type=_stages,
+        default=tuple(STAGES),
+        metavar="LIST",
+        help="only these, with commas, e.g. prepare,train,translate,score",
+    )
+    for add in (
+        _add_config,
+        _add_summary,
+        _add_tokenizer,
+        _add_delta,
+        _add_doctor,
+        _add_experiment,
+        _add_plan,
+    ):
         add(commands)
     return parser
 
@@ -125,7 +141,7 @@ def _add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-def _add_stage(commands: Commands[Any], name: str, text: str, flags: str) -> None:
+def _add_stage(commands: Commands[Any], name: str, text: str, flags: str) -> argparse.ArgumentParser:
     parser = _command(commands, name, text, f"lander {name} --recipe recipes/demo.yaml {flags}")
     _add_recipe(parser)
     parser.add_argument("--force", action="store_true", help="run again although the outputs are up to date")
@@ -135,7 +151,15 @@ def _add_stage(commands: Commands[Any], name: str, text: str, flags: str) -> Non
             action="store_true",
             help="go on from the newest whole checkpoint, if there is one",
         )
-    parser.set_defaults(target="lander_ds.cli.stages:run", stage=name)
+    parser.set_defaults(target="lander_ds.cli.stages:run", stage=name, stages=catalogue.names(name))
+    return parser
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    wanted = text.split(",")
+    if unknown := [name for name in wanted if name not in STAGES]:
+        raise argparse.ArgumentTypeError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    return tuple(name for name in STAGES if name in wanted)
 
 
 def _add_config(commands: Commands[Any]) -> None:
@@ -275,6 +299,24 @@ def _add_doctor(commands: Commands[Any]) -> None:
     )
     add("--json", action="store_true", help="as JSON, for programs")
     parser.set_defaults(target="lander_ds.cli.doctor:run", parser=parser)
+
+
+def _add_experiment(commands: Commands[Any]) -> None:
+    example = "lander experiment experiments/tiny.yaml --slots 2"
+    parser = _command(commands, "experiment", OTHER_COMMANDS["experiment"], example)
+    add = parser.add_argument
+    add("experiment", type=_path, metavar="FILE", help="the experiment (YAML)")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only cells whose names fit, e.g. 'steps/*/lora*'; with the trials they need; may be repeated",
+    )
+    add("--slots", type=_positive_number, default=1, metavar="N", help="cells at the same time (default: 1)")
+    add("--table", action="store_true", help="run nothing: render what is finished")
+    add("--list", action="store_true", help="run nothing: list the cells and whether they are finished")
+    parser.set_defaults(target="lander_ds.cli.experiment:run")
 
 
 def _path(text: str) -> Path:

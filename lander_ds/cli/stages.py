@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from lander_ds.common import launch
@@ -24,14 +25,14 @@ logger = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace) -> None:
     """Run the stages of a command on a recipe that is known to be sound, on ranks that are known to be alike."""
     preemption.leave_at_once()
-    recipe = load_checked(arguments.recipe, arguments.overrides, arguments.stage)
+    recipe = load_checked(arguments.recipe, arguments.overrides, arguments.stages)
     resumes = getattr(arguments, "auto_resume", False)
     start = Start(recipe, RunDirectory(recipe.run_dir), arguments.force, resumes)
     # A DeepSpeed JSON that cannot be used is refused here, before anything waits.
     logger.debug("%s: %s", recipe.deepspeed, start.deepspeed)
     _open_process_group(start, arguments.stage)
     try:
-        _run(start, arguments.stage)
+        _run(start, arguments.stage, arguments.stages)
     except BaseException:
         # Leaving the group in good order would wait for ranks that wait for this one.
         if launch.world_size() == 1:
@@ -52,11 +53,11 @@ def _open_process_group(start: Start, command: str) -> None:
             process_group.start_on_cpu()
 
 
-def _run(start: Start, command: str) -> None:
+def _run(start: Start, command: str, stages: Sequence[str]) -> None:
     path = start.run.path
     # Two of them would take turns, a stage each.
     with alone(path / f".{ALL}.lock", f"all in {path}", collective=True) if command == ALL else nullcontext():
-        for name in catalogue.names(command):
+        for name in stages:
             # A stage brings its libraries with it; those of the others stay away.
             load(f"lander_ds.stages.{name}:STAGE").perform(start)
             process_group.free_memory()

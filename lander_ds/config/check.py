@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lander_ds.common import launch
@@ -18,19 +18,19 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Check:
-    """The recipe, the stage about to run, and the problems so far.
+    """The recipe, the stages about to run, and the problems so far.
 
     Keys are dotted: `data.corpora.0.limit`.
     """
 
     recipe: Recipe
-    stage: str | None
-    """A stage, `all`, `tokenizer`, or None for a check of the whole recipe."""
+    stages: Collection[str] | None
+    """Stages, `all` or another command; None for a check of the whole recipe."""
     problems: Problems
 
     def runs(self, *stages: str) -> bool:
         """Whether one of `stages` is about to run; `all` and None run every stage."""
-        return self.stage in (None, "all", *stages)
+        return self.stages is None or not {"all", *stages}.isdisjoint(self.stages)
 
     def refuse(self, key: str, message: str) -> None:
         """Record what is wrong with `key`, and the cure."""

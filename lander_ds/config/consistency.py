@@ -157,7 +157,7 @@ def _check_translate(check: Check) -> None:
         check.refuse("translate.shots", "the system fewshot needs at least 1; raise it or remove fewshot")
     if translate.beams == 1 and translate.length_penalty != 1.0:
         check.warn("translate.length_penalty", "has no effect in greedy search (beams: 1)")
-    if check.stage is not None and translate.split not in _splits(check.recipe) | {"detect"}:
+    if check.stages is not None and translate.split not in _splits(check.recipe) | {"detect"}:
         check.refuse(
             "translate.split", f"no corpus has split: {translate.split}; add one or choose another split"
         )

@@ -106,7 +106,7 @@ def _check_coverage(check: Check) -> None:
         problem = f"no corpus with split: {split} serves {missing}"
         if any(corpus.split == split for corpus in data.corpora):
             check.warn("data.corpora", f"{problem}; translated and scored are the other pairs")
-        elif check.stage is not None:
+        elif check.stages is not None:
             check.refuse("data.corpora", f"{problem}; add one")
     cut_from_train = not all(_serves(check, "detect", pair) for pair in data.pairs)
     if check.runs("prepare", "detect") and data.detect_examples < 1 and cut_from_train:

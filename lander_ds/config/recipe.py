@@ -26,6 +26,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
@@ -168,6 +169,9 @@ class DataConfig:
     """Where tokenised corpora are kept, by content hash. Default: `<run_dir>/cache`. Runs may share one."""
     workers: PositiveInt = 1
     """Processes that tokenise."""
+    seed: Seed | None = None
+    """Seed of what is cut off for detection and of few-shot examples. Default: the recipe's, from which runs that share
+    their data but are trained with other seeds must be free."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -425,7 +429,7 @@ class Recipe:
     pipeline_cut: tuple[int, ...] = ()
     """First decoder layer of every pipeline stage but the first, e.g. [6, 12] for three stages; empty: balanced by
     compute."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    seed: Seed = 1
     """Seed of everything random."""
     detect: DetectConfig = field(default_factory=DetectConfig)
     """Options of stage detect."""
@@ -441,6 +445,11 @@ class Recipe:
     """Options of stage score."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Options of stage export."""
+
+    @property
+    def data_seed(self) -> int:
+        """`data.seed`, or the recipe's."""
+        return self.seed if self.data.seed is None else self.data.seed
 
     @property
     def decoding(self) -> TranslateConfig:

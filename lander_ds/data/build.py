@@ -190,7 +190,7 @@ class _Builder:
             for item in _reading(corpus, self._bar)
             if isinstance(item, Row) and keep.reason(item) is None
         )
-        shots = choose_shots(usable, count, self._recipe.seed, pair)
+        shots = choose_shots(usable, count, self._recipe.data_seed, pair)
         if len(shots) < count:
             raise DataError(
                 f"data.prompt.shots: {self._data.prompt.shots} examples of {pair} are wanted, and its "
@@ -270,7 +270,7 @@ class _Builder:
         heap: list[tuple[int, int, tuple[Row, Encoded]]] = []
         for number, example in enumerate(examples):
             row = example[0]
-            key = -seeded_hash(self._recipe.seed, f"detect:{pair}", row.src, row.tgt)
+            key = -seeded_hash(self._recipe.data_seed, f"detect:{pair}", row.src, row.tgt)
             if len(heap) < self._data.detect_examples:
                 heapq.heappush(heap, (key, -number, example))
             else:

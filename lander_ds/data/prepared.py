@@ -141,11 +141,11 @@ def prepared_options(recipe: Recipe) -> dict[str, Any]:
     """Everything in a recipe that the prepared data depends on, as JSON values."""
     data = asdict(recipe.data)
     # Where the cache lies and how many processes fill it change nothing in it.
-    del data["cache_dir"], data["workers"]
+    del data["cache_dir"], data["workers"], data["seed"]
     return {
         "data": data,
         "model": {"path": recipe.model.path, "trust_remote_code": recipe.model.trust_remote_code},
-        "seed": recipe.seed,
+        "seed": recipe.data_seed,
     }
 
 

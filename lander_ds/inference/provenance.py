@@ -58,7 +58,7 @@ def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
     depends = {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
     # Prompts with examples are rendered when they are wanted; the others are part of the prepared data.
     return depends | (
-        {"prompt": asdict(recipe.data.prompt), "seed": recipe.seed} if system == "fewshot" else {}
+        {"prompt": asdict(recipe.data.prompt), "seed": recipe.data_seed} if system == "fewshot" else {}
     )
 
 

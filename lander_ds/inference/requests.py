@@ -111,7 +111,7 @@ def _fewshot_prompts(
         )
     count = recipe.translate.shots
     # One more than needed: a sentence that is itself an example gets the next one instead.
-    examples = fewshot_examples(train, count + 1, recipe.seed)
+    examples = fewshot_examples(train, count + 1, recipe.data_seed)
     prompts = [
         render_prompt(recipe.data.prompt, pair, s.src, shots_for(examples, (s.src, s.tgt), count))
         for s in sentences

@@ -106,7 +106,7 @@ def _check_model(check: Check) -> None:
     elif not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         # A recipe can be looked at before its model is fetched.
-        tell = check.refuse if check.stage else check.warn
+        tell = check.refuse if check.stages else check.warn
         tell(
             "model.path",
             f"{path} {what}; name a directory with config.json, safetensors and a tokenizer "

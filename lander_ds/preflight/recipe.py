@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lander_ds.common.errors import ConfigError
@@ -18,30 +18,32 @@ from lander_ds.preflight.files import check_files
 from lander_ds.preflight.prompts import check_prompts
 
 
-def load_checked(path: Path, overrides: Sequence[str], stage: str | None) -> Recipe:
-    """Read a recipe that is sound for `stage`; see `check_recipe`. Its DeepSpeed JSON is another matter.
+def load_checked(path: Path, overrides: Sequence[str], stages: str | Collection[str] | None) -> Recipe:
+    """Read a recipe that is sound for `stages`; see `check_recipe`. Its DeepSpeed JSON is another matter.
 
     Raises:
         ConfigError: one message with every problem found.
     """
     recipe, document = read_recipe(path, overrides)
-    check_recipe(recipe, stage, document)
+    check_recipe(recipe, stages, document)
     return recipe
 
 
-def check_recipe(recipe: Recipe, stage: str | None, document: Document | None = None) -> None:
+def check_recipe(
+    recipe: Recipe, stages: str | Collection[str] | None, document: Document | None = None
+) -> None:
     """Refuse what cannot work.
 
     Args:
         recipe: the recipe.
-        stage: the stage about to run, `all`, or None to check everything.
+        stages: the stage or stages about to run, `all`, or None to check everything.
         document: where the recipe was read from, so that messages name lines.
 
     Raises:
         ConfigError: one message with every problem found.
     """
     problems = Problems(document or Document("the recipe", None))
-    check = Check(recipe, stage, problems)
+    check = Check(recipe, {stages} if isinstance(stages, str) else stages, problems)
     check_consistency(check)
     _check_texts(check)
     if check.runs("score"):

@@ -139,7 +139,7 @@ class Trainer:
 
     def _step(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its record for metrics.jsonl, and whether any rank was asked to stop."""
-        begun = time.monotonic()
+        begun, processor = time.monotonic(), time.process_time()
         session, batch = self.session, self.plan.batch(step)
         rates = self._set_groups(step, batch)
         alpha = (
@@ -159,8 +159,9 @@ class Trainer:
         totals = BatchTotals(batch.target_tokens, len(batch.indices))
         figures = session.engine.train_step(list(micro), totals, alpha, gates)
         # One reduction for everything.
-        mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), torch.tensor([float(stop)])])
-        *sums, budget, asked = collectives.sum_over_ranks(mine.double()).tolist()
+        own = torch.tensor([float(stop), time.process_time() - processor])
+        mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), own])
+        *sums, budget, asked, processor_seconds = collectives.sum_over_ranks(mine.double()).tolist()
         losses, tokens = sums[: len(self.pairs)], sums[len(self.pairs) :]
         seconds = time.monotonic() - begun
         present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
@@ -180,6 +181,7 @@ class Trainer:
             "alpha": alpha,
             "tokens_per_second": float(batch.lengths.sum()) / seconds,
             "seconds": seconds,
+            "processor_seconds": processor_seconds,
         }
         return record, asked > 0
 

@@ -1,0 +1,173 @@
+"""The results of an experiment as one JSON value: what was tried, what was chosen, every cell, every comparison.
+
+Everything in it is computed from what finished cells have published (`outcome`), so it can be computed again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lander_ds.common.errors import ArtefactError
+from lander_ds.common.files import read_json
+from lander_ds.evaluation.pooled import Difference, compare
+from lander_ds.experiment.grid import Experiment, trials
+from lander_ds.experiment.outcome import (
+    CURE,
+    SYSTEM_METHODS,
+    Figures,
+    cell_file,
+    hypotheses,
+    mean_chrf,
+    published,
+    references,
+)
+
+RESULTS_FILE = "results.json"
+
+Key = tuple[str, str]
+"""(method, variant)."""
+
+
+def chosen_rates(experiment: Experiment, out: Path) -> dict[Key, float | None]:
+    """(method, variant) -> the learning rate with the best validation chrF, of methods whose trials are all finished.
+
+    Args:
+        experiment: the experiment.
+        out: its results.
+    """
+    scores: dict[Key, list[tuple[float, float]]] = defaultdict(list)
+    for cell in trials(experiment):
+        path = cell_file(out, cell)
+        if path.exists() and cell.rate is not None:
+            scores[cell.method, cell.variant].append((mean_chrf(read_json(path, CURE)), cell.rate))
+    rates: dict[Key, float | None] = {}
+    for name, method in experiment.methods.items():
+        source = experiment.methods[method.tuned_as or name]
+        for variant in experiment.variant_names:
+            tried = scores[method.tuned_as or name, variant]
+            if tried and len(tried) == len(source.rates):
+                rates[name, variant] = max(tried)[1]
+    return rates
+
+
+def step_seconds(experiment: Experiment, out: Path) -> dict[Key, float]:
+    """(method, variant) -> time of a step by the experiment's clock: the median of its finished cells' medians."""
+    times: dict[Key, list[float]] = defaultdict(list)
+    for figures in published(out):
+        if experiment.clock in figures["step_seconds"]:
+            times[figures["method"], figures["variant"]].append(figures["step_seconds"][experiment.clock])
+    return {key: median(values) for key, values in times.items()}
+
+
+def assemble(experiment: Experiment, name: str, out: Path) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        experiment: the experiment.
+        name: its name.
+        out: its results.
+
+    Raises:
+        ArtefactError: no cell of a comparison is finished yet.
+    """
+    everything = published(out)
+    cells = [figures for figures in everything if figures["kind"] != "trial"]
+    if not cells:
+        raise ArtefactError(f"{out}: no cell of a comparison is finished yet: run lander experiment first")
+    chosen = chosen_rates(experiment, out)
+    times: dict[str, dict[str, float]] = defaultdict(dict)
+    for (method, variant), seconds in step_seconds(experiment, out).items():
+        times[variant][method] = round(seconds, 3)
+    return {
+        "experiment": name,
+        "baseline": experiment.baseline,
+        "clock": experiment.clock,
+        "trials": [
+            {
+                **{key: figures[key] for key in ("method", "variant", "rate", "steps")},
+                "chrf": round(mean_chrf(figures), 3),
+                "chosen": chosen.get((figures["method"], figures["variant"])) == figures["rate"],
+            }
+            for figures in everything
+            if figures["kind"] == "trial"
+        ],
+        "step_seconds": times,
+        "signatures": cells[0]["signatures"],
+        "cells": [row for figures in cells for row in _rows(figures)],
+        "comparisons": comparisons(experiment.baseline, cells, out),
+    }
+
+
+def _rows(figures: Figures) -> list[dict[str, Any]]:
+    """One per system."""
+    names = ("variant", "seed", "steps", "trained_parameters", "optimizer_bytes", "peak_memory", "date")
+    return [
+        {
+            "method": SYSTEM_METHODS.get(system, figures["method"]),
+            "at": figures["kind"],
+            "lr": figures["rate"],
+            "seconds": figures["training_seconds"],
+            **{name: figures[name] for name in names},
+            "scores": scores,
+        }
+        for system, scores in figures["systems"].items()
+    ]
+
+
+def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict[str, Any]]:
+    """Every method against the baseline at equal steps and at equal time, from the published translations.
+
+    Args:
+        baseline: method; its runs at equal steps are what both comparisons are against.
+        cells: figures of cells that are no trials.
+        out: the results.
+    """
+    texts: dict[tuple[str, str, str], list[dict[tuple[str, str], str]]] = defaultdict(list)
+    for figures in cells:
+        for system, translations in hypotheses(out, figures).items():
+            method = SYSTEM_METHODS.get(system) or str(figures["method"])
+            texts[figures["kind"], figures["variant"], method].append(translations)
+    rows = []
+    for (at, variant, method), mine in sorted(texts.items()):
+        its = texts.get(("steps", variant, baseline))
+        if its is None or method == baseline:
+            continue
+        refs = {key: row["ref"] for key, row in references(out, variant).items()}
+        difference = _difference(refs, mine, its)
+        rows.append(
+            {
+                "a": method,
+                "b": baseline,
+                "variant": variant,
+                "at": at,
+                "seeds": [len(mine), len(its)],
+                "mean_chrf_diff": round(difference.mean, 3),
+                "interval": [round(difference.low, 3), round(difference.high, 3)],
+                "p": round(difference.p, 4),
+                "per_pair": {pair: round(value, 3) for pair, value in difference.per_pair.items()},
+            }
+        )
+    return rows
+
+
+def _difference(
+    refs: Mapping[tuple[str, str], str],
+    mine: Sequence[Mapping[tuple[str, str], str]],
+    its: Sequence[Mapping[tuple[str, str], str]],
+) -> Difference:
+    """On the sentences that both sides have translated."""
+    keys: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for key in refs:
+        if all(key in one for one in (*mine, *its)):
+            keys[key[0]].append(key)
+
+    def side(seeds: Sequence[Mapping[tuple[str, str], str]]) -> dict[str, list[list[str]]]:
+        return {pair: [[one[key] for key in of_pair] for one in seeds] for pair, of_pair in keys.items()}
+
+    return compare(
+        {pair: [refs[key] for key in of_pair] for pair, of_pair in keys.items()}, side(mine), side(its)
+    )

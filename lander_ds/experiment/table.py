@@ -1,0 +1,161 @@
+"""Results as tables: Markdown, CSV, HTML. One per variant and comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from jinja2 import Environment
+
+TITLES = {"steps": "At equal steps", "time": "At equal training time"}
+
+_HTML = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ name }}</title>
+<style>body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em}table{border-collapse:collapse;margin:1em 0}
+td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
+</style>
+<h1>{{ name }}</h1>
+{% for table in tables %}<h2>{{ table.title }}</h2>
+<table><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endfor %}
+{% for metric, signature in signatures.items() %}<p>{{ metric }}: <code>{{ signature }}</code></p>
+{% endfor %}</html>
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, names of columns, and rows of texts."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """The tables of an experiment's results, best mean chrF first."""
+    groups: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for cell in results["cells"]:
+        groups[cell["variant"], cell["at"]][cell["method"]].append(cell)
+        if (
+            cell["method"] == results["baseline"]
+            and cell["at"] == "steps"
+            and _is_timed(results, cell["variant"])
+        ):
+            groups[cell["variant"], "time"][cell["method"]].append(cell)
+    several = len({variant for variant, _ in groups}) > 1
+    made = []
+    for (variant, at), methods in sorted(groups.items()):
+        title = f"{TITLES[at]}: {variant}" if several else TITLES[at]
+        made.append(_table(results, variant, at, methods, title))
+    return made
+
+
+def _is_timed(results: Mapping[str, Any], variant: str) -> bool:
+    return any(cell["at"] == "time" and cell["variant"] == variant for cell in results["cells"])
+
+
+def _table(
+    results: Mapping[str, Any],
+    variant: str,
+    at: str,
+    methods: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str,
+) -> Table:
+    pairs = list(next(iter(methods.values()))[0]["scores"])
+    times = results["step_seconds"].get(variant, {})
+    against = {
+        row["a"]: row for row in results["comparisons"] if (row["variant"], row["at"]) == (variant, at)
+    }
+    header = [
+        "method",
+        "lr",
+        "steps",
+        "parameters",
+        "optimizer",
+        "step",
+        *pairs,
+        "chrF",
+        "BLEU",
+        "difference",
+        "p",
+    ]
+    ordered = sorted(methods.items(), key=lambda item: -_mean(item[1], "chrf"))
+    rows = []
+    for method, cells in ordered:
+        first, versus = cells[0], against.get(method)
+        ratio = times.get(method, 0.0) / times[results["baseline"]] if results["baseline"] in times else 0.0
+        rows.append(
+            [
+                method,
+                "" if first["lr"] is None else f"{first['lr']:g}",
+                "" if first["steps"] is None else str(first["steps"]),
+                _millions(first["trained_parameters"]),
+                _megabytes(first["optimizer_bytes"]),
+                f"{ratio:.2f}" if ratio else "",
+                *(f"{fmean(cell['scores'][pair]['chrf'] for cell in cells):.1f}" for pair in pairs),
+                _with_spread(cells, "chrf"),
+                _with_spread(cells, "bleu"),
+                "" if versus is None else f"{versus['mean_chrf_diff']:+.2f}",
+                "" if versus is None else f"{versus['p']:.3f}",
+            ]
+        )
+    return Table(title, header, rows)
+
+
+def _mean(cells: Sequence[Mapping[str, Any]], metric: str) -> float:
+    return fmean(score[metric] for cell in cells for score in cell["scores"].values())
+
+
+def _with_spread(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """Mean over pairs, then mean and standard deviation over seeds."""
+    each = [fmean(score[metric] for score in cell["scores"].values()) for cell in cells]
+    return f"{fmean(each):.2f}" + (f" ± {stdev(each):.2f}" if len(each) > 1 else "")
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f} M"
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """All tables, what the columns mean, and the signatures."""
+    parts = []
+    for table in tables(results):
+        lines = [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"### {table.title}\n\n{body}\n")
+    signatures = "\n".join(f"- {metric}: `{text}`" for metric, text in results["signatures"].items())
+    parts.append(
+        f"Columns of directions are chrF2; means and standard deviations are over seeds; `step` is the time of a step "
+        f"over that of `{results['baseline']}`; `difference` is in chrF2 against `{results['baseline']}`, with the "
+        f"p-value of a paired bootstrap in which all seeds share the drawn sentences.\n\n{signatures}\n"
+    )
+    return "\n".join(parts)
+
+
+def as_csv(results: Mapping[str, Any]) -> str:
+    """All tables below one another, each row with its table's title first."""
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    for table in tables(results):
+        writer.writerow(["table", *table.header])
+        writer.writerows([table.title, *row] for row in table.rows)
+    return stream.getvalue()
+
+
+def as_html(results: Mapping[str, Any]) -> str:
+    """A page without scripts."""
+    template = Environment(autoescape=True).from_string(_HTML)
+    return template.render(
+        name=results["experiment"], tables=tables(results), signatures=results["signatures"]
+    )

@@ -1,0 +1,136 @@
+"""A whole experiment: what all share, trials, cells, an interruption, results that can be computed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny_run import TinyRun
+
+from lander_ds.cli.main import main
+from lander_ds.common.files import read_json
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.experiment.outcome import published
+from lander_ds.experiment.results import comparisons
+
+EXPERIMENT = """\
+recipe: {recipe}
+run_dir: {run_dir}
+baseline: lora
+seeds: [1]
+equal_time: true
+clock: processor
+tuning: {{steps: 3, sentences: 2}}
+set:
+  train.steps: 4
+  select.layers.k: 2
+  translate.limit: 4
+  translate.max_new_tokens: 8
+methods:
+  lora: {{set: {{train.method: lora}}, rate_keys: [train.lr.lora], rates: [1.0e-3]}}
+  landermt:
+    rate_keys: [train.lr.general, train.lr.specific]
+    rates: [1.0e-2]
+    equal_time: false
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of an experiment that has been run."""
+    directory = tmp_path_factory.mktemp("experiment")
+    file = directory / "small.yaml"
+    file.write_text(
+        EXPERIMENT.format(recipe=tiny_run.recipe_path, run_dir=directory / "runs"), encoding="utf-8"
+    )
+    assert main(["experiment", str(file)]) == 0
+    return file
+
+
+def test_results_hold_every_cell_and_its_comparison(finished: Path) -> None:
+    results = read_json(finished.parent / "runs" / "results" / "results.json", "")
+    assert [(cell["at"], cell["method"], cell["steps"]) for cell in results["cells"]] == [
+        ("steps", "landermt", 4),
+        ("steps", "lora", 4),
+    ]
+    assert [trial["chosen"] for trial in results["trials"]] == [True, True]
+    assert results["step_seconds"]["all"].keys() == {"lora", "landermt"}
+    (comparison,) = results["comparisons"]
+    assert (comparison["a"], comparison["b"], comparison["at"]) == ("landermt", "lora", "steps")
+    for cell in results["cells"]:
+        assert cell["scores"].keys() == {"en-de", "en-fr", "en-es"}
+        assert cell["trained_parameters"] > 0
+        scores = read_json(
+            RunDirectory(finished.parent / "runs" / "steps" / "all" / cell["method"] / "seed-1").scores, ""
+        )
+        assert cell["scores"]["en-de"]["chrf"] == scores["pairs"]["en-de"]["systems"]["trained"]["chrf"]
+
+
+def test_comparisons_can_be_computed_again(finished: Path) -> None:
+    out = finished.parent / "runs" / "results"
+    cells = [figures for figures in published(out) if figures["kind"] != "trial"]
+    assert comparisons("lora", cells, out) == read_json(out / "results.json", "")["comparisons"]
+
+
+def test_all_cells_share_data_and_detection(finished: Path) -> None:
+    runs = finished.parent / "runs"
+    awareness = {path.read_bytes() for path in runs.rglob("awareness.safetensors")}
+    assert len(awareness) == 1
+    used = {json.loads(path.read_text())["entry"] for path in runs.rglob("data/prepared.json")}
+    assert len(used) == 1
+
+
+def test_what_is_finished_needs_no_run_directory(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = sorted((finished.parent / "runs" / "results" / "cells").glob("*.json"))
+    before = [cell.stat().st_mtime_ns for cell in cells]
+    (finished.parent / "runs" / "shared").rename(finished.parent / "runs" / "elsewhere")
+    assert main(["experiment", str(finished)]) == 0
+    assert [cell.stat().st_mtime_ns for cell in cells] == before
+    assert not (finished.parent / "runs" / "shared").exists()
+    capsys.readouterr()
+    assert main(["experiment", str(finished), "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("finished") for line in lines)
+
+
+def test_trials_leave_no_checkpoints(finished: Path) -> None:
+    runs = finished.parent / "runs"
+    assert not list((runs / "trials").rglob("checkpoints"))
+    assert list((runs / "steps").rglob("checkpoints"))
+
+
+def test_tables_in_three_formats(finished: Path) -> None:
+    out = finished.parent / "runs" / "results"
+    for suffix in ("md", "csv", "html"):
+        text = (out / f"table.{suffix}").read_text(encoding="utf-8")
+        assert "landermt" in text
+        assert "At equal steps" in text
+
+
+def changed(finished: Path, directory: Path, before: str, after: str) -> Path:
+    text = finished.read_text(encoding="utf-8").replace(
+        str(finished.parent / "runs"), str(directory / "runs")
+    )
+    assert before in text
+    file = directory / "changed.yaml"
+    file.write_text(text.replace(before, after), encoding="utf-8")
+    return file
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_runs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = changed(finished, tmp_path, "train.steps: 4", "train.stepz: 4")
+    assert main(["experiment", str(file)]) == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_launcher_that_fails_is_named_with_its_log(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = changed(finished, tmp_path, "seeds: [1]", "seeds: [1]\nlaunch: 'false {slot}'")
+    assert main(["experiment", str(file)]) == 1
+    assert f"the log is {tmp_path / 'runs' / 'shared' / 'all' / 'log'}" in capsys.readouterr().err
