@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import check_data
-from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
+from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig, ShiraConfig
 from lander_ds.config.topology_consistency import check_topology
 
 
@@ -122,6 +122,8 @@ def _check_method(check: Check) -> None:
             check.warn("train.banks", f"has no effect with train.method: {train.method}")
     if train.method != "lora" and train.lora != LoraConfig():
         check.warn("train.lora", f"has no effect with train.method: {train.method}")
+    if train.method != "shira" and train.shira != ShiraConfig():
+        check.warn("train.shira", f"has no effect with train.method: {train.method}")
 
 
 def _check_learning_rates(check: Check) -> None:
@@ -132,8 +134,8 @@ def _check_learning_rates(check: Check) -> None:
             used = {bank: getattr(train.lr, bank) for bank in train.banks}
             if recipe.routing.gate != "none":
                 used["gates"] = train.lr.gates
-        case "lora":
-            used = {"lora": train.lr.lora}
+        case "lora" | "shira":
+            used = {train.method: getattr(train.lr, train.method)}
         case _:
             used = {"dense": train.lr.dense}
     if used and not any(used.values()):

@@ -258,6 +258,8 @@ class LearningRates:
     """Whole tensors, of the baselines `full` and `layers`."""
     lora: NonNegative = 1e-3
     """Adapters of the baseline `lora`."""
+    shira: NonNegative = 2e-4
+    """Entries of the baseline `shira` (I)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -273,11 +275,19 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ShiraConfig:
+    """The SHiRA baseline (R, Bhardwaj et al. 2024): single entries of the same matrices, trained in place."""
+
+    r: PositiveInt = 16
+    """As many entries as LoRA of this rank would train: r (in + out) per matrix, drawn at random."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """Selective fine-tuning and the baselines it is compared with."""
 
-    method: Literal["lander", "full", "layers", "lora"] = "lander"
-    """`lander`: banks and gates. Baselines: everything, the whole FFNs of the selected layers, LoRA."""
+    method: Literal["lander", "full", "layers", "lora", "shira"] = "lander"
+    """`lander`: banks and gates. Baselines: everything, the whole FFNs of the selected layers, LoRA, SHiRA."""
     banks: tuple[Literal["general", "specific"], ...] = ("general", "specific")
     """Which banks are trained (ablations `general-only`, `specific-only`)."""
     steps: PositiveInt = 1000
@@ -336,6 +346,8 @@ class TrainConfig:
     """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Only for `method: lora`."""
+    shira: ShiraConfig = field(default_factory=ShiraConfig)
+    """Only for `method: shira`."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -22,6 +22,7 @@ from lander_ds.models.family import Family
 from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
 from lander_ds.models.span import Span, spans, units, whole
+from lander_ds.models.surgery import gradient_elements
 from lander_ds.models.translation_model import first_trained_layer
 from lander_ds.training.session import METHODS_WITH_SELECTION
 
@@ -39,6 +40,8 @@ class Tensor:
     group: str | None
     """Parameter group; None: frozen."""
     shape: tuple[int, ...]
+    gradient: int
+    """Elements of the matrix whose gradient it needs; 0 for what is frozen or no matrix."""
 
     @property
     def trained(self) -> bool:
@@ -111,7 +114,9 @@ class Anatomy:
 
     def _tensor(self, name: str, parameter: nn.Parameter) -> Tensor:
         shape = tuple(parameter.shape)
-        return Tensor(name, parameter.numel(), parameter.dim() > 1, self.groups.get(id(parameter)), shape)
+        group = self.groups.get(id(parameter))
+        gradient = 0 if group is None else gradient_elements(parameter)
+        return Tensor(name, parameter.numel(), parameter.dim() > 1, group, shape, gradient)
 
     def stage_spans(self, stages: int) -> tuple[Span, ...]:
         """The spans of pipeline stages, cut as training cuts them (`parallel.topology.span_of`)."""
