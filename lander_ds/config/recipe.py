@@ -184,10 +184,14 @@ class DetectConfig:
 class LayerChoice:
     """Which decoder layers are trained."""
 
-    criterion: Literal["relevance", "awareness", "last", "random", "list", "all"] = "relevance"
-    """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); others are ablations."""
+    criterion: Literal["relevance", "awareness", "ends", "last", "random", "list", "all"] = "relevance"
+    """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); `ends`: the first and the last layers in
+    turn, 0, L-1, 1, L-2, ... (I); others are ablations."""
     k: PositiveInt = 4
     """How many (P: 4). Ignored by `list` and `all`."""
+    cost_aware: bool = False
+    """`relevance` and `awareness`: take the k layers with the largest sum of scores per unit of step time, which grows
+    with every layer that the backward pass goes down (I)."""
     scope: Literal["shared", "per_pair"] = "shared"
     """`shared`: one set from the mean over pairs (I). `per_pair`: each pair's own top k; it owns neurons only
     there."""
@@ -199,9 +203,9 @@ class LayerChoice:
 class BankChoice:
     """How the neurons of a selected layer are divided into banks."""
 
-    criterion: Literal["spread", "ratio", "entropy", "random"] = "spread"
-    """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024),
-    `random` control."""
+    criterion: Literal["spread", "ratio", "entropy", "top", "random"] = "spread"
+    """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024), `top` (I): the
+    neurons with the most awareness over all chosen layers together, `random` control."""
     rho: Share = 0.9
     """Share of neurons that become general (P sweeps 0.5, 0.7, 0.9)."""
     spread: Literal["std", "cv"] = "std"
@@ -210,6 +214,15 @@ class BankChoice:
     """Quantile of least aware neurons that goes to the frozen bank first (I)."""
     kappa: Annotated[float, Field(gt=0, le=1)] = 0.7
     """`ratio`: a pair owns a neuron when its share exceeds kappa times the largest share (R)."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """`top`: share of the neurons of all chosen layers that each pair owns (I)."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """`top`: a neuron is general when it is among the top of at least this share of the pairs, and of at least two (I)."""
+    like: Literal["spread", "ratio", "entropy", "top"] = "spread"
+    """`random`: the criterion whose layers and bank sizes it has."""
+    owners: Literal["pair", "target", "source"] = "pair"
+    """Who owns a specific bank: a pair, or all pairs with the same target or source language, whose awareness is then
+    taken together before banks are chosen (I)."""
 
 
 @dataclass(frozen=True, config=STRICT)
