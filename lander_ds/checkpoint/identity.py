@@ -12,7 +12,7 @@ from lander_ds.checkpoint import checkpoint, writer
 from lander_ds.checkpoint.checkpoint import SELECTION, Checkpoint
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.nested import flatten
-from lander_ds.config.recipe import Recipe
+from lander_ds.config.recipe import Recipe, RoutingConfig, TrainConfig
 from lander_ds.distributed import collectives, process_group
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ FIXED = (
     "routing.hidden",
     "lora.r",
     "lora.alpha",
+    "train.shira.r",
     "train.optimizer",
     "train.banks",
 )
@@ -148,7 +149,8 @@ def _compare(saved: Checkpoint, identity: Mapping[str, Any], is_base: Callable[[
         if key == "base_fingerprint" and is_base(before):
             continue
         change = f"{key} was {before}, now it is {now}"
-        if key in FIXED:
+        if key in FIXED or (key == "seed" and saved.state["method"] == "shira"):
+            # The checkpoint holds SHiRA's entries; where they stand follows from the seed.
             cure = CURES.get(key, "change it back")
             raise ArtefactError(
                 f"{saved.path} is of another training: {change}: {cure}, or start anew in another run_dir (or with "
@@ -159,14 +161,20 @@ def _compare(saved: Checkpoint, identity: Mapping[str, Any], is_base: Callable[[
 
 def changes(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What a checkpoint was trained with otherwise than `identity` says: key, value of then, value of now."""
-    before = flatten(_plain({key: state.get(key) for key in identity}))
     now = flatten(_plain(identity))
+    before = {key: value for key, value in _defaults().items() if key in now}
+    before |= flatten(_plain({key: state.get(key) for key in identity}))
     if SELECTION not in state["files"]:
         before.pop("selection_hash", None)
         now.pop("selection_hash", None)
     for key in sorted((before.keys() | now.keys()) - set(FREE)):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)
+
+
+def _defaults() -> dict[str, Any]:
+    """What options were before they existed, for checkpoints that do not name them."""
+    return flatten(_plain({"train": asdict(TrainConfig()), "routing": asdict(RoutingConfig())}))
 
 
 def _plain(value: Any) -> Any:

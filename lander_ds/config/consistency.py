@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import check_data
-from lander_ds.config.recipe import LoraConfig, Recipe, RoutingConfig
+from lander_ds.config.recipe import BankChoice, LayerChoice, LoraConfig, Recipe, RoutingConfig, ShiraConfig
 from lander_ds.config.topology_consistency import check_topology
 
 
@@ -25,6 +25,26 @@ def check_consistency(check: Check) -> None:
 
 
 def _check_select(check: Check) -> None:
+    _check_layers(check)
+    banks, plain = check.recipe.select.banks, BankChoice()
+    criterion = banks.like if banks.criterion == "random" else banks.criterion
+    if criterion != "top":
+        _warn_of_unread(check, "select.banks", banks, plain, ("share", "quorum"), criterion)
+    else:
+        _warn_of_unread(check, "select.banks", banks, plain, ("rho", "min_awareness"), criterion)
+    if banks.criterion != "random":
+        _warn_of_unread(check, "select.banks", banks, plain, ("like",), criterion)
+
+
+def _warn_of_unread(
+    check: Check, key: str, section: object, plain: object, names: tuple[str, ...], criterion: str
+) -> None:
+    for name in names:
+        if getattr(section, name) != getattr(plain, name):
+            check.warn(f"{key}.{name}", f"has no effect with criterion: {criterion}")
+
+
+def _check_layers(check: Check) -> None:
     layers = check.recipe.select.layers
     if layers.criterion == "list":
         if not layers.layers:
@@ -41,8 +61,10 @@ def _check_select(check: Check) -> None:
             "select.layers.layers",
             f"only criterion: list reads it, found {layers.criterion}; set criterion: list or remove layers",
         )
-    if layers.scope == "per_pair" and layers.criterion in ("list", "all", "last"):
+    if layers.scope == "per_pair" and layers.criterion in ("list", "all", "ends", "last"):
         check.warn("select.layers.scope", f"per_pair has no effect with criterion: {layers.criterion}")
+    if layers.criterion not in ("relevance", "awareness"):
+        _warn_of_unread(check, "select.layers", layers, LayerChoice(), ("cost_aware",), layers.criterion)
 
 
 def _check_routing(check: Check) -> None:
@@ -122,6 +144,8 @@ def _check_method(check: Check) -> None:
             check.warn("train.banks", f"has no effect with train.method: {train.method}")
     if train.method != "lora" and train.lora != LoraConfig():
         check.warn("train.lora", f"has no effect with train.method: {train.method}")
+    if train.method != "shira" and train.shira != ShiraConfig():
+        check.warn("train.shira", f"has no effect with train.method: {train.method}")
 
 
 def _check_learning_rates(check: Check) -> None:
@@ -132,8 +156,8 @@ def _check_learning_rates(check: Check) -> None:
             used = {bank: getattr(train.lr, bank) for bank in train.banks}
             if recipe.routing.gate != "none":
                 used["gates"] = train.lr.gates
-        case "lora":
-            used = {"lora": train.lr.lora}
+        case "lora" | "shira":
+            used = {train.method: getattr(train.lr, train.method)}
         case _:
             used = {"dense": train.lr.dense}
     if used and not any(used.values()):

@@ -188,10 +188,14 @@ class DetectConfig:
 class LayerChoice:
     """Which decoder layers are trained."""
 
-    criterion: Literal["relevance", "awareness", "last", "random", "list", "all"] = "relevance"
-    """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); others are ablations."""
+    criterion: Literal["relevance", "awareness", "ends", "last", "random", "list", "all"] = "relevance"
+    """`relevance`: largest D (P, eq. 1); `awareness`: largest total awareness (I); `ends`: the first and the last layers in
+    turn, 0, L-1, 1, L-2, ... (I); others are ablations."""
     k: PositiveInt = 4
     """How many (P: 4). Ignored by `list` and `all`."""
+    cost_aware: bool = False
+    """`relevance` and `awareness`: take the k layers with the largest sum of scores per unit of step time, which grows
+    with every layer that the backward pass goes down (I)."""
     scope: Literal["shared", "per_pair"] = "shared"
     """`shared`: one set from the mean over pairs (I). `per_pair`: each pair's own top k; it owns neurons only
     there."""
@@ -203,9 +207,9 @@ class LayerChoice:
 class BankChoice:
     """How the neurons of a selected layer are divided into banks."""
 
-    criterion: Literal["spread", "ratio", "entropy", "random"] = "spread"
-    """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024),
-    `random` control."""
+    criterion: Literal["spread", "ratio", "entropy", "top", "random"] = "spread"
+    """`spread` (P, threshold index I), `ratio` (R, Xie et al. 2021), `entropy` (R, Tang et al. 2024), `top` (I): the
+    neurons with the most awareness over all chosen layers together, `random` control."""
     rho: Share = 0.9
     """Share of neurons that become general (P sweeps 0.5, 0.7, 0.9)."""
     spread: Literal["std", "cv"] = "std"
@@ -214,6 +218,15 @@ class BankChoice:
     """Quantile of least aware neurons that goes to the frozen bank first (I)."""
     kappa: Annotated[float, Field(gt=0, le=1)] = 0.7
     """`ratio`: a pair owns a neuron when its share exceeds kappa times the largest share (R)."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """`top`: share of the neurons of all chosen layers that each pair owns (I)."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """`top`: a neuron is general when it is among the top of at least this share of the pairs, and of at least two (I)."""
+    like: Literal["spread", "ratio", "entropy", "top"] = "spread"
+    """`random`: the criterion whose layers and bank sizes it has."""
+    owners: Literal["pair", "target", "source"] = "pair"
+    """Who owns a specific bank: a pair, or all pairs with the same target or source language, whose awareness is then
+    taken together before banks are chosen (I)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -262,6 +275,8 @@ class LearningRates:
     """Whole tensors, of the baselines `full` and `layers`."""
     lora: NonNegative = 1e-3
     """Adapters of the baseline `lora`."""
+    shira: NonNegative = 2e-4
+    """Entries of the baseline `shira` (I)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -277,11 +292,19 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ShiraConfig:
+    """The SHiRA baseline (R, Bhardwaj et al. 2024): single entries of the same matrices, trained in place."""
+
+    r: PositiveInt = 16
+    """As many entries as LoRA of this rank would train: r (in + out) per matrix, drawn at random."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """Selective fine-tuning and the baselines it is compared with."""
 
-    method: Literal["lander", "full", "layers", "lora"] = "lander"
-    """`lander`: banks and gates. Baselines: everything, the whole FFNs of the selected layers, LoRA."""
+    method: Literal["lander", "full", "layers", "lora", "shira"] = "lander"
+    """`lander`: banks and gates. Baselines: everything, the whole FFNs of the selected layers, LoRA, SHiRA."""
     banks: tuple[Literal["general", "specific"], ...] = ("general", "specific")
     """Which banks are trained (ablations `general-only`, `specific-only`)."""
     steps: PositiveInt = 1000
@@ -340,6 +363,8 @@ class TrainConfig:
     """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Only for `method: lora`."""
+    shira: ShiraConfig = field(default_factory=ShiraConfig)
+    """Only for `method: shira`."""
 
 
 @dataclass(frozen=True, config=STRICT)

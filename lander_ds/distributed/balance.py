@@ -21,6 +21,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.distributed.parallel_dims import ParallelDims
 from lander_ds.models.family import Family
 from lander_ds.models.span import Span, spans
+from lander_ds.models.surgery import gradient_elements
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,9 @@ def costs_of(
         everything: gradients go down to the embedding although nothing is trained, and nothing is recomputed
             (detection).
     """
-    weights = [[p for p in layer.parameters() if p.dim() > 1] for layer in layers]
     costs = layer_costs(
-        [sum(p.numel() for p in matrices) for matrices in weights],
-        [sum(p.numel() for p in matrices if p.requires_grad) for matrices in weights],
+        [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers],
+        [sum(gradient_elements(p) for p in layer.parameters() if p.requires_grad) for layer in layers],
         recompute=recompute and not everything,
         first_backward=0 if everything else None,
     )

@@ -95,7 +95,7 @@ class TrainedModel:
         cut: Slice | None = getattr(parameter, "lander_slice", None)
         if cut is None:
             return self.source.tensor(self.stored_name(name), dtype)
-        return self.source.tensor(self.stored_name(cut.tensor), dtype).index_select(cut.dim, cut.neurons)
+        return cut.take(self.source.tensor(self.stored_name(cut.tensor), dtype))
 
 
 def is_gate(name: str) -> bool:
@@ -144,7 +144,7 @@ class _Changes:
         return stored
 
     def _put(self, name: str, cut: Slice, values: torch.Tensor) -> torch.Tensor:
-        return values.index_copy_(cut.dim, cut.neurons, self.tensors[name].to(values.dtype))
+        return cut.put(values, self.tensors[name].to(values.dtype))
 
     def _adapt(self, name: str, values: torch.Tensor) -> torch.Tensor:
         update = self.tensors[name.replace(".lora_A.", ".lora_B.")] @ self.tensors[name]

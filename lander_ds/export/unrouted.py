@@ -79,6 +79,6 @@ class Unrouted:
             whole = torch.empty(cut.shape, dtype=values.dtype) if whole is None else whole
             if values.dtype != whole.dtype:
                 raise ArtefactError(f"{self._weights.directory}: {part} is of another type than other banks")
-            whole.index_copy_(cut.dim, cut.neurons, values)
+            cut.put(whole, values)
         assert whole is not None
         return whole

@@ -25,6 +25,7 @@ from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import prepare_model
 from lander_ds.models.routed_ffn import Routing, routed
+from lander_ds.models.shira import fold_shira
 from lander_ds.models.surgery import routed_ffns
 from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base, read_config
 
@@ -77,6 +78,7 @@ def open_for_inference(
         model = engine.shard(model).module
     else:
         fill(model, family, weights, _to_device, trained)
+        fold_shira(model)
         model.to(process_group.device())
     model.eval()
     # With a head that requires no gradient, torch multiplies the last hidden state of a prompt by a copy of the head

@@ -20,9 +20,8 @@ def assign_owners(phi: torch.Tensor, probability: torch.Tensor, choice: BankChoi
     """Owners [M, f] of one layer's neurons.
 
     First the `min_awareness` quantile with the least awareness (sum over pairs of the normalised awareness,
-    I) goes to the frozen bank, then the criterion divides the others, `rho` counting only these (I). `random`
-    gives the owners of `spread`, to be shuffled by `lander_ds.method.control.random_control`. A single
-    pair owns every neuron that is not frozen.
+    I) goes to the frozen bank, then the criterion divides the others, `rho` counting only these (I). A single
+    pair owns every neuron that is not frozen. `top` looks at all layers together, see `top_owners`.
 
     Args:
         phi: [M, f] awareness.
@@ -97,6 +96,33 @@ def entropy_owners(probability: torch.Tensor, rho: float) -> torch.Tensor:
     general[ranked[: neurons - _count(rho, neurons)]] = False
     general |= entropy >= math.log(pairs) * (1.0 - ROUNDING)
     return general | _one_hot_argmax(probability)
+
+
+def top_owners(phi: torch.Tensor, takes_part: torch.Tensor, share: float, quorum: float) -> torch.Tensor:
+    """Owners [M, K, f] by the share of the total awareness over K layers together (I).
+
+    A pair's top are the floor(share N) neurons with the largest Phi among the N neurons of the layers that it takes part
+    in (the lower layer and index first among equals; never one without awareness). A neuron in the top of at least
+    ceil(quorum V), and of at least 2, of the V pairs that take part in its layer is owned by all V; one in the top of
+    fewer by these; the others by none.
+
+    Args:
+        phi: [M, K, f] awareness.
+        takes_part: [M, K] bool.
+        share: of the neurons, above 0.
+        quorum: share of the pairs, above 0.
+    """
+    owners = torch.zeros_like(phi, dtype=torch.bool)
+    neurons = phi.shape[2]
+    for own, aware, here in zip(owners, phi, takes_part, strict=True):
+        values = torch.where(here[:, None], aware, 0.0).flatten()
+        count = _count(share, int(here.sum()) * neurons)
+        top = torch.sort(values, descending=True, stable=True).indices[:count]
+        own.view(-1)[top[values[top] > 0]] = True
+    pairs = takes_part.sum(0)
+    needed = torch.ceil(quorum * pairs - 1e-9).clamp(min=2)
+    general = owners.sum(0) >= needed[:, None]
+    return owners | (general & takes_part[:, :, None])
 
 
 def _all_but_least(awareness: torch.Tensor, quantile: float) -> torch.Tensor:

@@ -33,9 +33,13 @@ def choose_layers(awareness: Awareness, choice: LayerChoice, seed: int) -> dict[
             f"{scores.shape[1]} of the model's {awareness.layers} layers{why}: change k, "
             f"or select.layers.criterion"
         )
+
+    def best(row: torch.Tensor) -> list[int]:
+        return _top_for_time(row, choice.k, awareness.layers) if choice.cost_aware else _top(row, choice.k)
+
     if choice.scope == "shared":
-        return dict.fromkeys(sorted(_top(scores.mean(0), choice.k)), awareness.pairs)
-    top = [set(_top(row, choice.k)) for row in scores]
+        return dict.fromkeys(sorted(best(scores.mean(0))), awareness.pairs)
+    top = [set(best(row)) for row in scores]
     return {
         layer: tuple(pair for pair, own in zip(awareness.pairs, top, strict=True) if layer in own)
         for layer in sorted(set().union(*top))
@@ -46,7 +50,8 @@ def layer_scores(awareness: Awareness, criterion: str, seed: int) -> torch.Tenso
     """Scores by which layers are ranked: [M, number of layers that can be chosen] float64.
 
     `relevance`: D (P, eq. 1). `awareness`: the layer's share of the pair's total awareness, so that no pair
-    dominates the mean (I). `last`: the layer's index. `random`: uniform numbers of (seed,).
+    dominates the mean (I). `ends`: nearness to either end, the lower end first (I). `last`: the layer's index.
+    `random`: uniform numbers of (seed,).
     """
     if criterion == "relevance":
         return relevance(awareness)
@@ -54,6 +59,9 @@ def layer_scores(awareness: Awareness, criterion: str, seed: int) -> torch.Tenso
         total = awareness.phi().sum(-1)
         return torch.nan_to_num(total / total.sum(-1, keepdim=True))
     size = (len(awareness.pairs), awareness.layers)
+    if criterion == "ends":
+        index = torch.arange(size[1], dtype=torch.float64)
+        return -torch.minimum(2 * index, 2 * (size[1] - 1 - index) + 1).expand(size)
     if criterion == "last":
         return torch.arange(size[1], dtype=torch.float64).expand(size)
     return torch.from_numpy(np.random.default_rng(seed % 2**64).random(size))
@@ -61,6 +69,27 @@ def layer_scores(awareness: Awareness, criterion: str, seed: int) -> torch.Tenso
 
 def _top(scores: torch.Tensor, k: int) -> list[int]:
     return torch.sort(scores, descending=True, stable=True).indices[:k].tolist()
+
+
+def _top_for_time(scores: torch.Tensor, k: int, layers: int) -> list[int]:
+    """The k layers with the largest sum of scores per step time (I).
+
+    A step goes forward through all L layers and backward through those from the lowest trained one, b, upwards: time is
+    2 L - b, in units of one layer's forward pass. Head and weight gradients are left out, being the same for every
+    choice of k layers. For every b the best k layers from b on are looked at; of equal ratios the higher b is taken.
+
+    Args:
+        scores: [n] of the layers that can be chosen, not negative.
+        k: how many, at most n.
+        layers: L.
+    """
+
+    def per_time(lowest: int) -> tuple[float, int]:
+        chosen = scores[lowest:].sort(descending=True).values[:k]
+        return float(chosen.sum()) / (2 * layers - lowest), lowest
+
+    lowest = max(range(len(scores) - k + 1), key=per_time)
+    return [lowest + layer for layer in _top(scores[lowest:], k)]
 
 
 def _listed(layers: tuple[int, ...], count: int) -> list[int]:

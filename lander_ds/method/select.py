@@ -10,15 +10,15 @@ import torch
 
 from lander_ds.config.recipe import SelectConfig
 from lander_ds.method.awareness import Awareness
-from lander_ds.method.banks import assign_owners
 from lander_ds.method.control import random_control
 from lander_ds.method.layers import choose_layers
+from lander_ds.method.ownership import owners_of
 from lander_ds.method.relevance import relevance
 from lander_ds.method.selection import Bank, LayerSelection, Selection
 
 
 def build_selection(awareness: Awareness, config: SelectConfig, seed: int) -> Selection:
-    """Choose the layers and divide their neurons into banks.
+    """Choose the layers and divide their neurons into banks. Layers without an owned neuron are no part of the selection.
 
     In a layer that only some pairs selected (`scope: per_pair`) only these own neurons, and general means
     owned by all of them. The metadata holds `criteria` and `seed`, `base_fingerprint`, `data_hash`,
@@ -28,13 +28,10 @@ def build_selection(awareness: Awareness, config: SelectConfig, seed: int) -> Se
     Raises:
         ConfigError: `select` asks for something this awareness cannot give.
     """
-    phi, probability = awareness.phi(), awareness.activation_probability()
-    layer_pairs = choose_layers(awareness, config.layers, seed)
-    layers = []
-    for layer, pairs in layer_pairs.items():
-        rows = [awareness.pairs.index(pair) for pair in pairs]
-        owners = assign_owners(phi[rows, layer], probability[rows, layer], config.banks)
-        layers.append(divide(layer, owners, pairs))
+    candidates = choose_layers(awareness, config.layers, seed)
+    owners = owners_of(awareness, candidates, config.banks)
+    layer_pairs = {layer: pairs for layer, pairs in candidates.items() if layer in owners}
+    layers = [divide(layer, owners[layer], pairs) for layer, pairs in layer_pairs.items()]
     metadata = {
         "criteria": json.loads(json.dumps(asdict(config))),
         "seed": seed,
@@ -44,7 +41,7 @@ def build_selection(awareness: Awareness, config: SelectConfig, seed: int) -> Se
         "relevance": dict(zip(awareness.pairs, relevance(awareness).tolist(), strict=True)),
         "layer_pairs": {str(layer): list(pairs) for layer, pairs in layer_pairs.items()},
         "bank_sizes": {str(layer.layer): {bank.group: bank.size for bank in layer.banks} for layer in layers},
-        "remarks": _remarks(awareness.pairs, layer_pairs, layers),
+        "remarks": _remarks(awareness.pairs, candidates, layers),
     }
     selection = Selection(awareness.pairs, awareness.neurons, tuple(layers), metadata)
     return random_control(selection, seed) if config.banks.criterion == "random" else selection
@@ -83,6 +80,11 @@ def _remarks(
     if len(pairs) == 1:
         remarks.append(
             f"There is one pair, {pairs[0]}: every trained neuron is specific to it, none is general."
+        )
+    if untouched := sorted(layer_pairs.keys() - {layer.layer for layer in layers}):
+        names = ", ".join(map(str, untouched))
+        remarks.append(
+            f"No neuron of the layers {names} is among the top of any pair: they stay as they are."
         )
     with_specific: set[str] = set()
     for layer in layers:

@@ -284,7 +284,7 @@ class _Source:
         """What `parameter` is to hold: the tensor `name`, or the parameter's slice of it."""
         cut = getattr(parameter, "lander_slice", None)
         whole = self._tensor(name, parameter.shape if cut is None else cut.shape)
-        return whole if cut is None else whole.index_select(cut.dim, cut.neurons)
+        return whole if cut is None else cut.take(whole)
 
     def _tensor(self, name: str, shape: torch.Size) -> torch.Tensor:
         if self._last is not None and self._last[0] == name:

@@ -2,7 +2,7 @@
 
 Groups of the method: `general` and `specific:<owners>`, one per owner set (`general:<owners>` where only some pairs
 selected a layer), and `gates`. Baselines have one group:
-`dense` (whole tensors) or `lora`.
+`dense` (whole tensors), `lora` or `shira`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import Recipe, TrainConfig
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
+from lander_ds.models.shira import ENTRIES, install_shira
 from lander_ds.models.surgery import banks_of, install, routed_ffns
 
 Groups = dict[str, list[nn.Parameter]]
@@ -27,13 +28,19 @@ def prepare_model(
 ) -> None:
     """Bring a model (on meta) into the shape that the recipe's method trains.
 
-    `lander`: surgery. `lora`: adapters on every linear layer of the decoder, through PEFT. `full`, `layers`: as is.
+    `lander`: surgery. `lora`: adapters on every linear layer of the decoder, through PEFT. `shira`:
+    trained entries in the same layers. `full`, `layers`: as is.
+
+    Raises:
+        ConfigError: an option does not fit the model.
     """
     if recipe.train.method == "lander":
         assert selection is not None
         install(model, family, selection, recipe.routing, recipe.seed)
     elif recipe.train.method == "lora":
         _add_adapters(model, recipe)
+    elif recipe.train.method == "shira":
+        install_shira(model, recipe.train.shira.r, recipe.seed)
 
 
 def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -76,6 +83,8 @@ def mark_trained(
         groups = _bank_groups(model, train)
     elif train.method == "lora":
         groups["lora"] = [p for name, p in model.named_parameters() if ".lora_" in name]
+    elif train.method == "shira":
+        groups["shira"] = [p for name, p in model.named_parameters() if name.endswith(ENTRIES)]
     elif train.method == "full":
         groups["dense"] = list(model.parameters())
     else:

@@ -30,12 +30,23 @@ class Slice:
 
     tensor: str
     """Name of the base tensor, e.g. `model.layers.8.mlp.up_proj.weight`."""
-    dim: int
-    """0: the parameter is rows of it, 1: columns."""
+    dim: int | None
+    """0: the parameter is rows of it, 1: columns, None: single entries, counted in the flattened tensor."""
     neurons: torch.Tensor
     """[n] int64 indices along `dim`."""
     shape: torch.Size
     """Shape of the base tensor."""
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """The parameter's values from the base tensor's."""
+        source, dim = (whole.reshape(-1), 0) if self.dim is None else (whole, self.dim)
+        return source.index_select(dim, self.neurons.to(whole.device))
+
+    def put(self, whole: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Write the parameter's values into the (contiguous) base tensor, and return that."""
+        target, dim = (whole.view(-1), 0) if self.dim is None else (whole, self.dim)
+        target.index_copy_(dim, self.neurons.to(whole.device), values)
+        return whole
 
 
 def install(
@@ -80,7 +91,7 @@ def install(
         if routed.output_bias is not None:
             everything = torch.arange(len(routed.output_bias))
             name = f"{projections['down'][0]}.bias"
-            _mark(routed.output_bias, Slice(name, 0, everything, routed.output_bias.shape))
+            mark(routed.output_bias, Slice(name, 0, everything, routed.output_bias.shape))
         _put_in(layer, family.ffn, routed)
 
 
@@ -124,12 +135,13 @@ def _banks(projections: Projections, chosen: LayerSelection, pairs: tuple[str, .
         module = BankFFN(bank.kind, [pairs.index(pair) for pair in bank.owners], **values)
         module.group = bank.group
         for role, (base, tensor, dim) in bases.items():
-            _mark(module.get_parameter(role), Slice(base, dim, neurons, tensor.shape))
+            mark(module.get_parameter(role), Slice(base, dim, neurons, tensor.shape))
         banks.append(module)
     return banks
 
 
-def _mark(parameter: nn.Parameter, cut: Slice) -> None:
+def mark(parameter: nn.Parameter, cut: Slice) -> None:
+    """Note where a parameter's values stand in the base model."""
     parameter.lander_slice = cut  # type: ignore[attr-defined]
 
 
@@ -164,6 +176,15 @@ def banks_of(routed: RoutedFFN) -> list[BankFFN]:
     return [bank for bank in routed.banks if isinstance(bank, BankFFN)]
 
 
+def gradient_elements(parameter: nn.Parameter) -> int:
+    """Elements of the matrix whose gradient the backward pass computes for a trained parameter; 0 for vectors. For single
+    entries that is the whole matrix they stand in."""
+    cut: Slice | None = getattr(parameter, "lander_slice", None)
+    if cut is not None and cut.dim is None:
+        return cut.shape.numel()
+    return parameter.numel() if parameter.dim() > 1 else 0
+
+
 def slices(model: nn.Module) -> dict[str, Slice]:
     """Parameter name -> where its values stand in the base model, for everything surgery has cut."""
     return {
@@ -187,7 +208,7 @@ def restored(tensors: dict[str, torch.Tensor], cuts: dict[str, Slice]) -> dict[s
         values = tensors[name]
         if cut.tensor not in whole:
             whole[cut.tensor] = torch.empty(cut.shape, dtype=values.dtype, device=values.device)
-        whole[cut.tensor].index_copy_(cut.dim, cut.neurons.to(values.device), values)
+        cut.put(whole[cut.tensor], values)
     return whole
 
 

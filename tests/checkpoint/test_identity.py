@@ -16,7 +16,7 @@ from lander_ds.checkpoint.identity import FIXED, FREE, identity_of, starting_poi
 from lander_ds.checkpoint.writer import Writer
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.nested import flatten
-from lander_ds.config.recipe import LoraConfig, Recipe
+from lander_ds.config.recipe import LoraConfig, Recipe, ShiraConfig
 
 INPUTS = {"data": "of the data", "base": "of the base", "selection": "of the selection", "deepspeed": "x"}
 
@@ -105,9 +105,31 @@ OTHER_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "gate": ({"routing": {"gate": "output"}}, r"routing\.gate was input, now it is output"),
     "gate network": ({"routing": {"hidden": 16}}, r"routing\.hidden was 8, now it is 16"),
     "lora": ({"train": {"lora": LoraConfig(r=5, alpha=4.0)}}, r"lora\.r was 3, now it is 5"),
+    "shira": ({"train": {"shira": ShiraConfig(r=5)}}, r"train\.shira\.r was 3, now it is 5"),
     "optimizer": ({"train": {"optimizer": "sgd"}}, r"train\.optimizer was adamw, now it is sgd"),
     "banks": ({"train": {"banks": ("general",)}}, r"train\.banks was \['general', 'specific'\]"),
 }
+
+
+def test_another_seed_would_move_the_entries_of_shira(directory: Path, recipe: Recipe) -> None:
+    saved(directory, changed(recipe, {"train": {"method": "shira"}}), 4)
+    other = replace(changed(recipe, {"train": {"method": "shira"}}), seed=9)
+    with pytest.raises(ArtefactError, match="another training: seed was 1, now it is 9"):
+        resumed(directory, other)
+
+
+def test_an_option_that_did_not_exist_yet_was_what_is_its_default(
+    directory: Path, recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = identity_of(recipe, INPUTS)
+    del identity["train"]["shira"]
+    write(directory, 4, **identity)
+    plain = changed(recipe, {"train": {"shira": ShiraConfig()}})
+    with caplog.at_level(logging.WARNING):
+        assert resumed(directory, plain) is not None
+    assert caplog.text == ""
+    with pytest.raises(ArtefactError, match=r"train\.shira\.r was 16, now it is 3"):
+        resumed(directory, recipe)
 
 
 def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

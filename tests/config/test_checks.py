@@ -243,6 +243,32 @@ def test_options_without_effect_are_told(workspace: Workspace, caplog: pytest.Lo
     )
 
 
+@pytest.mark.parametrize(
+    ("overrides", "wording"),
+    [
+        (("banks.share=0.1",), "select.banks.share: has no effect with criterion: spread"),
+        (("banks.criterion=top", "banks.rho=0.5"), "select.banks.rho: has no effect with criterion: top"),
+        (
+            ("banks.criterion=ratio", "banks.like=top"),
+            "select.banks.like: has no effect with criterion: ratio",
+        ),
+        (
+            ("layers.criterion=ends", "layers.cost_aware=true"),
+            "select.layers.cost_aware: has no effect with criterion: ends",
+        ),
+        (("banks.criterion=random", "banks.like=top", "banks.share=0.1"), ""),
+        (("layers.criterion=awareness", "layers.cost_aware=true"), ""),
+    ],
+)
+def test_options_of_another_criterion_are_told(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], wording: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check(workspace, *(f"select.{override}" for override in overrides))
+    assert wording in caplog.text
+    assert ("has no effect with criterion" in caplog.text) == bool(wording)
+
+
 def test_dense_export_with_gates_is_an_approximation(
     workspace: Workspace, caplog: pytest.LogCaptureFixture
 ) -> None:

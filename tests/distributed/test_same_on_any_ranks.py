@@ -70,9 +70,9 @@ def test_these_trainings_are_worth_comparing(world_1: TinyRun) -> None:
     assert norm(gate) > 0.01, "gates have moved from their zero"
 
 
-@pytest.mark.parametrize("name", ["lora-2"])
-def test_lora_too(runs: TinyRun, name: str) -> None:
-    assert_same(runs, name, "lora-1", 6, 1e-5)
+@pytest.mark.parametrize("name", ["lora-2", "shira-2"])
+def test_adapters_too(runs: TinyRun, name: str) -> None:
+    assert_same(runs, name, name.replace("2", "1"), 6, 1e-5)
 
 
 def test_validating_on_the_way_changes_nothing(world_2: TinyRun) -> None:

@@ -75,7 +75,15 @@ def test_adamw_with_clipping_that_bites(runs: TinyRun, topology: str, grid: str)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize(
     ("what", "tolerance"),
-    [("none", 1e-4), ("output", 1e-5), ("layers", 1e-4), ("lora", 1e-4), ("full", 1e-4), ("lower", 1e-4)],
+    [
+        ("none", 1e-4),
+        ("output", 1e-5),
+        ("layers", 1e-4),
+        ("lora", 1e-4),
+        ("shira", 1e-4),
+        ("full", 1e-4),
+        ("lower", 1e-4),
+    ],
 )
 def test_every_method_and_gate(runs: TinyRun, topology: str, what: str, tolerance: float) -> None:
     """`lower` trains one layer of the first stage: the last stage has nothing to train but the loss."""

@@ -121,6 +121,17 @@ def test_lora_trains_adapters_and_nothing_else(world_2: TinyRun) -> None:
     assert summary(world_2, "lora-2")["frozen_unchanged"] is True
 
 
+def test_shira_trains_its_entries_and_nothing_else(world_2: TinyRun) -> None:
+    base = load_file(world_2.model / "model.safetensors")
+    after = gathered(world_2.run("shira-2"))
+    entries = {name for name in after if name.endswith("shira_entries")}
+    assert len(entries) == 4 * 7, "seven projections in four layers"
+    assert set(after) - entries == set(base)
+    assert all(torch.equal(after[name], base[name]) for name in base)
+    assert summary(world_2, "shira-2")["groups"] == {"shira": sum(after[name].numel() for name in entries)}
+    assert summary(world_2, "shira-2")["frozen_unchanged"] is True
+
+
 def test_full_leaves_nothing_frozen(world_2: TinyRun) -> None:
     actual = summary(world_2, "full-2")
     assert actual["trained_parameters"] == actual["total_parameters"]

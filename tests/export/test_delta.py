@@ -101,7 +101,7 @@ def test_a_gated_delta_becomes_the_routed_export_and_back_the_base(case: str, tm
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("method", ["lander", "layers", "full", "lora"])
+@pytest.mark.parametrize("method", ["lander", "layers", "full", "lora", "shira"])
 def test_a_delta_without_gates_becomes_the_dense_export_and_back_the_base(
     method: str, dtype: str, tmp_path: Path
 ) -> None:

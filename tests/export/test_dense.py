@@ -20,7 +20,7 @@ from lander_ds.inference.open import open_for_inference
 from lander_ds.models.files import INDEX, SINGLE
 
 FAMILIES = ("gemma3", "bloom", "opt", "gpt_neox", "llama")
-METHODS = ("lander", "layers", "full", "lora")
+METHODS = ("lander", "layers", "full", "lora", "shira")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -43,6 +43,7 @@ def copy_of(runs: TinyRun, name: str, target: Path, *overrides: str) -> tuple[Re
         ("full", ["dense"]),
         ("layers", ["dense"]),
         ("lora", ["dense"]),
+        ("shira", ["dense"]),
     ],
 )
 def test_exports_compute_what_was_trained(

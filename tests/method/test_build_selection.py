@@ -97,6 +97,7 @@ def test_metadata() -> None:
     assert metadata["criteria"]["layers"] == {
         "criterion": "relevance",
         "k": 2,
+        "cost_aware": False,
         "scope": "shared",
         "layers": [],
     }

@@ -52,6 +52,29 @@ def test_awareness_may_choose_the_last_layer_and_survives_a_pair_without_any() -
     assert list(chosen(data, criterion="awareness", k=1)) == [1]
 
 
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, [0]), (2, [0, 5]), (3, [0, 1, 5]), (4, [0, 1, 4, 5]), (6, list(range(6)))]
+)
+def test_ends(k: int, expected: list[int]) -> None:
+    assert list(chosen(random_awareness(), criterion="ends", k=k)) == expected
+
+
+def test_cost_aware_relevance_is_per_unit_of_step_time() -> None:
+    # Time of a step is 10 forward, and 10, 9, ... 5 backward. 10 / 20 for layer 0, 9 / 18 for layer 2: equal, the
+    # higher one is taken; and with a little more relevance layer 0.
+    assert list(chosen(with_relevance([10, 0, 9, 0, 0, 0, 0, 0, 0]), k=1, cost_aware=True)) == [2]
+    assert list(chosen(with_relevance([10.1, 0, 9, 0, 0, 0, 0, 0, 0]), k=1, cost_aware=True)) == [0]
+    # Two layers: (10 + 9) / 20 against (9 + 8) / 18.
+    assert list(chosen(with_relevance([10, 0, 9, 0, 8, 0, 0, 0, 0]), k=2, cost_aware=True)) == [0, 2]
+    assert list(chosen(with_relevance([10, 0, 9, 0, 8.2, 0, 0, 0, 0]), k=2, cost_aware=True)) == [2, 4]
+
+
+def test_cost_aware_choice_per_pair_and_of_every_layer() -> None:
+    data = with_relevance([10, 0, 9.5, 0], [9, 0, 0, 7])
+    assert chosen(data, k=1, cost_aware=True, scope="per_pair") == {2: ("en-de",), 3: ("en-fr",)}
+    assert list(chosen(random_awareness(), criterion="awareness", k=6, cost_aware=True)) == list(range(6))
+
+
 def test_last() -> None:
     assert chosen(random_awareness(), criterion="last", k=2) == {4: PAIRS, 5: PAIRS}
 

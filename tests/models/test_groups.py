@@ -181,13 +181,13 @@ def test_nothing_left_to_train_is_refused(bases: dict[str, Path], banks: tuple[s
 
 
 def test_every_group_gets_its_learning_rate(bases: dict[str, Path]) -> None:
-    rates = LearningRates(general=0.1, specific=0.2, gates=0.3, dense=0.4, lora=0.5)
+    rates = LearningRates(general=0.1, specific=0.2, gates=0.3, dense=0.4, lora=0.5, shira=0.6)
     train = replace(recipe_of(bases, "llama", "lander").train, lr=rates, weight_decay=0.01)
-    names = ("general", "specific:en-de", "gates", "dense", "lora")
+    names = ("general", "specific:en-de", "gates", "dense", "lora", "shira")
     groups: Groups = {name: [nn.Parameter(torch.ones(2))] for name in names}
     for kind in ("adamw", "sgd"):
         optimizer = build_optimizer(groups, replace(train, optimizer=kind), offload=False)
-        assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.2, 0.3, 0.4, 0.5]
+        assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
         assert [g["name"] for g in optimizer.param_groups] == list(names)
         assert {g["weight_decay"] for g in optimizer.param_groups} == {0.01}
         assert not any(g["active"] for g in optimizer.param_groups), "until the trainer says so"

@@ -18,6 +18,7 @@ from lander_ds.config.recipe import (
     ModelConfig,
     Recipe,
     RoutingConfig,
+    ShiraConfig,
     TrainConfig,
 )
 from lander_ds.method.selection import Selection
@@ -40,7 +41,7 @@ def recipe_for(
         model=ModelConfig(str(base), dtype=dtype),  # type: ignore[arg-type]
         data=DataConfig(PAIRS, ()),
         deepspeed="unused",
-        train=TrainConfig(method=method, lora=LoraConfig(r=3, alpha=4.0)),  # type: ignore[arg-type]
+        train=TrainConfig(method=method, lora=LoraConfig(r=3, alpha=4.0), shira=ShiraConfig(r=3)),  # type: ignore[arg-type]
         routing=RoutingConfig(gate=gate, hidden=8),  # type: ignore[arg-type]
     )
 

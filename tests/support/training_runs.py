@@ -39,6 +39,7 @@ ABSENT = sets(
     routing__gate="none", train__batch_tokens=96, train__steps=12, train__clip=0.2, train__weight_decay=0.1
 )
 LORA = sets(train__method="lora", train__steps=6, train__lora__r=4)
+SHIRA = sets(train__method="shira", train__steps=6, train__shira__r=3, train__lr__shira=3e-3)
 LAYERS = sets(train__method="layers", train__steps=6, train__clip=0.2)
 OUTPUT = (
     *sets(routing__gate="output", routing__gate_init="paper", routing__other_pairs="mask"),
@@ -77,6 +78,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("output", OUTPUT),
         Job("layers", LAYERS),
         Job("lora", LORA),
+        Job("shira", SHIRA),
         Job("full", FULL, PREPARE_AND_TRAIN),
         Job("lower", LOWER, TRAIN_LOWER),
         Job("bfloat16", BFLOAT16),
@@ -97,6 +99,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("full", sets(train__method="full", train__steps=6, train__weight_decay=0.1)),
         Job("layers", LAYERS, GATHER),
         Job("lora", LORA, GATHER),
+        Job("shira", SHIRA, GATHER),
         Job("watched", ABSENT, WATCH),
         Job("nudged", sets(train__steps=2), NUDGE),
         Job("patience", PATIENCE),

@@ -14,14 +14,16 @@ from transformers import PreTrainedModel
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import Recipe, SelectConfig
+from lander_ds.config.recipe import BankChoice, Recipe, SelectConfig
 from lander_ds.distributed.balance import costs_of, cut
+from lander_ds.method.ownership import group_of
 from lander_ds.method.select import divide
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
 from lander_ds.models.span import Span, spans, units, whole
+from lander_ds.models.surgery import gradient_elements
 from lander_ds.models.translation_model import first_trained_layer
 from lander_ds.training.session import METHODS_WITH_SELECTION
 
@@ -39,6 +41,8 @@ class Tensor:
     group: str | None
     """Parameter group; None: frozen."""
     shape: tuple[int, ...]
+    gradient: int
+    """Elements of the matrix whose gradient it needs; 0 for what is frozen or no matrix."""
 
     @property
     def trained(self) -> bool:
@@ -111,7 +115,9 @@ class Anatomy:
 
     def _tensor(self, name: str, parameter: nn.Parameter) -> Tensor:
         shape = tuple(parameter.shape)
-        return Tensor(name, parameter.numel(), parameter.dim() > 1, self.groups.get(id(parameter)), shape)
+        group = self.groups.get(id(parameter))
+        gradient = 0 if group is None else gradient_elements(parameter)
+        return Tensor(name, parameter.numel(), parameter.dim() > 1, group, shape, gradient)
 
     def stage_spans(self, stages: int) -> tuple[Span, ...]:
         """The spans of pipeline stages, cut as training cuts them (`parallel.topology.span_of`)."""
@@ -168,30 +174,40 @@ def estimated_selection(select: SelectConfig, pairs: Sequence[str], layers: int,
 
     Which layers `relevance`, `awareness` and `random` choose is not known: k of them, evenly spread from layer 0 on,
     which is the dearest case, because the gradient then goes through the whole model. With `scope: per_pair` no layer
-    is taken to be chosen by two pairs.  A share rho of the neurons that are not frozen is general, the rest divided
-    evenly among the pairs.
+    is taken to be chosen by two pairs. A share rho of the neurons that are not frozen is general, the rest divided
+    evenly among the owners (pairs or languages). With `top`, every layer has its share of the neurons, and half of what an
+    owner has is general.
     """
     chosen, k = select.layers, select.layers.k
     if chosen.criterion == "list":
         indices = sorted(chosen.layers)
     elif chosen.criterion == "all":
         indices = list(range(layers))
+    elif chosen.criterion == "ends":
+        first = min(k + 1, layers) // 2
+        indices = sorted({*range(first), *range(max(first, layers - k // 2), layers)})
     elif chosen.criterion == "last":
         indices = list(range(layers - min(k, layers), layers))
     else:
         count = min(layers, k * (len(pairs) if chosen.scope == "per_pair" else 1))
         indices = [index * layers // count for index in range(count)]
-    owners = _owners(select, len(pairs), neurons)
+    owners = _owners(select.banks, pairs, neurons)
     return Selection(tuple(pairs), neurons, tuple(divide(index, owners, pairs) for index in indices), {})
 
 
-def _owners(select: SelectConfig, pairs: int, neurons: int) -> torch.Tensor:
+def _owners(banks: BankChoice, pairs: Sequence[str], neurons: int) -> torch.Tensor:
     """[M, f] bool."""
-    frozen = int(select.banks.min_awareness * neurons)
-    general = int(select.banks.rho * (neurons - frozen))
-    owners = torch.zeros(pairs, neurons, dtype=torch.bool)
+    groups = [group_of(pair, banks.owners) for pair in pairs]
+    names = list(dict.fromkeys(groups))
+    frozen = int(banks.min_awareness * neurons)
+    general = int(banks.rho * (neurons - frozen))
+    if "top" in (banks.criterion, banks.like if banks.criterion == "random" else ""):
+        each = max(1, int(banks.share * neurons))
+        general = each // 2
+        frozen = max(0, neurons - general - (each - general) * len(names))
+    owners = torch.zeros(len(names), neurons, dtype=torch.bool)
     owners[:, :general] = True
     specific = torch.arange(general, neurons - frozen)
-    # Neighbours in turn: every pair gets as many, give or take one.
-    owners[specific % pairs, specific] = True
-    return owners
+    # Neighbours in turn: every owner gets as many, give or take one.
+    owners[specific % len(names), specific] = True
+    return owners[[names.index(group) for group in groups]]

@@ -38,15 +38,14 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
     """What a span computes for a micro-batch."""
     forward = backward = recompute = 0.0
     for index in range(span.start, span.stop):
-        tensors = [tensor for tensor in model.layer(index) if tensor.matrix]
+        everything = model.layer(index)
+        tensors = [tensor for tensor in everything if tensor.matrix]
         attention = _attention(model, index, batch)
         once = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + attention
         forward += once
         if index < model.first_trained:
             continue
-        backward += (
-            PRODUCT * batch.tokens * sum(_owned(model, tensor) for tensor in tensors if tensor.trained)
-        )
+        backward += PRODUCT * batch.tokens * sum(_owned(model, tensor) for tensor in everything)
         if index > model.first_trained or (model.first_trained == 0 and _below_layers(model)):
             # Each of attention's two products has two gradients.
             inputs = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + 2 * attention
@@ -62,9 +61,9 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
 
 
 def _owned(model: Anatomy, tensor: Tensor) -> float:
-    """Elements of a trained matrix times the share of the tokens that its pairs have (pairs alike)."""
+    """Elements of a trained matrix's gradient times the share of the tokens that its pairs have (pairs alike)."""
     _, _, owners = (tensor.group or "").partition(":")
-    return tensor.elements * (len(owners.split("+")) / len(model.recipe.data.pairs) if owners else 1.0)
+    return tensor.gradient * (len(owners.split("+")) / len(model.recipe.data.pairs) if owners else 1.0)
 
 
 def _below_layers(model: Anatomy) -> bool:

@@ -136,7 +136,15 @@ def test_estimated_selections_have_the_sizes_that_select_asks_for() -> None:
         ("frozen", ()): 10,
     }
     assert torch.equal(built.layers[0].permutation.sort().values, torch.arange(100))
-    for criterion, layers in (("last", [8, 9]), ("all", list(range(10)))):
+    top = SelectConfig(LayerChoice(k=2), BankChoice(criterion="top", share=0.1, owners="target"))
+    banks = estimated_selection(top, ("en-de", "fr-de", "en-fr"), 10, 100).layers[0].banks
+    assert [(bank.group.partition(":")[2], bank.size) for bank in banks] == [
+        ("en-de+fr-de+en-fr", 5),
+        ("en-fr", 5),
+        ("en-de+fr-de", 5),
+        ("", 85),
+    ]
+    for criterion, layers in (("last", [8, 9]), ("ends", [0, 9]), ("all", list(range(10)))):
         choice = SelectConfig(LayerChoice(criterion=criterion, k=2))  # type: ignore[arg-type]
         assert [layer.layer for layer in estimated_selection(choice, ("en-de",), 10, 20).layers] == layers
     per_pair = SelectConfig(LayerChoice(k=2, scope="per_pair"))

@@ -25,7 +25,10 @@ BATCH = MicroBatch(24, 8, (1,) * 24)
 def counted(recipe: Recipe) -> tuple[int, int]:
     """Forward and backward operations of a real micro-batch, by torch."""
     built = anatomy(recipe)
+    buffers = {name: buffer.clone() for name, buffer in built.model.named_buffers()}
     built.model.to_empty(device="cpu")
+    for name, buffer in built.model.named_buffers():
+        buffer.copy_(buffers[name])
     for parameter in built.model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
     ids, targets = torch.arange(3, 27), torch.arange(BATCH.targets)
@@ -47,6 +50,7 @@ def counted(recipe: Recipe) -> tuple[int, int]:
         ("select.layers.criterion=list", "select.layers.layers=[1]"),
         ("train.method=layers", "select.layers.criterion=last"),
         ("train.method=full",),
+        ("train.method=shira", "train.shira.r=2"),
     ],
 )
 def test_operations_are_those_that_torch_counts(
