@@ -24,7 +24,7 @@ from lander_ds.inference.decoding import as_list
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import prepare_model
-from lander_ds.models.routed_ffn import Routing, routed
+from lander_ds.models.routed_ffn import NONE, Routing, pair_id, routed
 from lander_ds.models.surgery import routed_ffns
 from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base, read_config
 
@@ -44,11 +44,13 @@ class InferenceModel:
 
     @contextmanager
     def pair(self, pair: str) -> Iterator[None]:
-        """Within this context, in this thread, every token belongs to `pair`."""
+        """Within this context, in this thread, every token belongs to `pair`; to none if the model was not trained for
+        it."""
         if not self._pairs:
             yield
             return
-        with routed(Routing(torch.tensor(self._pairs.index(pair), device=process_group.device()))):
+        known = pair_id(pair if pair in self._pairs else NONE, self._pairs)
+        with routed(Routing(torch.tensor(known, device=process_group.device()))):
             yield
 
 

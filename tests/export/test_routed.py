@@ -155,9 +155,12 @@ def test_a_batch_may_mix_pairs(exports: dict[str, Exported], name: str) -> None:
 def test_the_pair_must_be_named_and_known(exports: dict[str, Exported], name: str) -> None:
     actual = exports[name].actual
     listed = ", ".join(PAIRS)
-    assert actual["no_pair"] == f"say which language pair: pair=..., one of {listed}"
+    assert actual["no_pair"] == f"say which language pair: pair=..., one of {listed}, or none"
     assert actual["no_pair_generate"] == actual["no_pair"]
-    assert actual["unknown_pair"] == f"unknown pair 'en-xx'; this model knows {listed}"
+    assert (
+        actual["unknown_pair"]
+        == f"unknown pair 'en-xx': this model knows {listed}, and 'none' for every other direction"
+    )
 
 
 def test_it_opens_by_the_auto_classes(exports: dict[str, Exported]) -> None:
