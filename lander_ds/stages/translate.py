@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -119,6 +120,11 @@ def _translate(
     if start.force and process_group.rank() == 0:
         PartialTranslations(directory, key).discard()
     collectives.barrier()
+    outputs = [directory / f"{pair}.jsonl" for pair in requests]
+    if test_set is not None and system != "fewshot":
+        # First: what is translated can be gone on with, and this takes little time.
+        _measure(model, tokenizer, requests, recipe.translate.weights == "sharded", directory / LOSSES)
+        outputs.append(directory / LOSSES)
     work = translate(model, tokenizer, requests, recipe.decoding, directory, key)
     rate = work.tokens / work.seconds
     logger.info("translate %s: %d sentences, %.1f tokens/s", what, work.sentences, rate)
@@ -135,22 +141,20 @@ def _translate(
         "truncated": work.truncated,
         "tokens_per_second": round(rate, 1),
     }
-    outputs = [directory / f"{pair}.jsonl" for pair in requests]
-    if test_set is not None and system != "fewshot":
-        outputs.append(directory / LOSSES)
-        texts = {
-            language: list(dict.fromkeys(request.ref for request in of_language))
-            for language, of_language in _by_target(requests).items()
-        }
-        losses = text_losses(model, tokenizer, texts, recipe.translate.weights == "sharded")
-        if process_group.rank() == 0:
-            write_json(outputs[-1], {language: asdict(loss) for language, loss in losses.items()})
     return Result(outputs, figures)
 
 
-def _by_target(requests: Mapping[str, Sequence[Request]]) -> dict[str, list[Request]]:
-    """The requests by target language."""
-    by_language: dict[str, list[Request]] = {}
+def _measure(
+    model: InferenceModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Mapping[str, Sequence[Request]],
+    sharded: bool,
+    path: Path,
+) -> None:
+    """Write the losses of the references as plain text, each once per target language."""
+    texts: dict[str, dict[str, None]] = {}
     for pair, of_pair in requests.items():
-        by_language.setdefault(split_pair(pair)[1], []).extend(of_pair)
-    return by_language
+        texts.setdefault(split_pair(pair)[1], {}).update(dict.fromkeys(request.ref for request in of_pair))
+    losses = text_losses(model, tokenizer, {lang: list(of) for lang, of in texts.items()}, sharded)
+    if process_group.rank() == 0:
+        write_json(path, {language: asdict(loss) for language, loss in losses.items()})

@@ -55,7 +55,7 @@ def prompts() -> dict[str, list[int]]:
     generator = torch.Generator().manual_seed(6)
     return {
         pair: torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        for pair, length in zip(PAIRS, (9, 6, 4), strict=True)
+        for pair, length in zip((*PAIRS, "none"), (9, 6, 4, 7), strict=True)
     }
 
 
