@@ -25,7 +25,7 @@ class Check:
 
     recipe: Recipe
     stage: str | None
-    """A stage, `all`, `tokenizer`, or None for a check of the whole recipe."""
+    """A stage, `all`, `tokenizer`, `text` (translating some), or None for a check of the whole recipe."""
     problems: Problems
 
     def runs(self, *stages: str) -> bool:

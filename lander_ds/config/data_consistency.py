@@ -47,6 +47,12 @@ def translated_pairs(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
+def is_pair(text: str) -> bool:
+    """Whether a text is written like a pair of two languages."""
+    match = _PAIR.fullmatch(text)
+    return match is not None and match[1] != match[2]
+
+
 def set_pairs(recipe: Recipe, name: str) -> tuple[str, ...]:
     """The directions of a named test set."""
     return recipe.evaluate.sets[name].pairs or recipe.data.pairs

@@ -63,10 +63,18 @@ def what_was_trained_on(recipe: Recipe, corpora: Sequence[Corpus], data: Prepare
     for name in TRAINED:
         for split in data.split(name).values():
             sentences.add(*split.texts())
+    return TrainedOn(sentences, training_shots(recipe, corpora))
+
+
+def training_shots(recipe: Recipe, corpora: Sequence[Corpus]) -> dict[str, list[tuple[str, str]]]:
+    """Pair -> the examples that stand in every prompt of the training, and one to spare.
+
+    Raises:
+        DataError: there are too few.
+    """
     if not recipe.data.prompt.shots:
-        return TrainedOn(sentences, {})
+        return {}
     read = [corpus for corpus in corpora if corpus.split in (*HELD_OUT, "train")]
-    with progress("prepare: examples (bytes)", sum(map(size_of, read))) as bar:
+    with progress("examples of the prompts (bytes)", sum(map(size_of, read))) as bar:
         apart = held_out(recipe, corpora, bar)
-        shots = {pair: shots_of(recipe, corpora, pair, apart, bar) for pair in recipe.data.pairs}
-    return TrainedOn(sentences, shots)
+        return {pair: shots_of(recipe, corpora, pair, apart, bar) for pair in recipe.data.pairs}

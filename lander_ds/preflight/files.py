@@ -28,7 +28,7 @@ def check_files(check: Check) -> None:
     _check_directories(check)
     if check.runs("prepare", "tokenizer"):
         _check_corpora(check)
-    if check.runs("prepare", "detect", "train", "translate", "export"):
+    if check.runs("prepare", "detect", "train", "translate", "text", "export"):
         _check_model(check)
     if check.recipe.score.baseline is not None and check.runs("score"):
         _check_baseline(check, check.recipe.score.baseline)

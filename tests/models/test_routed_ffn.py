@@ -176,7 +176,7 @@ def test_text_of_no_pair_owns_the_general_banks_alone(other_pairs: str) -> None:
     c = 2.0 * c_by_hand(ffn, x)
     expected = bank_by_hand(general, c * x) + bank_by_hand(frozen, x)  # type: ignore[arg-type]
     if other_pairs == "keep":
-        expected += sum(bank_by_hand(bank, x) for bank in specific)  # type: ignore[arg-type]
+        expected += sum(bank_by_hand(bank, x) for bank in specific)  # type: ignore[arg-type, misc]
     none = torch.tensor(pair_id(NONE, PAIRS))
     torch.testing.assert_close(run(ffn, x, none), expected, rtol=1e-6, atol=1e-6)
     # Beside rows of a pair, too.
