@@ -70,6 +70,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # DeepSpeed's launcher adds --local_rank=N; LOCAL_RANK says the same.
     kept = [argument for argument in argv if not argument.startswith(("--local_rank=", "--local-rank="))]
     arguments = make_parser().parse_args(kept)
+    if getattr(arguments, "stage", None) == "translate":
+        _finish_translate(arguments)
     if getattr(arguments, "explain", None) is not None:
         # Explaining needs no recipe, and none of what checking one imports.
         arguments.target = "lander_ds.cli.explain:run"
@@ -143,7 +145,9 @@ def _add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _add_stage(commands: Commands[Any], name: str, text: str, flags: str) -> argparse.ArgumentParser:
     parser = _command(commands, name, text, f"lander {name} --recipe recipes/demo.yaml {flags}")
-    _add_recipe(parser)
+    _add_recipe(parser, required=name != "translate")
+    if name == "translate":
+        _add_text(parser)
     parser.add_argument("--force", action="store_true", help="run again although the outputs are up to date")
     if catalogue.resumes(name):
         parser.add_argument(
@@ -160,6 +164,59 @@ def _stages(text: str) -> tuple[str, ...]:
     if unknown := [name for name in wanted if name not in STAGES]:
         raise argparse.ArgumentTypeError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     return tuple(name for name in STAGES if name in wanted)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    """The flags of stage translate that make it translate text."""
+    parser.usage = (
+        "lander translate [-h] --recipe FILE [...]\n"
+        "       lander translate (--recipe FILE | --run DIR) --input FILE --pair PAIR [...]"
+    )
+    group = parser.add_argument_group(
+        "text", "with --input, text without references is translated instead of the test split"
+    )
+    add = group.add_argument
+    add(
+        "--input",
+        metavar="FILE",
+        help="text, a segment per line, or JSON lines with src; - is standard input",
+    )
+    add("--pair", metavar="PAIR", help="its direction, for example en-de")
+    add(
+        "--output",
+        metavar="FILE",
+        help="default: standard output; with a file, an interrupted translation goes on",
+    )
+    add("--run", type=_path, metavar="DIR", help="a run directory, whose recipe it is")
+    add("--system", choices=("trained", "base"), default="trained", help="default: trained")
+    add("--model", type=_path, metavar="DIR", help="an export, in place of the run's base and checkpoint")
+    add("--untrained", action="store_true", help="PAIR was not trained: it runs on the general banks")
+    add("--jsonl", action="store_true", help="the input is JSON lines, whatever its name is")
+    add(
+        "--n-best",
+        type=_positive_number,
+        default=1,
+        metavar="N",
+        help="write JSON lines with the N best and their scores",
+    )
+    parser.set_defaults(parser=parser)
+
+
+def _finish_translate(arguments: argparse.Namespace) -> None:
+    """Tell the stage from the translation of text."""
+    error = arguments.parser.error
+    if arguments.input is None:
+        given = [name for name in ("pair", "output", "run", "model") if getattr(arguments, name) is not None]
+        if given:
+            error(f"--{given[0]} needs --input FILE")
+        if arguments.recipe is None:
+            error("the following arguments are required: --recipe")
+        return
+    if (arguments.recipe is None) == (arguments.run is None):
+        error("--input needs either --recipe FILE or --run DIR")
+    if arguments.pair is None:
+        error("--input needs --pair PAIR, for example --pair en-de")
+    arguments.target = "lander_ds.cli.text:run"
 
 
 def _add_config(commands: Commands[Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 from lander_ds.common import launch
 from lander_ds.common.lazy import load
@@ -30,9 +30,23 @@ def run(arguments: argparse.Namespace) -> None:
     start = Start(recipe, RunDirectory(recipe.run_dir), arguments.force, resumes)
     # A DeepSpeed JSON that cannot be used is refused here, before anything waits.
     logger.debug("%s: %s", recipe.deepspeed, start.deepspeed)
-    _open_process_group(start, arguments.stage)
-    try:
+    words = {"stage": arguments.stage, "force": start.force, "auto_resume": start.auto_resume}
+    with process_group_for(start, arguments.stage, words):
         _run(start, arguments.stage, arguments.stages)
+
+
+@contextmanager
+def process_group_for(start: Start, command: str, words: Mapping[str, object]) -> Iterator[None]:
+    """Let the ranks meet, once they are known to be alike, in the group that a command needs, and part again.
+
+    Args:
+        start: this rank's.
+        command: a stage or `all`.
+        words: what this rank was told to do.
+    """
+    _open_process_group(start, command, words)
+    try:
+        yield
     except BaseException:
         # Leaving the group in good order would wait for ranks that wait for this one.
         if launch.world_size() == 1:
@@ -41,12 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
     process_group.stop()
 
 
-def _open_process_group(start: Start, command: str) -> None:
-    """Let the ranks meet, once they are known to be alike, in the group that the command needs; one process needs none
-    where it works alone."""
+def _open_process_group(start: Start, command: str, words: Mapping[str, object]) -> None:
+    """One process needs no group where it works alone."""
     ranks = launch.world_size()
-    words = {"stage": command, "force": start.force, "auto_resume": start.auto_resume, "ranks": ranks}
-    with agreement.alike(collect(start, words) if ranks > 1 else {}, ranks):
+    with agreement.alike(collect(start, {**words, "ranks": ranks}) if ranks > 1 else {}, ranks):
         if catalogue.is_collective(command):
             process_group.start()
         elif ranks > 1:

@@ -7,6 +7,7 @@ import json
 
 from lander_ds.common import console
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.report.sets import set_tables
 from lander_ds.report.summary import summarise, summary_table
 
 
@@ -17,3 +18,5 @@ def run(arguments: argparse.Namespace) -> None:
         console.write_line(json.dumps(figures, indent=2, ensure_ascii=False))
     else:
         console.stdout.print(summary_table(figures))
+        for table in set_tables(figures["sets"]):
+            console.stdout.print(table)

@@ -60,6 +60,12 @@ class RunDirectory:
         """Where the record of `stage` lies."""
         return self.path / "stages" / f"{stage}.json"
 
+    def translations_of(self, system: str, test_set: str | None = None) -> Path:
+        """Where the translations of a system lie, of the split that the recipe translates or of a named test set."""
+        return (
+            self.translations / system if test_set is None else self.translations / "sets" / test_set / system
+        )
+
     def relative(self, path: Path) -> str:
         """`path` relative to the run directory where it lies inside, else as given."""
         return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else str(path)

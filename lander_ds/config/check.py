@@ -25,7 +25,7 @@ class Check:
 
     recipe: Recipe
     stages: Collection[str] | None
-    """Stages, `all` or another command; None for a check of the whole recipe."""
+    """Stages, `all` or another command such as `text` (translating some); None for a check of the whole recipe."""
     problems: Problems
 
     def runs(self, *stages: str) -> bool:

@@ -10,6 +10,8 @@ from lander_ds.config.recipe import ColumnConfig, CorpusConfig, Recipe
 
 _CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
 _PAIR = re.compile(rf"({_CODE})-({_CODE})")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*")
+"""Of a test set: it becomes the name of a directory, and a key of `--set`."""
 
 
 def check_data(check: Check) -> None:
@@ -20,6 +22,7 @@ def check_data(check: Check) -> None:
     if pairs_are_fine:
         _check_coverage(check)
         _check_template(check)
+        _check_sets(check)
 
 
 def served(corpus: CorpusConfig, pairs: tuple[str, ...]) -> tuple[str, ...]:
@@ -44,11 +47,44 @@ def translated_pairs(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
+def is_pair(text: str) -> bool:
+    """Whether a text is written like a pair of two languages."""
+    match = _PAIR.fullmatch(text)
+    return match is not None and match[1] != match[2]
+
+
+def set_pairs(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """The directions of a named test set."""
+    return recipe.evaluate.sets[name].pairs or recipe.data.pairs
+
+
+def evaluated_pairs(recipe: Recipe) -> tuple[str, ...]:
+    """Every direction of `data.pairs` and of the test sets, once."""
+    of_sets = (pair for name in recipe.evaluate.sets for pair in set_pairs(recipe, name))
+    return tuple(dict.fromkeys((*recipe.data.pairs, *of_sets)))
+
+
+def shown_pairs(recipe: Recipe, corpus: CorpusConfig) -> tuple[str, ...]:
+    """The untrained directions for which a corpus of `evaluate.shots` has few-shot examples."""
+    return served(corpus, tuple(pair for pair in evaluated_pairs(recipe) if pair not in recipe.data.pairs))
+
+
+def has_examples(recipe: Recipe, pair: str) -> bool:
+    """Whether the recipe says where few-shot examples of a direction come from."""
+    return pair in recipe.data.pairs or any(
+        pair in shown_pairs(recipe, corpus) for corpus in recipe.evaluate.shots
+    )
+
+
 def _check_pairs(check: Check) -> bool:
     pairs = check.recipe.data.pairs
     if not pairs:
         check.refuse("data.pairs", "no translation direction; write for example pairs: [en-de]")
-    fine = bool(pairs)
+    return _are_pairs(check, "data.pairs", pairs) and bool(pairs)
+
+
+def _are_pairs(check: Check, key: str, pairs: tuple[str, ...]) -> bool:
+    fine = True
     for index, pair in enumerate(pairs):
         match = _PAIR.fullmatch(pair)
         if not match:
@@ -63,21 +99,56 @@ def _check_pairs(check: Check) -> bool:
         else:
             continue
         fine = False
-        check.refuse(f"data.pairs.{index}", wrong)
+        check.refuse(f"{key}.{index}", wrong)
     return fine
 
 
+def _check_sets(check: Check) -> None:
+    """The named test sets, and where few-shot examples of their untrained directions come from."""
+    recipe = check.recipe
+    for name, config in recipe.evaluate.sets.items():
+        key = f"evaluate.sets.{name}"
+        if not _NAME.fullmatch(name):
+            check.refuse(
+                key, "a set's name begins with a letter and has letters, digits, _, + and -; rename it"
+            )
+        _are_pairs(check, f"{key}.pairs", config.pairs)
+        _check_source(check, key, config)
+    untrained = tuple(pair for pair in evaluated_pairs(recipe) if pair not in recipe.data.pairs)
+    for index, corpus in enumerate(recipe.evaluate.shots):
+        key = f"evaluate.shots.{index}"
+        for number, pair in enumerate(corpus.pairs):
+            if pair in recipe.data.pairs:
+                check.refuse(
+                    f"{key}.pairs.{number}",
+                    f"{pair} is among data.pairs: its examples come from its training data; remove it",
+                )
+            elif pair not in untrained:
+                near = nearest(pair, untrained)
+                hint = f"did you mean {near}?" if near else "remove it"
+                check.refuse(f"{key}.pairs.{number}", f"no set of evaluate.sets has {pair!r}; {hint}")
+        if not untrained:
+            check.warn(key, "has no effect: every direction of evaluate.sets is among data.pairs")
+        _check_source(check, key, corpus)
+
+
 def _check_corpus(check: Check, key: str, corpus: CorpusConfig) -> None:
-    pairs, columns = check.recipe.data.pairs, corpus.columns
-    if not corpus.path:
-        check.refuse(f"{key}.path", "is empty; name a file or directory")
-    check.refuse_placeholders(f"{key}.path", corpus.path, ("pair", "src", "tgt"))
+    pairs = check.recipe.data.pairs
     for number, pair in enumerate(corpus.pairs):
         if pair not in pairs:
             near = nearest(pair, pairs)
             hint = f"did you mean {near}?" if near else f"it has {', '.join(pairs)}"
             check.refuse(f"{key}.pairs.{number}", f"{pair!r} is not among data.pairs; {hint}")
     check.refuse_repeats(f"{key}.pairs", corpus.pairs)
+    _check_source(check, key, corpus)
+
+
+def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
+    """What is wrong with a corpus, a test set or a source of examples, apart from its pairs."""
+    columns = corpus.columns
+    if not corpus.path:
+        check.refuse(f"{key}.path", "is empty; name a file or directory")
+    check.refuse_placeholders(f"{key}.path", corpus.path, ("pair", "src", "tgt"))
     for name, value in vars(columns).items():
         if value is not None and not value.strip():
             check.refuse(f"{key}.columns.{name}", "is empty; name a column")

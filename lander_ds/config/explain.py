@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
-from lander_ds.config.keys import fields_of, number_range, section_in
+from lander_ds.config.keys import fields_of, is_mapping, meaning, number_range, section_in
 from lander_ds.config.recipe import Recipe
 
 _NAMES = {
@@ -30,7 +30,7 @@ class Key:
     """One key of a recipe."""
 
     path: str
-    """Dotted; `data.corpora.N.path` for keys of list items."""
+    """Dotted; `data.corpora.N.path` for keys of list items, `evaluate.sets.NAME.path` for those of named ones."""
     type: str
     """As a reader writes it: `true | false`, `a | b`, `number, at least 0`, `list of text`, `section`."""
     default: str
@@ -80,7 +80,7 @@ def as_markdown(keys: list[Key]) -> str:
 def _table(section: str, keys: list[Key]) -> list[str]:
     lines = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
     for key in keys:
-        if key.path.rpartition(".")[0].removesuffix(".N") == section:
+        if key.path.rpartition(".")[0].removesuffix(".N").removesuffix(".NAME") == section:
             cells = (key.type, key.default and f"`{key.default}`", " ".join(key.text.split()))
             shown = " | ".join(cell.replace("|", "\\|") for cell in cells)
             lines.append(f"| `{key.path}` | {shown} |")
@@ -91,9 +91,10 @@ def _keys(section: type, prefix: str) -> Iterator[Key]:
     for name, field in fields_of(section).items():
         path, inner, allowed = f"{prefix}{name}", section_in(field.annotation), number_range(field)[0]
         kind = f"{_type_name(field.annotation)}{allowed and f', {allowed}'}"
-        yield Key(path, kind, _default(field), field.description or "", inner is not None)
+        yield Key(path, kind, _default(field), meaning(section, name), inner is not None)
         if inner is not None:
-            yield from _keys(inner, f"{path}." if inner is field.annotation else f"{path}.N.")
+            item = "" if inner is field.annotation else "NAME." if is_mapping(field.annotation) else "N."
+            yield from _keys(inner, f"{path}.{item}")
 
 
 def _type_name(hint: Any) -> str:
@@ -106,6 +107,8 @@ def _type_name(hint: Any) -> str:
         inner = _type_name(arguments[0])
         inner = f"({inner})" if "|" in inner else inner if inner == "text" else f"{inner}s"
         return f"list of {inner}" if arguments[-1] is Ellipsis else f"list of {len(arguments)} {inner}"
+    if is_mapping(hint):
+        return "mapping of names to sections"
     if type(None) in arguments:
         return f"{_type_name(arguments[0])} | null"
     return "section" if section_in(hint) else _NAMES[kind or hint]

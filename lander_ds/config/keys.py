@@ -18,8 +18,19 @@ def fields_of(section: type) -> dict[str, FieldInfo]:
     return {field.alias: field for field in fields.values() if field.alias} | fields
 
 
+def meaning(section: type, name: str) -> str:
+    """The docstring of a key: the section's own, or that of the class that it has the key from."""
+    fields = (getattr(kind, "__pydantic_fields__", {}).get(name) for kind in section.__mro__)
+    return next((field.description for field in fields if field is not None and field.description), "")
+
+
+def is_mapping(hint: Any) -> bool:
+    """Whether a key holds a mapping from names to sections, `dict[str, Section]`."""
+    return get_origin(hint) is dict and section_in(hint) is not None
+
+
 def section_in(hint: Any) -> type | None:
-    """The class of the section in `Section`, `Section | None` or `tuple[Section, ...]`."""
+    """The class of the section in `Section`, `Section | None`, `tuple[Section, ...]` or `dict[str, Section]`."""
     for part in (hint, *get_args(hint)):
         if isinstance(part, type) and hasattr(part, "__pydantic_fields__"):
             return part
@@ -27,7 +38,7 @@ def section_in(hint: Any) -> type | None:
 
 
 def key_paths(section: type, prefix: KeyPath = ()) -> Iterator[KeyPath]:
-    """The path of every key of a section and of the sections inside it; list indices are left out."""
+    """The path of every key of a section and of the sections inside it; indices and names of items are left out."""
     for name, field in fields_of(section).items():
         yield (*prefix, name)
         inner = section_in(field.annotation)
@@ -37,14 +48,17 @@ def key_paths(section: type, prefix: KeyPath = ()) -> Iterator[KeyPath]:
 
 def field_at(section: type, path: KeyPath) -> FieldInfo | None:
     """The field that describes the key at `path`, or the list or mapping whose item it is."""
-    field, inner = None, section
+    field, inner, named = None, section, False
     for part in path:
-        if isinstance(part, str):
+        if isinstance(part, str) and not named:
             fields = fields_of(inner)
             if part not in fields:
                 break
             field = fields[part]
             inner = section_in(field.annotation) or inner
+            named = is_mapping(field.annotation)
+        else:
+            named = False
     return field
 
 

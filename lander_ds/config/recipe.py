@@ -113,6 +113,16 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class SetConfig(CorpusConfig):
+    """A named test set: the keys of a corpus."""
+
+    split: Literal["test", "valid"] = "test"
+    """Which split of a Hugging Face data set is read. Other files have none."""
+    pairs: tuple[str, ...] = ()
+    """Directions to translate, also such as are not among `data.pairs`; empty means `data.pairs`."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class FilterConfig:
     """Which sentence pairs are dropped. Each reason is counted and each dropped line recorded."""
 
@@ -395,6 +405,18 @@ class TranslateConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class EvaluateConfig:
+    """Further test sets: what the model learned, kept and forgot. They change nothing that is trained on."""
+
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+    """Test sets by name, `news: {path: "news/{pair}.jsonl", pairs: [en-de, en-es]}`, with the filters and the prompt of
+    `data`. Sentences that stand in the training data are left out of the set (`data.filters.test_overlap`)."""
+    shots: tuple[CorpusConfig, ...] = ()
+    """Where few-shot examples of directions outside `data.pairs` come from; without any, `fewshot` leaves such a
+    direction out."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class ScoreConfig:
     """Automatic metrics."""
 
@@ -466,6 +488,8 @@ class Recipe:
     """Options of stage train."""
     translate: TranslateConfig = field(default_factory=TranslateConfig)
     """Options of stage translate."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Named test sets."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     """Options of stage score."""
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -13,7 +13,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from lander_ds.config.document import Document, KeyPath, Problems, describe, dotted, lookup, nearest
-from lander_ds.config.keys import field_at, fields_of, number_range, section_in, similar_keys
+from lander_ds.config.keys import (
+    field_at,
+    fields_of,
+    is_mapping,
+    number_range,
+    section_in,
+    similar_keys,
+)
 
 T = TypeVar("T")
 
@@ -97,11 +104,16 @@ def _with_empty_sections(kind: type, value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     fields = fields_of(kind)
-    sections = {key: section_in(fields[key].annotation) for key in value if key in fields}
-    return {
-        key: _with_empty_sections(section, item) if (section := sections.get(key)) else item
-        for key, item in value.items()
-    }
+
+    def filled(key: str, item: Any) -> Any:
+        hint = fields[key].annotation if key in fields else None
+        if (section := section_in(hint)) is None:
+            return item
+        if is_mapping(hint) and isinstance(item, dict):
+            return {name: _with_empty_sections(section, inner) for name, inner in item.items()}
+        return _with_empty_sections(section, item)
+
+    return {key: filled(key, item) for key, item in value.items()}
 
 
 def _written_part(location: KeyPath, value: Any) -> KeyPath:

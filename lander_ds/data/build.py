@@ -5,27 +5,26 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets.arrow_writer import ArrowWriter
 
-from lander_ds.common.console import ProgressTask, progress
+from lander_ds.common.console import progress
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.files import json_hash, publish, write_json
 from lander_ds.config.recipe import Recipe, Split
-from lander_ds.data.filters import Filter, HeldOut
+from lander_ds.data.filters import Filter, Sentences
+from lander_ds.data.passes import HELD_OUT, held_out, reading, shots_of, size_of
 from lander_ds.data.prepared import FEATURES, FORMAT, prepared_options, read_manifest, split_file
 from lander_ds.data.sources.corpus import Corpus
-from lander_ds.data.sources.readers import read
 from lander_ds.data.sources.rows import Rejection, Row
 from lander_ds.data.tokens.encoding import Encoded, Encoder
-from lander_ds.data.tokens.prompt import choose_shots, seeded_hash
+from lander_ds.data.tokens.prompt import seeded_hash
 
 REJECTED_TEXT_CHARS = 200
 
@@ -52,6 +51,16 @@ class Counts:
     """Hash of the examples written, whatever corpora and options they come from."""
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a test set that has an entry of its own needs to know of the training data."""
+
+    sentences: Sentences
+    """Of which the set must have none."""
+    shots: Mapping[str, list[tuple[str, str]]]
+    """Pair -> the examples that stand in every prompt (`data.prompt.shots`)."""
+
+
 def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str], tokenizer: str) -> str:
     """Name of the cache entry for these data options, corpus contents and tokenizer.
 
@@ -73,7 +82,13 @@ def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str
 
 
 def build(
-    recipe: Recipe, corpora: list[Corpus], encoder: Encoder, entry: Path, digest: str, anew: bool = False
+    recipe: Recipe,
+    corpora: list[Corpus],
+    encoder: Encoder,
+    entry: Path,
+    digest: str,
+    anew: bool = False,
+    trained_on: Callable[[], TrainedOn] | None = None,
 ) -> dict[str, Any]:
     """Fill the cache entry `entry` unless it is there already; returns its manifest.
 
@@ -86,6 +101,7 @@ def build(
         entry: directory to make.
         digest: from `entry_hash`.
         anew: replace what is there.
+        trained_on: for a test set that has an entry of its own; called when there is something to do.
 
     Raises:
         DataError: a corpus is unfit, or a split is empty after filtering.
@@ -95,7 +111,8 @@ def build(
     entry.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", suffix=".tmp", dir=entry.parent))
     try:
-        counts = _Builder(recipe, corpora, encoder, temporary).run()
+        known = None if trained_on is None else trained_on()
+        counts = _Builder(recipe, corpora, encoder, temporary, known).run()
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         manifest = {
             "format": FORMAT,
@@ -143,66 +160,49 @@ def _statistics(counts: Counts) -> dict[str, Any]:
 
 
 class _Builder:
-    def __init__(self, recipe: Recipe, corpora: list[Corpus], encoder: Encoder, directory: Path) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpora: list[Corpus],
+        encoder: Encoder,
+        directory: Path,
+        trained_on: TrainedOn | None,
+    ) -> None:
         self._recipe, self._data = recipe, recipe.data
         self._corpora, self._encoder, self._directory = corpora, encoder, directory
-        self._held_out = HeldOut(self._data.filters)
+        self._trained_on = trained_on
         self._shots: dict[str, list[tuple[str, str]]] = {}
         self._counts: dict[str, dict[str, Counts]] = {pair: {} for pair in self._data.pairs}
 
     def run(self) -> dict[str, dict[str, Counts]]:
-        bytes_to_read = sum(_size(corpus) * self._readings(corpus) for corpus in self._corpora)
+        bytes_to_read = sum(size_of(corpus) * self._readings(corpus) for corpus in self._corpora)
         with (
             (self._directory / "rejected.jsonl").open("w", encoding="utf-8") as self._rejected,
             progress("prepare (bytes)", bytes_to_read) as self._bar,
         ):
-            for pair in self._data.pairs:
-                for split in ("test", "valid"):
-                    for corpus in self._of(pair, split):
-                        self._remember_held_out(corpus)
+            self._held_out = held_out(self._recipe, self._corpora, self._bar)
             for pair in self._data.pairs:
                 self._shots[pair] = self._choose_shots(pair)
                 self._prepare_pair(pair)
         return self._counts
 
     def _readings(self, corpus: Corpus) -> int:
-        held_out = corpus.split in {"test", "valid"}
         for_shots = corpus.split == "train" and self._data.prompt.shots > 0
-        return 2 if held_out or for_shots else 1
+        return 2 if corpus.split in HELD_OUT or for_shots else 1
+
+    def _choose_shots(self, pair: str) -> list[tuple[str, str]]:
+        if self._trained_on is not None and not self._of(pair, "train"):
+            return self._trained_on.shots.get(pair, [])
+        return shots_of(self._recipe, self._corpora, pair, self._held_out, self._bar)
 
     def _of(self, pair: str, split: Split) -> list[Corpus]:
         return [corpus for corpus in self._corpora if corpus.pair == pair and corpus.split == split]
 
-    def _remember_held_out(self, corpus: Corpus) -> None:
-        for item in _reading(corpus, self._bar):
-            if isinstance(item, Row):
-                self._held_out.add(item)
-
-    def _choose_shots(self, pair: str) -> list[tuple[str, str]]:
-        # One to spare: a prompt never shows its own example.
-        count = self._data.prompt.shots + 1 if self._data.prompt.shots else 0
-        if count == 0:
-            return []
-        keep = Filter(self._data.filters, self._held_out)
-        usable = (
-            (item.src, item.tgt)
-            for corpus in self._of(pair, "train")
-            for item in _reading(corpus, self._bar)
-            if isinstance(item, Row) and keep.reason(item) is None
-        )
-        shots = choose_shots(usable, count, self._recipe.data_seed, pair)
-        if len(shots) < count:
-            raise DataError(
-                f"data.prompt.shots: {self._data.prompt.shots} examples of {pair} are wanted, and its "
-                f"training split has {len(shots)} usable ones (one more is needed): lower it, or add "
-                "training data"
-            )
-        return shots
-
     def _prepare_pair(self, pair: str) -> None:
-        for split in ("test", "valid"):
+        trained_on = None if self._trained_on is None else self._trained_on.sentences
+        for split in HELD_OUT:
             if corpora := self._of(pair, split):
-                examples = self._examples(pair, split, corpora, Filter(self._data.filters, None))
+                examples = self._examples(pair, split, corpora, Filter(self._data.filters, trained_on))
                 self._write(pair, split, examples)
         # Detection and training share one memory of duplicates: nothing that detects is trained on.
         keep = Filter(self._data.filters, self._held_out)
@@ -233,7 +233,7 @@ class _Builder:
 
     def _kept_rows(self, corpus: Corpus, keep: Filter, counts: Counts) -> Iterator[Row]:
         kept = 0
-        for item in _reading(corpus, self._bar):
+        for item in reading(corpus, self._bar):
             counts.read += 1
             if isinstance(item, Rejection):
                 self._reject(corpus.pair, corpus.split, counts, item)
@@ -302,37 +302,17 @@ class _Builder:
             writer.finalize()
             counts.content = content.hexdigest()
 
-    def _empty(self, pair: str, split: str, counts: Counts) -> DataError:
+    def _empty(self, pair: str, split: Split, counts: Counts) -> DataError:
         if counts.moved_to_detect:
             return DataError(
                 f"train of {pair}: all {counts.moved_to_detect} examples that pass the filters were set "
                 "aside for detection: lower data.detect_examples, add training data, or give a corpus with "
                 "split: detect"
             )
+        key = " and ".join(corpus.key for corpus in self._of(pair, split))
         dropped = ", ".join(f"{reason} {count}" for reason, count in counts.dropped.items()) or "nothing"
         first = "; ".join(counts.first_dropped)
         return DataError(
             f"{split} of {pair}: nothing is left of {counts.read} lines (dropped: {dropped}; {first}): relax "
-            "data.filters or data.max_length, or correct data.corpora"
+            f"data.filters or data.max_length, or correct {key}"
         )
-
-
-def _reading(corpus: Corpus, bar: ProgressTask) -> Iterator[Row | Rejection]:
-    """The items of a corpus; the bar ends where the corpus does even when only its beginning is wanted."""
-    left = _size(corpus)
-
-    def advance(count: int) -> None:
-        nonlocal left
-        left -= count
-        bar.advance(count, note=corpus.paths[0].name)
-
-    try:
-        yield from read(corpus, advance)
-    finally:
-        if left:
-            bar.advance(left)
-
-
-def _size(corpus: Corpus) -> int:
-    files = [file for path in corpus.paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    return sum(os.path.getsize(file) for file in files if file.is_file())

@@ -41,31 +41,44 @@ def check_filters(config: FilterConfig) -> None:
         )
 
 
-class HeldOut:
-    """The sentences of valid and test, of every pair and both sides, as hashes."""
+class Sentences:
+    """Sentences of every pair and both sides, as hashes: those of valid and test, which must not be trained on, or those
+    of the training data, which say nothing in a test.
 
-    def __init__(self, config: FilterConfig) -> None:
+    Args:
+        config: the recipe's filters.
+        exact, normalised: why a row is dropped that has one of them.
+    """
+
+    def __init__(
+        self,
+        config: FilterConfig,
+        exact: Reason = "test_overlap_exact",
+        normalised: Reason = "test_overlap_normalised",
+    ) -> None:
         self._mode = config.test_overlap
+        self._reasons = exact, normalised
         self._exact, self._normalised = HashSet(), HashSet()
 
-    def add(self, row: Row) -> None:
-        """Remember a row of valid or test."""
-        for text in (row.src, row.tgt):
+    def add(self, *texts: str) -> None:
+        """Remember texts."""
+        for text in texts:
             self._exact.add(text_hash(text))
             if self._mode == "normalised" and (normal := normalise(text)):
                 self._normalised.add(text_hash(normal))
 
     def overlap(self, row: Row) -> Reason | None:
-        """Why a row must not be trained on, if so."""
+        """Why a row is dropped, if it has one of these sentences."""
         texts = (row.src, row.tgt)
         if self._mode == "off":
             return None
+        exact, normalised = self._reasons
         if any(text_hash(text) in self._exact for text in texts):
-            return "test_overlap_exact"
+            return exact
         if self._mode == "normalised" and any(
             text_hash(normalise(text)) in self._normalised for text in texts
         ):
-            return "test_overlap_normalised"
+            return normalised
         return None
 
 
@@ -74,11 +87,11 @@ class Filter:
 
     Args:
         config: the recipe's filters.
-        held_out: sentences that must not be trained on; None for valid and test themselves.
+        apart: sentences of which the split must have none; None for valid and test of `data.corpora`.
     """
 
-    def __init__(self, config: FilterConfig, held_out: HeldOut | None) -> None:
-        self._config, self._held_out = config, held_out
+    def __init__(self, config: FilterConfig, apart: Sentences | None) -> None:
+        self._config, self._apart = config, apart
         self._seen = HashSet()
 
     def reason(self, row: Row) -> Reason | None:
@@ -88,7 +101,7 @@ class Filter:
         src, tgt = visible(row.src), visible(row.tgt)
         if self._config.drop_identical and src == tgt:
             return "identical"
-        if self._held_out and (reason := self._held_out.overlap(row)):
+        if self._apart and (reason := self._apart.overlap(row)):
             return reason
         if self._config.drop_duplicates and not self._seen.add(text_hash(f"{src}\0{tgt}")):
             return "duplicate"

@@ -2,11 +2,13 @@
 
 A cache entry `<cache>/prepared-<hash>/` holds `{pair}.{split}.arrow`, `rejected.jsonl` and `manifest.json`.
 It is written under another name and renamed when it is complete. `data/prepared.json` in the run directory
-says which entry belongs to the run.
+says which entry belongs to the run. Every named test set has an entry of its own, which `data/sets/NAME/prepared.json`
+names, so that sets come and go without a change of what is trained on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import inside, json_hash, read_json
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.data_consistency import set_pairs, shown_pairs
 from lander_ds.config.recipe import Recipe, Split
 
 FORMAT = "lander-prepared-3"
@@ -78,6 +81,12 @@ class PreparedSplit:
         values = (self._columns[name][int(index)].as_py() for name in ("id", "src", "tgt"))
         return Sentence(*values)
 
+    def texts(self) -> Iterator[str]:
+        """Every source, then every target."""
+        for name in ("src", "tgt"):
+            for chunk in self._columns[name].chunks:
+                yield from chunk.to_pylist()
+
 
 class PreparedData:
     """All prepared splits of a recipe."""
@@ -116,13 +125,26 @@ class PreparedData:
         Raises:
             ArtefactError: prepare has not run for this recipe's data, or its cache is gone.
         """
-        pointer_path = run.data / "prepared.json"
-        pointer = read_json(pointer_path, CURE)
-        if pointer.get("options_hash") != json_hash(prepared_options(recipe)):
-            raise ArtefactError(
-                f"{pointer_path}: was made for other data options, another model or another seed: {CURE}"
-            )
-        return PreparedData(_entry(run, recipe, pointer_path, pointer.get("entry")))
+        return _open(run, recipe, run.data, prepared_options(recipe))
+
+    @staticmethod
+    def load_set(run: RunDirectory, recipe: Recipe, name: str) -> PreparedData:
+        """A named test set: its split, and `train` of the directions that have few-shot examples of their own.
+
+        Raises:
+            ArtefactError: prepare has not run for this recipe's set, or its cache is gone.
+        """
+        return _open(run, recipe, set_directory(run, name), set_options(recipe, name))
+
+
+def _open(run: RunDirectory, recipe: Recipe, directory: Path, options: Mapping[str, Any]) -> PreparedData:
+    pointer_path = directory / "prepared.json"
+    pointer = read_json(pointer_path, CURE)
+    if pointer.get("options_hash") != json_hash(options):
+        raise ArtefactError(
+            f"{pointer_path}: was made for other data options, another model or another seed: {CURE}"
+        )
+    return PreparedData(_entry(run, recipe, pointer_path, pointer.get("entry")))
 
 
 def _entry(run: RunDirectory, recipe: Recipe, pointer: Path, entry: object) -> Path:
@@ -147,6 +169,22 @@ def prepared_options(recipe: Recipe) -> dict[str, Any]:
         "model": {"path": recipe.model.path, "trust_remote_code": recipe.model.trust_remote_code},
         "seed": recipe.data_seed,
     }
+
+
+def set_options(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Everything in a recipe that a prepared test set depends on, as JSON values."""
+    pairs, shots = set_pairs(recipe, name), recipe.evaluate.shots
+    shown = [asdict(corpus) for corpus in shots if set(shown_pairs(recipe, corpus)) & set(pairs)]
+    return {
+        **prepared_options(recipe),
+        "set": asdict(recipe.evaluate.sets[name]) | {"pairs": list(pairs)},
+        "shots": shown,
+    }
+
+
+def set_directory(run: RunDirectory, name: str) -> Path:
+    """What a run keeps of a test set's preparation."""
+    return run.data / "sets" / name
 
 
 def split_file(pair: str, split: str) -> str:

@@ -204,7 +204,8 @@ def _loading(form: str, pairs: Sequence[str]) -> str:
         f'model.generate(**tokenizer(prompt, return_tensors="pt"){argument})\n'
         "```\n"
         + (
-            "\nThe directory's two Python files are the model; they need nothing but transformers.\n"
+            "\nThe directory's two Python files are the model; they need nothing but transformers. In a direction "
+            'that the model was not trained for, say `pair="none"`.\n'
             if routed
             else ""
         )

@@ -18,7 +18,7 @@ from lander_ds.export.delta import Delta, Flipped
 from lander_ds.export.trained import TrainedModel
 from lander_ds.models.catalogue import family_of
 from lander_ds.models.family import Family
-from lander_ds.models.routed_ffn import Routing, routed
+from lander_ds.models.routed_ffn import NONE, Routing, pair_id, routed
 from lander_ds.models.surgery import install, routed_ffns
 from lander_ds.models.weights import BaseWeights
 
@@ -109,7 +109,8 @@ class Switch:
 
         Args:
             name: of a delta that was added.
-            pair: for deltas with gates: the language pair, or one per row of the batch.
+            pair: for deltas with gates: the language pair, or one per row of the batch; `none` in a direction that the
+                delta was not trained for.
 
         Raises:
             ArtefactError: there is no such delta; or it needs a pair, and this is none of its pairs; or this thread is
@@ -148,11 +149,13 @@ class Switch:
     def _pair_ids(self, name: str, pairs: Sequence[str], wanted: str | Sequence[str] | None) -> torch.Tensor:
         """Scalar, or [B]."""
         rows = [wanted] if wanted is None or isinstance(wanted, str) else wanted
-        if unknown := [row for row in rows if row not in pairs]:
+        if unknown := [row for row in rows if row not in (*pairs, NONE)]:
             raise ArtefactError(
-                f"delta {name!r} has pairs {', '.join(pairs)}, not {unknown[0]}: pass pair=..."
+                f"delta {name!r} has pairs {', '.join(pairs)}, not {unknown[0]}: pass pair=..., or {NONE!r} in another "
+                "direction"
             )
-        ids = torch.tensor([pairs.index(row) for row in rows if row is not None], device=self.model.device)
+        known = [pair_id(row, pairs) for row in rows if row is not None]
+        ids = torch.tensor(known, device=self.model.device)
         return ids[0] if isinstance(wanted, str) else ids
 
     def _put(self, added: _Added) -> None:

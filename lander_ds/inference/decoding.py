@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ class Hypothesis:
     """Generated tokens, the closing one included."""
     truncated: bool
     """Whether the model was cut short: it had written `max_new_tokens` and not come to a stop."""
+    score: float | None = None
+    """Of beam search: logarithm of its probability over length to the power of the length penalty; None if only one was
+    wanted."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +107,30 @@ class Decoder:
         cache = output.past_key_values
         return SharedPrefix(length, cache) if isinstance(cache, DynamicCache) else NO_PREFIX
 
-    @torch.no_grad()
     def decode(
         self, prompts: Sequence[Sequence[int]], prefix: SharedPrefix = NO_PREFIX, stop: str = ""
     ) -> list[Hypothesis]:
+        """The best of `search`: B hypotheses in the order of the prompts."""
+        return [best[0] for best in self.search(prompts, 1, prefix, stop)]
+
+    @torch.no_grad()
+    def search(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n_best: int,
+        prefix: SharedPrefix = NO_PREFIX,
+        stop: str = "",
+    ) -> list[list[Hypothesis]]:
         """Continue every prompt up to the end of its line, an end token, or `stop`.
 
         Args:
             prompts: B token id sequences; all begin with the prefix.
+            n_best: hypotheses per prompt, at most as many as there are beams.
             prefix: from `shared_prefix`.
             stop: text that ends a translation too; empty: none. Special tokens in it each end one.
 
         Returns:
-            B hypotheses in the order of the prompts.
+            Per prompt, in their order, `n_best` hypotheses, the best first.
         """
         device, shared = self._model.device, prefix.length
         longest = max(map(len, prompts))
@@ -143,15 +157,23 @@ class Decoder:
             cache = copy.deepcopy(prefix.cache)
             cache.batch_repeat_interleave(len(prompts) * int(self._config.num_beams))
             arguments["past_key_values"] = cache
+        if n_best > 1:
+            config.num_return_sequences = n_best
+            arguments |= {"return_dict_in_generate": True, "output_scores": True}
         with own_generation_config_hidden(self._model):
-            sequences = self._model.generate(
+            output: Any = self._model.generate(
                 input_ids=torch.tensor(rows, device=device),
                 attention_mask=mask.to(device),
                 generation_config=config,
                 synced_gpus=self._synced,
                 **arguments,
             )
-        return [self._hypothesis(row, ends, stop) for row in sequences[:, longest:].tolist()]
+        sequences = output if n_best == 1 else output.sequences
+        every = [self._hypothesis(row, ends, stop) for row in sequences[:, longest:].tolist()]
+        if n_best > 1:
+            scores = output.sequences_scores.tolist()
+            every = [replace(one, score=score) for one, score in zip(every, scores, strict=True)]
+        return [every[first : first + n_best] for first in range(0, len(every), n_best)]
 
     def _split_stop(self, stop: str) -> tuple[str, list[int]]:
         """The text before the first special token in `stop` (decoded texts hold none), and the ids of all of them."""

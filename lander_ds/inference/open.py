@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lander_ds.checkpoint.checkpoint import Checkpoint
@@ -23,8 +23,9 @@ from lander_ds.distributed.engines.zero3 import Zero3
 from lander_ds.inference.decoding import as_list
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
+from lander_ds.models.modeling_lander import LanderConfig, LanderForCausalLM
 from lander_ds.models.parameter_groups import prepare_model
-from lander_ds.models.routed_ffn import Routing, routed
+from lander_ds.models.routed_ffn import NONE, Routing, pair_id, routed
 from lander_ds.models.shira import fold_shira
 from lander_ds.models.surgery import routed_ffns
 from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base, read_config
@@ -38,18 +39,20 @@ class InferenceModel:
 
         Args:
             model: the model.
-            checkpoint: name of the checkpoint in it, `step-N`; None for a base.
+            checkpoint: name of the checkpoint in it, `step-N`, or of the directory; None for a base.
         """
         self.model, self.checkpoint = model, checkpoint
         self._pairs = next((ffn.pairs for _, ffn in routed_ffns(model)), ())
 
     @contextmanager
     def pair(self, pair: str) -> Iterator[None]:
-        """Within this context, in this thread, every token belongs to `pair`."""
+        """Within this context, in this thread, every token belongs to `pair`; to none if the model was not trained for
+        it."""
         if not self._pairs:
             yield
             return
-        with routed(Routing(torch.tensor(self._pairs.index(pair), device=process_group.device()))):
+        known = pair_id(pair if pair in self._pairs else NONE, self._pairs)
+        with routed(Routing(torch.tensor(known, device=process_group.device()))):
             yield
 
 
@@ -85,6 +88,36 @@ def open_for_inference(
     # per sentence (gigabytes) instead of by the head.
     model.requires_grad_(True)
     return InferenceModel(model, name)
+
+
+def open_directory(directory: Path, recipe: Recipe) -> InferenceModel:
+    """A model directory that stage export or `lander delta apply` wrote, dense or routed, on this rank's device.
+
+    A routed one is opened with this package's modelling code, not with its own copy of it.
+
+    Args:
+        directory: Hugging Face directory.
+        recipe: type of the arithmetic; whether a dense one may bring code of its own.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
+    if (directory / "delta.json").exists():
+        raise ModelError(
+            f"{directory} is a delta: write its model first, with lander delta apply BASE DELTA MODEL"
+        )
+    routed_export = read_config(directory).get("model_type") == LanderConfig.model_type
+    opener: Any = LanderForCausalLM if routed_export else AutoModelForCausalLM
+    own = {} if routed_export else {"trust_remote_code": recipe.model.trust_remote_code}
+    try:
+        opened = opener.from_pretrained(directory, dtype=getattr(torch, recipe.model.dtype), **own)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{directory} cannot be opened ({error}): name a dense or routed export, or what lander delta apply wrote"
+        ) from None
+    model: PreTrainedModel = opened.model if routed_export else opened
+    model.generation_config = generation_config(directory)
+    return InferenceModel(model.to(process_group.device()).eval(), directory.name)
 
 
 def generation_config(path: Path) -> GenerationConfig:

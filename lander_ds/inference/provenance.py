@@ -16,19 +16,20 @@ from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.checkpoint.choice import chosen
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, json_hash
-from lander_ds.config.recipe import Recipe
+from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.prepared import PreparedData
+from lander_ds.data.sets import NamedSet
 from lander_ds.distributed.start import Start
 
 System = Literal["base", "fewshot", "trained"]
 
 
-def record_name(system: System) -> str:
+def record_name(system: System, test_set: str | None = None) -> str:
     """Name of the stage record of a system's translations."""
-    return f"translate.{system}"
+    return f"translate.{system}" if test_set is None else f"translate.{system}.{test_set}"
 
 
-def is_up_to_date(start: Start, data: PreparedData, system: System) -> bool:
+def is_up_to_date(start: Start, data: PreparedData, system: System, test_set: NamedSet | None = None) -> bool:
     """Whether the system's translations are there and were made from this recipe, data, base and training.
 
     Raises:
@@ -37,8 +38,9 @@ def is_up_to_date(start: Start, data: PreparedData, system: System) -> bool:
     trained = (
         chosen(start.run.checkpoints, start.recipe.translate.checkpoint) if system == "trained" else None
     )
-    options, inputs = options_of(start.recipe, system), inputs_of(start, data, system, trained)
-    return start.run.up_to_date(record_name(system), options, inputs)
+    name = record_name(system, None if test_set is None else test_set.name)
+    options = options_of(start.recipe, system, test_set)
+    return start.run.up_to_date(name, options, inputs_of(start, data, system, trained, test_set))
 
 
 def data_hash(start: Start) -> str | None:
@@ -49,10 +51,12 @@ def data_hash(start: Start) -> str | None:
         return None
 
 
-def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
+def options_of(recipe: Recipe, system: System, test_set: NamedSet | None = None) -> dict[str, Any]:
     """What in the recipe a system's translations depend on; batch size and sharding only change the speed."""
     options = asdict(recipe.decoding)
-    wanted = ["split", "limit", "beams", "length_penalty", "max_new_tokens"]
+    wanted = ["limit", "beams", "length_penalty", "max_new_tokens"]
+    if test_set is None:
+        wanted.append("split")
     if system == "fewshot":
         wanted.append("shots")
     depends = {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
@@ -62,7 +66,13 @@ def options_of(recipe: Recipe, system: System) -> dict[str, Any]:
     )
 
 
-def inputs_of(start: Start, data: PreparedData, system: System, trained: Checkpoint | None) -> dict[str, str]:
+def inputs_of(
+    start: Start,
+    data: PreparedData,
+    system: System,
+    trained: Checkpoint | None,
+    test_set: NamedSet | None = None,
+) -> dict[str, str]:
     """Hashes of what a system's translations are made from.
 
     Args:
@@ -70,10 +80,16 @@ def inputs_of(start: Start, data: PreparedData, system: System, trained: Checkpo
         data: prepared data.
         system: its name.
         trained: the checkpoint that the system `trained` is; the other systems have none.
+        test_set: what is translated; None: the split `translate.split` of `data`.
     """
-    split = start.recipe.translate.split
-    read = (split, "train") if system == "fewshot" else (split,)
-    inputs = {"data": data.content_hash(*read), "base": start.base_fingerprint}
+    shown: tuple[Split, ...] = ("train",) if system == "fewshot" else ()
+    if test_set is None:
+        inputs = {"data": data.content_hash(start.recipe.translate.split, *shown)}
+    else:
+        inputs = {"set": test_set.data.content_hash(test_set.split, *shown)}
+        if shown:
+            inputs["data"] = data.content_hash(*shown)
+    inputs["base"] = start.base_fingerprint
     own = Path(start.recipe.model.path) / GENERATION_CONFIG_NAME
     if own.exists():
         inputs["generation config"] = file_hash(own)

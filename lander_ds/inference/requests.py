@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common.errors import ConfigError, DataError
-from lander_ds.config.data_consistency import translated_pairs
+from lander_ds.config.data_consistency import has_examples, translated_pairs
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
+from lander_ds.data.sets import NamedSet
 from lander_ds.data.tokens.prompt import choose_shots, next_example, render_prompt, shots_for
 from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.inference.provenance import System
 from lander_ds.inference.translate import Request
 from lander_ds.models.loading import model_positions
+
+logger = logging.getLogger(__name__)
 
 MAX_SHOT_CANDIDATES = 20_000
 """Training sentences per pair that few-shot examples are chosen from; reading more would only take time."""
@@ -42,23 +46,63 @@ def requests_for(
                 f"translate.split: {pair} has no sentence in split {config.split}: add a corpus with "
                 f"`split: {config.split}` to data.corpora, or translate another split"
             )
-    requests = {}
-    for pair in pairs:
-        split = splits[pair]
-        indices = range(len(split) if config.limit is None else min(config.limit, len(split)))
-        sentences = [split.sentence(index) for index in indices]
-        if system == "fewshot":
-            prompts = _fewshot_prompts(recipe, data, pair, sentences, tokenizer)
-        else:
-            prompts = [_own_prompt(split, index) for index in indices]
-        shots = config.shots if system == "fewshot" else recipe.data.prompt.shots
-        stop = next_example(recipe.data.prompt, pair) if shots else ""
-        requests[pair] = [
-            Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop)
-            for sentence, prompt in zip(sentences, prompts, strict=True)
-        ]
+    train = data.split("train")
+    requests = {pair: _of_split(system, recipe, splits[pair], train.get(pair), tokenizer) for pair in pairs}
     _check_positions(system, recipe, requests)
     return requests
+
+
+def requests_for_set(
+    system: System,
+    recipe: Recipe,
+    data: PreparedData,
+    test_set: NamedSet,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, list[Request]]:
+    """Like `requests_for`, of a named test set. Directions for which there are no few-shot examples are left out of the
+    system `fewshot`, and a log line says so.
+
+    Raises:
+        ConfigError: a prompt and its translation may need more positions than the model has.
+        DataError: a pair of `data.pairs` has no training split to take few-shot examples from.
+        ModelError: config.json cannot be used.
+    """
+    splits = test_set.data.split(test_set.split)
+    train = {**test_set.data.split("train"), **data.split("train")}
+    requests = {}
+    for pair in test_set.pairs:
+        if system == "fewshot" and not has_examples(recipe, pair):
+            logger.info(
+                "translate fewshot %s: %s is left out: no corpus of evaluate.shots has examples of it",
+                *(test_set.name, pair),
+            )
+        else:
+            requests[pair] = _of_split(system, recipe, splits[pair], train.get(pair), tokenizer)
+    _check_positions(system, recipe, requests)
+    return requests
+
+
+def _of_split(
+    system: System,
+    recipe: Recipe,
+    split: PreparedSplit,
+    train: PreparedSplit | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Request]:
+    """The requests of one pair; `train`: where few-shot examples come from."""
+    config, pair = recipe.translate, split.pair
+    indices = range(len(split) if config.limit is None else min(config.limit, len(split)))
+    sentences = [split.sentence(index) for index in indices]
+    if system == "fewshot":
+        prompts = _fewshot_prompts(recipe, train, pair, sentences, tokenizer)
+    else:
+        prompts = [_own_prompt(split, index) for index in indices]
+    shots = config.shots if system == "fewshot" else recipe.data.prompt.shots
+    stop = next_example(recipe.data.prompt, pair) if shots else ""
+    return [
+        Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop)
+        for sentence, prompt in zip(sentences, prompts, strict=True)
+    ]
 
 
 def _check_positions(system: System, recipe: Recipe, requests: Mapping[str, Sequence[Request]]) -> None:
@@ -98,12 +142,11 @@ def fewshot_examples(train: PreparedSplit, count: int, seed: int) -> list[tuple[
 
 def _fewshot_prompts(
     recipe: Recipe,
-    data: PreparedData,
+    train: PreparedSplit | None,
     pair: str,
     sentences: list[Sentence],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
-    train = data.split("train").get(pair)
     if train is None or len(train) == 0:
         raise DataError(
             f"translate.systems: fewshot takes its examples from the training split, and {pair} has none: "

@@ -22,8 +22,13 @@ from lander_ds.common.console import progress
 from lander_ds.common.errors import ArtefactError
 from lander_ds.config.recipe import TranslateConfig
 from lander_ds.distributed import collectives, process_group
-from lander_ds.inference.decoding import Decoder
-from lander_ds.inference.translations import PartialTranslations, Translation, write_translations
+from lander_ds.inference.decoding import Decoder, Hypothesis
+from lander_ds.inference.translations import (
+    Alternative,
+    PartialTranslations,
+    Translation,
+    write_translations,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +80,7 @@ def translate(
     config: TranslateConfig,
     directory: Path,
     key: str,
+    n_best: int = 1,
 ) -> Work:
     """Translate all requests that no earlier run has finished; write `directory/<pair>.jsonl` in their order.
 
@@ -87,6 +93,7 @@ def translate(
         config: decoding options.
         directory: where the system's translations lie.
         key: hash of everything that the translations depend on.
+        n_best: how many translations of each sentence are kept; at most as many as there are beams.
     """
     started = time.monotonic()
     partial = PartialTranslations(directory, key)
@@ -113,10 +120,10 @@ def translate(
                 prefix = decoder.shared_prefix([request.prompt for request in pair_requests])
                 for batch in batches(pair_requests, config.batch_size, fill=sharded):
                     prompts = [request.prompt for request in batch.requests]
-                    hypotheses = decoder.decode(prompts, prefix, batch.requests[0].stop)
+                    hypotheses = decoder.search(prompts, n_best, prefix, batch.requests[0].stop)
                     translations = [
-                        Translation(r.id, r.src, r.ref, h.text, h.tokens, h.truncated)
-                        for r, h in zip(batch.requests, hypotheses, strict=True)
+                        _translation(request, best)
+                        for request, best in zip(batch.requests, hypotheses, strict=True)
                     ][: batch.wanted]
                     appender.append(translations)
                     tokens, truncated = (t.tokens for t in translations), (t.truncated for t in translations)
@@ -128,6 +135,15 @@ def translate(
     collectives.barrier()
     sentences, tokens, truncated = counts.tolist()
     return Work(sentences, tokens, truncated, time.monotonic() - started)
+
+
+def _translation(request: Request, best: Sequence[Hypothesis]) -> Translation:
+    first = best[0]
+    alternatives = tuple(Alternative(one.text, one.score) for one in best if one.score is not None)
+    return Translation(
+        *(request.id, request.src, request.ref, first.text, first.tokens, first.truncated),
+        n_best=alternatives or None,
+    )
 
 
 @dataclass(frozen=True)

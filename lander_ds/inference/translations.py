@@ -24,6 +24,16 @@ CURE = "run stage translate (again)"
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """One of the best translations of a sentence."""
+
+    hyp: str
+    """Its text."""
+    score: float
+    """Logarithm of its probability, divided by its length to the power of `translate.length_penalty`."""
+
+
+@dataclass(frozen=True)
 class Translation:
     """One translated sentence."""
 
@@ -39,6 +49,8 @@ class Translation:
     """Generated tokens, the closing one included."""
     truncated: bool | None = None
     """Whether it was cut short at `translate.max_new_tokens`; None where that is not known."""
+    n_best: tuple[Alternative, ...] | None = None
+    """The best translations, `hyp` first, where several were wanted."""
 
 
 def write_translations(path: Path, translations: Sequence[Translation]) -> None:
@@ -128,7 +140,10 @@ class Appender:
 
 
 def _line(translation: Translation) -> str:
-    return json.dumps(asdict(translation), ensure_ascii=False) + "\n"
+    fields = asdict(translation)
+    if translation.n_best is None:
+        del fields["n_best"]
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -148,4 +163,8 @@ def _parse(line: bytes) -> Translation | None:
     tokens, truncated = value.get("tokens"), value.get("truncated")
     if id_ is None or src is None or ref is None or hyp is None or not isinstance(tokens, int):
         return None
-    return Translation(id_, src, ref, hyp, tokens, truncated if isinstance(truncated, bool) else None)
+    try:
+        n_best = tuple(Alternative(**one) for one in value["n_best"]) if "n_best" in value else None
+    except TypeError:
+        return None
+    return Translation(id_, src, ref, hyp, tokens, truncated if isinstance(truncated, bool) else None, n_best)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from .routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, routed, substitute
+from .routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, pair_id, routed, substitute
 
 
 class LanderConfig(PretrainedConfig):
@@ -39,7 +39,8 @@ class LanderConfig(PretrainedConfig):
 
 
 class LanderForCausalLM(PreTrainedModel, GenerationMixin):
-    """The routed model. `forward` and `generate` take `pair` (e.g. "en-de") or `pair_ids`.
+    """The routed model. `forward` and `generate` take `pair` (e.g. "en-de"; "none" in a direction that it was not trained
+    for) or `pair_ids`.
 
     The pair holds for that call and that thread alone: threads may translate different pairs at the same time.
     """
@@ -101,12 +102,10 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
     def _routing(self, pair: str | None, pair_ids: torch.Tensor | None) -> Routing:
         pairs = self.config.routing["pairs"]
         if pair is not None:
-            if pair not in pairs:
-                raise ValueError(f"unknown pair {pair!r}; this model knows {', '.join(pairs)}")
             # Layers may lie on several devices, or nowhere yet: each takes the ids to its own.
-            pair_ids = torch.tensor(pairs.index(pair))
+            pair_ids = torch.tensor(pair_id(pair, pairs))
         if pair_ids is None:
-            raise ValueError(f"say which language pair: pair=..., one of {', '.join(pairs)}")
+            raise ValueError(f"say which language pair: pair=..., one of {', '.join(pairs)}, or none")
         return Routing(pair_ids)
 
     def _set_gradient_checkpointing(

@@ -22,13 +22,34 @@ from torch.nn import functional
 
 UNIFORM_BITS = 24
 
+NO_PAIR = -1
+"""Pair id of a token that belongs to no pair: padding, or text in a direction that owns no bank. It owns what all pairs
+own, the general banks with their gate, and is to specific banks what the tokens of other pairs are."""
+NONE = "none"
+"""Its name where pairs have names."""
+
+
+def pair_id(pair: str, pairs: Sequence[str]) -> int:
+    """The id of a pair, or `NO_PAIR` for `NONE`. Nothing else stands for no pair, so that a mistyped one is noticed.
+
+    Raises:
+        ValueError: the pair is not among `pairs`.
+    """
+    if pair == NONE:
+        return NO_PAIR
+    if pair not in pairs:
+        raise ValueError(
+            f"unknown pair {pair!r}: this model knows {', '.join(pairs)}, and {NONE!r} for every other direction"
+        )
+    return list(pairs).index(pair)
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
     """What the routed FFNs need to know of one batch besides its hidden states.
 
     `pair_ids` are int64: 0-dimensional for a batch of one pair, [B] or [B, 1] per row, or one per token ([T], [B, T]).
-    -1 is padding, which owns no specific bank and must carry no loss. The rest is for training.
+    `NO_PAIR` is among them. The rest is for training.
     """
 
     pair_ids: torch.Tensor
@@ -59,7 +80,7 @@ class Routing:
         # The length belongs to the key, because one routing serves prefill and every step of a generation.
         key = (owners, len(pair_ids), pair_ids.device)
         if key not in self._owned:
-            # One entry more than there are pairs: id -1 (padding) finds it.
+            # One entry more than there are pairs: `NO_PAIR` finds it.
             table = torch.zeros(pairs + 1, dtype=torch.bool, device=pair_ids.device)
             table[list(owners)] = True
             self._owned[key] = table[pair_ids].nonzero().squeeze(-1)
@@ -307,7 +328,7 @@ class RoutedFFN(nn.Module):
         current = _CURRENT.get()
         if current is None:
             raise RuntimeError(
-                f"the language pair is not set: pass pair=... (one of {', '.join(self.pairs)})"
+                f"the language pair is not set: pass pair=... (one of {', '.join(self.pairs)}, or {NONE})"
             )
         routing, gates = current
         shape = x.shape
@@ -317,7 +338,8 @@ class RoutedFFN(nn.Module):
         output: torch.Tensor | None = None
         for bank in self.banks:
             assert isinstance(bank, BankFFN)
-            everyone = len(bank.owners) == len(self.pairs)
+            # A single pair owns specific banks, which tokens of no pair do not.
+            everyone = bank.kind == "general" and len(bank.owners) == len(self.pairs)
             owned = None
             if bank.kind != "frozen" and not everyone:
                 owned = routing.owned_tokens(pair_ids, bank.owners, len(self.pairs))

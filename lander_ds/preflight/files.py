@@ -15,7 +15,7 @@ from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
-from lander_ds.data.sources.corpus import Corpus, resolve
+from lander_ds.data.sources.corpus import Corpus, resolve, resolve_set
 from lander_ds.evaluation.baseline import baseline_path
 from lander_ds.models.files import adapter_fault
 from lander_ds.models.loading import POSITION_KEYS, build, tied_parameters
@@ -28,7 +28,7 @@ def check_files(check: Check) -> None:
     _check_directories(check)
     if check.runs("prepare", "tokenizer"):
         _check_corpora(check)
-    if check.runs("prepare", "detect", "train", "translate", "export"):
+    if check.runs("prepare", "detect", "train", "translate", "text", "export"):
         _check_model(check)
     if check.recipe.score.baseline is not None and check.runs("score"):
         _check_baseline(check, check.recipe.score.baseline)
@@ -58,11 +58,15 @@ def _check_directories(check: Check) -> None:
 
 def _check_corpora(check: Check) -> None:
     """Missing files, and files that serve both training and evaluation."""
+    recipe = check.recipe
     try:
-        corpora = resolve(check.recipe.data)
+        corpora = resolve(recipe.data)
+        # The tokenizer is trained on no test set.
+        if check.runs("prepare"):
+            corpora += [corpus for name in recipe.evaluate.sets for corpus in resolve_set(recipe, name)]
     except DataError as error:
-        named = re.search(r"data\.corpora\[(\d+)\]", str(error))
-        check.refuse(f"data.corpora.{named[1]}.path" if named else "data.corpora", str(error))
+        named = re.search(r"data\.corpora\[\d+\]|evaluate\.(sets\.[\w+-]+|shots\[\d+\])", str(error))
+        check.refuse(_path_key(named[0]) if named else "data.corpora", str(error))
         return
     _refuse_same_lines_for_every_pair(check, corpora)
     training = {(c.pair, c.paths, c.columns): c for c in corpora if c.split in ("train", "detect")}
@@ -70,7 +74,7 @@ def _check_corpora(check: Check) -> None:
         twin = training.get((corpus.pair, corpus.paths, corpus.columns))
         if corpus.split in ("valid", "test") and twin and corpus.paths[0].is_file():
             check.refuse(
-                _path_key(corpus),
+                _path_key(corpus.key),
                 f"{corpus.name} is both split: {twin.split} ({twin.key}) and split: {corpus.split}; "
                 f"scores on training data mean nothing: use two files",
             )
@@ -85,16 +89,16 @@ def _refuse_same_lines_for_every_pair(check: Check, corpora: list[Corpus]) -> No
         first = seen.setdefault((corpus.key, corpus.paths, corpus.columns), corpus.pair)
         if first != corpus.pair:
             check.refuse(
-                _path_key(corpus),
+                _path_key(corpus.key),
                 f"{first} and {corpus.pair} would read the same lines; use {{pair}}, {{src}} or {{tgt}} in "
                 f"path or columns, or columns.src_lang and tgt_lang, or list the one pair it serves",
             )
             return
 
 
-def _path_key(corpus: Corpus) -> str:
+def _path_key(key: str) -> str:
     """`data.corpora[0]` -> `data.corpora.0.path`."""
-    return corpus.key.replace("[", ".").replace("]", ".path")
+    return f"{key.replace('[', '.').replace(']', '')}.path"
 
 
 def _check_model(check: Check) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.check import Check
 from lander_ds.config.consistency import check_consistency
+from lander_ds.config.data_consistency import evaluated_pairs
 from lander_ds.config.document import Document, Problems
 from lander_ds.config.loading import read_recipe
 from lander_ds.config.recipe import Recipe
@@ -61,14 +62,14 @@ def _check_texts(check: Check) -> None:
     data = check.recipe.data
     try:
         check_filters(data.filters)
-        check_prompt(data.prompt, data.pairs)
+        check_prompt(data.prompt, evaluated_pairs(check.recipe))
     except ConfigError as error:
         key, _, message = str(error).partition(" ")
         check.refuse(key.rstrip(":"), message)
 
 
 def _check_score_tokenizers(check: Check) -> None:
-    score, pairs = check.recipe.score, check.recipe.data.pairs
+    score, pairs = check.recipe.score, evaluated_pairs(check.recipe)
     targets = {pair.partition("-")[2] for pair in pairs}
     for language, tokenizer in score.tokenizers.items():
         key = f"score.tokenizers.{language}"

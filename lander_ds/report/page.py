@@ -20,6 +20,7 @@ from lander_ds.method.relevance import relevance
 from lander_ds.report import plots
 from lander_ds.report.artefacts import Artefacts, load_artefacts
 from lander_ds.report.figures import data_uri
+from lander_ds.report.sets import lines, systems_of
 from lander_ds.report.summary import SYSTEM_NAMES, remarks, summarise
 
 EXAMPLES_PER_PAIR = 5
@@ -59,6 +60,8 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
         artefacts=artefacts,
         gain=_mean_gain(artefacts.scores),
         system_names=SYSTEM_NAMES,
+        set_lines={name: list(lines(entry)) for name, entry in summary["sets"].items()},
+        set_systems=systems_of(summary["sets"]),
         score_plots=[_plot(*entry) for entry in _score_plots(artefacts)],
         awareness_plots=[_plot(*entry) for entry in _awareness_plots(artefacts)],
         training_plots=[_plot(*entry) for entry in _training_plots(artefacts, recipe.data.pairs)],

@@ -40,7 +40,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     `scores` holds per pair `base_bleu`, `fewshot_bleu`, `bleu` (the trained system) and so on for chrF2 (`chrf`),
     chrF2++ (`chrfpp`) and TER, the shares of `empty` and `truncated` translations, and the p-values of the trained
     system against the `baseline`: the base, or the system that `score.baseline` gave, whose scores are then there as
-    `baseline_bleu` and so on.
+    `baseline_bleu` and so on. `sets` is that of `scores.json`.
 
     Raises:
         ArtefactError: the directory does not exist, no stage has run in it, or an artefact is damaged.
@@ -58,6 +58,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         **{name: training.get(name) for name in TRAINING_FIGURES},
         "baseline": scores.get("baseline"),
         "scores": pair_scores(scores),
+        "sets": scores.get("sets", {}),
         "stage_seconds": seconds,
         "artefacts": artefacts(run),
     }
@@ -106,17 +107,17 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     for prefix, title in present.items():
         for metric, label in (("bleu", f"{title}\nBLEU"), ("chrf", "\nchrF")):
             column = [figures.get(prefix + metric) for figures in scores.values()]
-            table.add_column(label, _number(_mean(column)), justify="right")
+            table.add_column(label, number(_mean(column)), justify="right")
     if baseline:
         gains = [_gain(figures, baseline) for figures in scores.values()]
-        table.add_column("gain\nchrF", _number(_mean(gains), signed=True), justify="right", style="bold")
+        table.add_column("gain\nchrF", number(_mean(gains), signed=True), justify="right", style="bold")
         table.add_column("p\nBLEU", justify="right")
         table.add_column("p\nchrF", justify="right")
     for pair, figures in scores.items():
-        cells = [_number(figures.get(prefix + metric)) for prefix in present for metric in ("bleu", "chrf")]
+        cells = [number(figures.get(prefix + metric)) for prefix in present for metric in ("bleu", "chrf")]
         if baseline:
-            p_values = [_p_value(figures.get("p_bleu")), _p_value(figures.get("p_chrf"))]
-            cells += [_number(_gain(figures, baseline), signed=True), *p_values]
+            p_values = [p_value(figures.get("p_bleu")), p_value(figures.get("p_chrf"))]
+            cells += [number(_gain(figures, baseline), signed=True), *p_values]
         table.add_row(pair, *cells)
     return table
 
@@ -138,7 +139,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column()
     for name, value in summary.items():
-        if name == "scores":
+        if name in ("scores", "sets"):
             continue
         if isinstance(value, Mapping):
             for key, inner in value.items():
@@ -191,11 +192,13 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(present) / len(present) if present and len(present) == len(values) else None
 
 
-def _number(value: float | None, signed: bool = False) -> str:
+def number(value: float | None, signed: bool = False) -> str:
+    """A score with a digit behind the point."""
     if value is None:
         return "-"
     return f"{value:+.1f}" if signed else f"{value:.1f}"
 
 
-def _p_value(value: float | None) -> str:
+def p_value(value: float | None) -> str:
+    """A p-value with three."""
     return "-" if value is None else f"{value:.3f}"

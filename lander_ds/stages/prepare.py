@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,11 +16,18 @@ from lander_ds.common.console import progress, stderr
 from lander_ds.common.errors import ArtefactError, ConfigError, DataError, ModelError
 from lander_ds.common.files import file_hash, json_hash, write_json, writing
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.data_consistency import evaluated_pairs
 from lander_ds.config.recipe import Recipe, Split
-from lander_ds.data.build import build, entry_hash
+from lander_ds.data.build import TrainedOn, build, entry_hash
 from lander_ds.data.filters import check_filters
-from lander_ds.data.prepared import PreparedData, prepared_options
-from lander_ds.data.sources.corpus import Corpus, resolve
+from lander_ds.data.prepared import (
+    PreparedData,
+    prepared_options,
+    set_directory,
+    set_options,
+)
+from lander_ds.data.sets import TRAINED, set_recipe, what_was_trained_on
+from lander_ds.data.sources.corpus import Corpus, resolve, resolve_set
 from lander_ds.data.tokens.encoding import Encoder
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.data.tokens.tokenizer import embedding_rows, load_tokenizer, tokenizer_fingerprint
@@ -30,9 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
-    """One part: the corpora read, filtered and tokenised into a cache entry, and the run pointed at it.
+    """The corpora read, filtered and tokenised into a cache entry, and the run pointed at it; then a part per test set of
+    `evaluate.sets`, which is another entry.
 
-    Writes `data/prepared.json`, `data/statistics.json` and `data/rejected.jsonl`.
+    Writes `data/prepared.json`, `data/statistics.json` and `data/rejected.jsonl`, and for sets `data/sets/NAME/...`.
 
     Raises:
         ConfigError: data options that cannot work.
@@ -44,25 +53,58 @@ def _parts(start: Start) -> list[Part]:
     corpora = resolve(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     contents = _content_hashes(corpora)
-    options, fingerprint = prepared_options(recipe), tokenizer_fingerprint(tokenizer)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    inputs = contents | {"tokenizer": fingerprint}
 
-    def prepare() -> Result:
-        digest = entry_hash(recipe, corpora, contents, fingerprint)
+    def make(
+        recipe: Recipe, corpora: list[Corpus], digest: str, trained_on: Callable[[], TrainedOn] | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """The cache entry of that name, filled, and its manifest."""
         cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else run.path / "cache"
         entry = cache / f"prepared-{digest[:20]}"
         with Encoder(
             tokenizer, recipe.model.path, recipe.model.trust_remote_code, recipe.data.workers
         ) as encoder:
-            manifest = build(recipe, corpora, encoder, entry, digest, anew=start.force)
+            manifest = build(recipe, corpora, encoder, entry, digest, start.force, trained_on)
         _check_ids(PreparedData(entry), Path(recipe.model.path), tokenizer)
-        statistics = manifest["statistics"]
-        _log_statistics(statistics)
-        outputs = _point_at(entry, run, {"hash": digest, "options_hash": json_hash(options)}, statistics)
-        logger.info("prepare: data in %s, dropped lines in %s", entry, run.data / "rejected.jsonl")
-        return Result(outputs, {"statistics": statistics})
+        return entry, manifest
 
-    inputs = contents | {"tokenizer": fingerprint}
-    return [Part("prepare", options, inputs, prepare, usable=lambda: _usable(recipe, run))]
+    def prepare() -> Result:
+        digest = entry_hash(recipe, corpora, contents, fingerprint)
+        return _finished(*make(recipe, corpora, digest), run, run.data, options, "Prepared data")
+
+    @cache
+    def trained_on() -> TrainedOn:
+        return what_was_trained_on(recipe, corpora, PreparedData.load(run, recipe))
+
+    def part(name: str) -> Part:
+        own = resolve_set(recipe, name)
+        of_set, hashes = set_recipe(recipe, name), _content_hashes(own)
+
+        def prepare_set() -> Result:
+            training = PreparedData.load(run, recipe).content_hash(*TRAINED)
+            digest = json_hash([entry_hash(of_set, own, hashes, fingerprint), training])
+            entry, manifest = make(of_set, own, digest, trained_on)
+            directory, title = set_directory(run, name), f"Test set {name}"
+            return _finished(entry, manifest, run, directory, set_options(recipe, name), title)
+
+        return Part(
+            f"prepare.{name}",
+            set_options(recipe, name),
+            inputs | hashes,
+            prepare_set,
+            usable=lambda: _usable(lambda: PreparedData.load_set(run, recipe, name)),
+        )
+
+    options = prepared_options(recipe)
+    whole = Part(
+        "prepare",
+        options,
+        inputs,
+        prepare,
+        usable=lambda: _usable(lambda: PreparedData.load(run, recipe)),
+    )
+    return [whole, *(part(name) for name in recipe.evaluate.sets)]
 
 
 STAGE = Stage("prepare", _parts)
@@ -87,34 +129,52 @@ def _check_ids(data: PreparedData, model: Path, tokenizer: PreTrainedTokenizerBa
                 )
 
 
-def _point_at(
-    entry: Path, run: RunDirectory, hashes: Mapping[str, str], statistics: Mapping[str, Any]
-) -> list[Path]:
-    """Have the run use a cache entry; returns the files that say so."""
-    run.data.mkdir(parents=True, exist_ok=True)
-    outputs = [run.data / name for name in ("prepared.json", "statistics.json", "rejected.jsonl")]
+def _finished(
+    entry: Path,
+    manifest: Mapping[str, Any],
+    run: RunDirectory,
+    directory: Path,
+    options: Mapping[str, Any],
+    title: str,
+) -> Result:
+    """Have the run use a cache entry, and say what is in it.
+
+    Args:
+        entry: the cache entry.
+        manifest: what is in it.
+        run: the run.
+        directory: where the files lie that point at it.
+        options: everything in the recipe that it depends on.
+        title: of the table.
+    """
+    statistics = manifest["statistics"]
+    directory.mkdir(parents=True, exist_ok=True)
+    outputs = [directory / name for name in ("prepared.json", "statistics.json", "rejected.jsonl")]
     pointer, counts, rejected = outputs
+    _log_statistics(statistics, title, rejected)
     _copy(entry / rejected.name, rejected)
     write_json(counts, statistics)
     # Relative where the cache lies in the run directory, so that the directory can be moved.
     inside = entry.resolve().is_relative_to(run.path.resolve())
     location = entry.resolve().relative_to(run.path.resolve()) if inside else entry.resolve()
+    hashes = {"hash": manifest["hash"], "options_hash": json_hash(options)}
     write_json(pointer, {"entry": str(location), **hashes})
-    return outputs
+    logger.info("prepare: data in %s, dropped lines in %s", entry, rejected)
+    return Result(outputs, {"statistics": statistics})
 
 
 def _check(recipe: Recipe) -> None:
     data = recipe.data
     check_filters(data.filters)
-    check_prompt(data.prompt, data.pairs)
+    check_prompt(data.prompt, evaluated_pairs(recipe))
     for name, least in (("max_length", 2), ("detect_examples", 0), ("workers", 1)):
         if getattr(data, name) < least:
             raise ConfigError(f"data.{name}: {getattr(data, name)} is too small: use {least} or more")
 
 
-def _usable(recipe: Recipe, run: RunDirectory) -> bool:
+def _usable(load: Callable[[], PreparedData]) -> bool:
     try:
-        PreparedData.load(run, recipe)
+        load()
     except ArtefactError:
         return False
     return True
@@ -140,12 +200,12 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def _log_statistics(statistics: dict[str, dict[str, dict[str, Any]]]) -> None:
+def _log_statistics(statistics: dict[str, dict[str, dict[str, Any]]], title: str, rejected: Path) -> None:
     splits = [
         (pair, split, counts) for pair, of_pair in statistics.items() for split, counts in of_pair.items()
     ]
     reasons = sorted({reason for _, _, counts in splits for reason in counts["dropped"]})
-    table = Table("pair", "split", title="Prepared data")
+    table = Table("pair", "split", title=title)
     for name in ("read", "kept", "tokens", *reasons):
         table.add_column(name, justify="right")
     for pair, split, counts in splits:
@@ -155,9 +215,9 @@ def _log_statistics(statistics: dict[str, dict[str, dict[str, Any]]]) -> None:
         if 2 * lost > counts["read"]:
             reason, most = max(counts["dropped"].items(), key=lambda item: item[1])
             logger.warning(
-                "%d of %d %s lines of %s were dropped, most of them (%d) as %s: see data/rejected.jsonl; relax "
-                "data.filters or data.max_length, or correct data.corpora",
-                *(lost, counts["read"], split, pair, most, reason),
+                "%d of %d %s lines of %s were dropped, most of them (%d) as %s: see %s; relax "
+                "data.filters or data.max_length, or correct the corpus",
+                *(lost, counts["read"], split, pair, most, reason, rejected),
             )
         if split == "test" and counts["dropped"]:
             logger.warning(

@@ -29,7 +29,17 @@ def _parts(start: Start) -> list[Part]:
         *sorted(run.translations.glob("*/*.jsonl")),
     ]
     options = section(
-        recipe, "run_dir", "model", "data", "select", "routing", "train", "translate", "score", "seed"
+        recipe,
+        "run_dir",
+        "model",
+        "data",
+        "select",
+        "routing",
+        "train",
+        "translate",
+        "evaluate",
+        "score",
+        "seed",
     )
     inputs = {run.relative(path): file_hash(path) for path in sources if path.exists()}
     state = description(run.checkpoints, recipe.translate.checkpoint)

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lander_ds.common.console import progress, stdout
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, read_json, write_json
-from lander_ds.config.data_consistency import translated_pairs
+from lander_ds.config.data_consistency import (
+    evaluated_pairs,
+    has_examples,
+    set_pairs,
+    translated_pairs,
+)
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
+from lander_ds.data.sets import NamedSet
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.distributed.start import Start
 from lander_ds.evaluation.baseline import baseline_path, read_baseline
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import check_tokenizers
 from lander_ds.evaluation.score import GIVEN, baseline_of, means, score_pair
+from lander_ds.evaluation.sets import score_set
+from lander_ds.inference.losses import LOSSES, TextLoss, read_losses
 from lander_ds.inference.provenance import System, is_up_to_date, record_name
 from lander_ds.inference.translations import Translation, read_translations
+from lander_ds.report.sets import set_tables
 from lander_ds.report.summary import pair_scores, remarks, score_table
 from lander_ds.stages.stage import Part, Result, Stage
 
@@ -29,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
-    """One part: scores of every system of `translate.systems`, and that of `score.baseline`, on every translated pair.
+    """One part: scores of every system of `translate.systems`, and that of `score.baseline`, on every translated pair; and
+    of every system on every named test set.
 
     Raises:
         ArtefactError: translations are missing, were made from something else, or do not fit together.
@@ -53,8 +63,13 @@ def _parts(start: Start) -> list[Part]:
             paths[pair][GIVEN] = path = baseline_path(pattern, pair)
             translations[pair][GIVEN] = read_baseline(path, translations[pair][systems[0]])
 
+    sets = [_OfSet(start, name) for name in recipe.evaluate.sets]
+
     def score() -> Result:
-        write_json(run.scores, _scores(recipe, translations))
+        scores = _scores(recipe, translations)
+        if sets:
+            scores["sets"] = _set_scores(recipe, sets)
+        write_json(run.scores, scores)
         return Result([run.scores])
 
     def show() -> None:
@@ -63,9 +78,16 @@ def _parts(start: Start) -> list[Part]:
         stdout.print(score_table(figures))
         for line in remarks(figures):
             logger.warning(line)
+        for table in set_tables(scores.get("sets", {})):
+            stdout.print(table)
 
     options = {**section(recipe, "score", "seed"), "systems": list(systems), "pairs": list(pairs)}
-    inputs = {run.relative(path): file_hash(path) for of_pair in paths.values() for path in of_pair.values()}
+    if sets:
+        # What is trained decides which means a direction belongs to.
+        options |= {"sets": [one.name for one in sets], "trained": list(recipe.data.pairs)}
+    read = [path for of_pair in paths.values() for path in of_pair.values()]
+    read += [path for one in sets for path in one.paths]
+    inputs = {run.relative(path): file_hash(path) for path in read}
     return [Part("score", options, inputs, score, show=show)]
 
 
@@ -96,13 +118,57 @@ def _scores(recipe: Recipe, translations: Mapping[str, Mapping[str, list[Transla
     }
 
 
-def _check_origin(start: Start, system: System) -> None:
+class _OfSet:
+    """What was translated of a named test set.
+
+    Raises:
+        ArtefactError: translations or losses are missing, or were made from something else.
+    """
+
+    def __init__(self, start: Start, name: str) -> None:
+        recipe, run = start.recipe, start.run
+        self.name = name
+        self.paths: list[Path] = []
+        """Files that were read."""
+        self.translations: dict[str, dict[str, list[Translation]]] = {}
+        """By direction and system."""
+        self.losses: dict[str, dict[str, TextLoss]] = {}
+        """By system and language."""
+        for system in recipe.translate.systems:
+            directory = run.translations_of(system, name)
+            for pair in set_pairs(recipe, name):
+                # Examples for the prompt are not there for every direction.
+                if system != "fewshot" or has_examples(recipe, pair):
+                    path = directory / f"{pair}.jsonl"
+                    self.translations.setdefault(pair, {})[system] = read_translations(path)
+                    self.paths.append(path)
+            if system != "fewshot":
+                self.losses[system] = read_losses(directory / LOSSES)
+                self.paths.append(directory / LOSSES)
+            _check_origin(start, system, name)
+
+
+def _set_scores(recipe: Recipe, sets: Sequence[_OfSet]) -> dict[str, Any]:
+    """`sets` of scores.json."""
+    identifier = LanguageIdentifier({code for pair in evaluated_pairs(recipe) for code in split_pair(pair)})
+    scored = {}
+    with progress("score test sets", len(sets)) as bar:
+        for one in sets:
+            scored[one.name] = score_set(
+                one.translations, one.losses, recipe.data.pairs, recipe.score, recipe.seed, identifier
+            )
+            bar.advance(1, one.name)
+    return scored
+
+
+def _check_origin(start: Start, system: System, name: str | None = None) -> None:
     # Translations without a record were put there by hand, which is fine; a record must fit.
     run = start.run
-    if run.record_path(record_name(system)).exists():
+    if run.record_path(record_name(system, name)).exists():
         data = PreparedData.load(run, start.recipe)
-        if not is_up_to_date(start, data, system):
+        test_set = None if name is None else NamedSet.load(run, start.recipe, name)
+        if not is_up_to_date(start, data, system, test_set):
             raise ArtefactError(
-                f"{run.translations / system} was translated with other options, data or training than this "
+                f"{run.translations_of(system, name)} was translated with other options, data or training than this "
                 "recipe's: run stage translate (again)"
             )

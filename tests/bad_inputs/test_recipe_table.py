@@ -49,6 +49,9 @@ EDITS = [
 
 TWO_STAGES = ["topology=pipeline", "pipeline_stages=2"]
 
+NEWS = "evaluate.sets.news.path=x"
+SHOTS = "evaluate.shots=[{path: x"
+
 OVERRIDES = [
     # The stage, the overrides, fragments of the message.
     ("train", ["train.lrr=1"], "--set train.lrr=1: train.lrr: unknown key; did you mean train.lr?"),
@@ -118,6 +121,44 @@ OVERRIDES = [
     ("score", ["score.baseline='{system}.{pair}'"], "score.baseline: unknown placeholder {system}", "{src}"),
     ("export", ["export.formats=[]"], "export.formats: nothing to export"),
     ("export", ["train.method=full"], "export.formats: routed needs banks", "write [dense]"),
+    ("prepare", ["evaluate.sets.news.path=news.{pair}"], "evaluate.sets.news.path: news.en-de: no such file"),
+    ("prepare", ["evaluate.sets.news.path=train.{pair}.jsonl"], "scores on training data mean nothing"),
+    ("prepare", ["evaluate.sets.news={path: test.en-de.jsonl}"], "en-de and en-fr would read the same lines"),
+    (
+        "score",
+        ["evaluate.sets.news={path: 'a.{lang}'}"],
+        "evaluate.sets.news.path: unknown placeholder {lang}",
+    ),
+    (
+        "score",
+        [NEWS, "evaluate.sets.news.pairs=[en-xx-y]"],
+        "evaluate.sets.news.pairs.0: 'en-xx-y' is no pair",
+    ),
+    ("score", ["evaluate.sets={a.b: {path: x}}"], "evaluate.sets.a.b: a set's name begins with a letter"),
+    (
+        "score",
+        [NEWS, "evaluate.sets.news.pth=x"],
+        "evaluate.sets.news.pth: unknown key",
+        "did you mean evaluate.sets.news.path?",
+    ),
+    ("score", ["evaluate.sets.news.limit=2"], "evaluate.sets.news.path: this required key is missing"),
+    ("score", [NEWS, "evaluate.sets.news.limit=0"], "evaluate.sets.news.limit: must be at least 1"),
+    (
+        "score",
+        [NEWS, "evaluate.sets.news.split=train"],
+        "evaluate.sets.news.split: expected one of test, valid",
+    ),
+    (
+        "score",
+        [NEWS, "evaluate.sets.news.pairs=[en-es]", f"{SHOTS}, pairs: [en-sp]}}]"],
+        "shots.0.pairs.0",
+        "did you mean en-es?",
+    ),
+    (
+        "score",
+        [f"{SHOTS}, pairs: [en-de]}}]"],
+        "en-de is among data.pairs: its examples come from its training",
+    ),
     ("prepare", ["data.corpora.0.path=t.{pair}"], "data.corpora.0.path: t.en-de: no such file"),
     ("prepare", ["data.corpora.0.path=test.{pair}.jsonl"], "scores on training data mean nothing"),
     ("prepare", ["data.corpora.0.path=train.en-de.jsonl"], "en-de and en-fr would read the same lines"),

@@ -87,7 +87,7 @@ def test_a_stage_reads_once(tiny_run: TinyRun, command: str) -> None:
 
 def test_all_stages_are_given_the_same_start(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     # One process alone would otherwise open a group for `all`, which only the stages themselves need.
-    monkeypatch.setattr(stages, "_open_process_group", lambda start, command: None)
+    monkeypatch.setattr(stages, "_open_process_group", lambda start, command, words: None)
     starts: list[Start] = []
     monkeypatch.setattr(Stage, "perform", lambda self, start: starts.append(start))
     assert main(["all", "--recipe", "recipe.yaml", "--force"]) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lander_ds.common.errors import ConfigError
@@ -12,7 +14,7 @@ from lander_ds.config.recipe import Recipe
 
 def test_every_key_of_the_schema_is_explained() -> None:
     keys = explain()
-    assert [key.path.replace(".N", "") for key in keys] == [
+    assert [re.sub(r"\.N(AME)?\b", "", key.path) for key in keys] == [
         ".".join(map(str, path)) for path in key_paths(Recipe)
     ]
     assert all(key.text for key in keys)
@@ -30,6 +32,8 @@ def test_every_key_of_the_schema_is_explained() -> None:
         ("detect.examples", "detect.examples: whole number | null, at least 1 = null"),
         ("data.corpora.0.limit", "data.corpora.N.limit: whole number | null, at least 1 = null"),
         ("data.corpora.N.swap", "data.corpora.N.swap: true | false = false"),
+        ("evaluate.sets", "evaluate.sets: mapping of names to sections = {}"),
+        ("evaluate.sets.NAME.swap", "evaluate.sets.NAME.swap: true | false = false"),
         ("score.tokenizers", "score.tokenizers: mapping of text to text = {}"),
     ],
 )

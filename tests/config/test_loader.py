@@ -230,26 +230,40 @@ def test_any_text_and_number_survives_the_dump(
     assert load(tmp_path_factory.mktemp("dump"), dump_recipe(recipe)) == recipe
 
 
-PATH_KEYS = ("run_dir", "deepspeed", "model.path", "data.corpora.0.path", "data.cache_dir", "score.baseline")
+PATH_KEYS = (
+    "run_dir",
+    "deepspeed",
+    "model.path",
+    "data.corpora.0.path",
+    "data.cache_dir",
+    "evaluate.sets.news.path",
+    "evaluate.shots.0.path",
+    "score.baseline",
+)
+SHOTS = "evaluate.shots=[{path: dev}]"
 
 
 def at(recipe: Recipe, key: str) -> object:
     value: object = recipe
     for part in key.split("."):
-        value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
+        if isinstance(value, tuple | dict):
+            value = value[int(part)] if isinstance(value, tuple) else value[part]
+        else:
+            value = getattr(value, part)
     return value
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
 def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert at(load(tmp_path, RECIPE, f"{key}=~/a/{{pair}}"), key) == "/home/me/a/{pair}"
-    assert at(load(tmp_path, RECIPE, f"{key}=a/~/b"), key) == "a/~/b"
+    assert at(load(tmp_path, RECIPE, SHOTS, f"{key}=~/a/{{pair}}"), key) == "/home/me/a/{pair}"
+    assert at(load(tmp_path, RECIPE, SHOTS, f"{key}=a/~/b"), key) == "a/~/b"
     assert f"{key}: ~nobody-of-this-name is no user's home directory" in refusal(
-        tmp_path, RECIPE, f"{key}=~nobody-of-this-name/a"
+        tmp_path, RECIPE, SHOTS, f"{key}=~nobody-of-this-name/a"
     )
 
 
 def test_every_key_for_a_path_is_tried() -> None:
     named = [key.path for key in explain() if key.path.rpartition(".")[2] in ("path", "run_dir", "cache_dir")]
-    assert {key.replace(".0.", ".N.") for key in PATH_KEYS} >= set(named)
+    tried = {key.replace(".0.", ".N.").replace(".news.", ".NAME.") for key in PATH_KEYS}
+    assert tried >= set(named)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import FilterConfig
-from lander_ds.data.filters import Filter, HeldOut, check_filters, normalise
+from lander_ds.data.filters import Filter, Sentences, check_filters, normalise
 from lander_ds.data.hashes import HashSet, text_hash
 from lander_ds.data.sources.rows import Row
 
@@ -51,8 +51,8 @@ def test_short_pairs_into_other_scripts(tgt: str) -> None:
 
 def test_filters_can_be_switched_off() -> None:
     config = FilterConfig(max_length_ratio=0, drop_duplicates=False, drop_identical=False, test_overlap="off")
-    held_out = HeldOut(config)
-    held_out.add(row("a", "a"))
+    held_out = Sentences(config)
+    held_out.add("a", "a")
     keep = Filter(config, held_out)
     assert [keep.reason(row("a", "a")), keep.reason(row("a", "a")), keep.reason(row("a", "b" * 99))] == [
         None
@@ -68,7 +68,7 @@ def test_duplicates_are_of_both_sides_together() -> None:
 def test_overlap_with_held_out_sentences() -> None:
     config = FilterConfig(max_length_ratio=0)
     held_out = hold_out(config)
-    held_out.add(row("...", "!!!"))
+    held_out.add("...", "!!!")
     cases = {
         ("Hello, World!", "x"): "test_overlap_exact",
         ("y", "Straße"): "test_overlap_exact",
@@ -86,9 +86,9 @@ def test_overlap_with_held_out_sentences() -> None:
     assert exact.reason(row("Hello, World!", "x")) == "test_overlap_exact"
 
 
-def hold_out(config: FilterConfig) -> HeldOut:
-    held_out = HeldOut(config)
-    held_out.add(row("Hello, World!", "Straße"))
+def hold_out(config: FilterConfig) -> Sentences:
+    held_out = Sentences(config)
+    held_out.add("Hello, World!", "Straße")
     return held_out
 
 
@@ -137,11 +137,11 @@ class TestInvisibleCharacters:
     def test_of_a_test_sentence(self, character: str) -> None:
         config = FilterConfig()
         held_out = hold_out(config)
-        held_out.add(row("A hidden sentence", "Ein versteckter Satz"))
+        held_out.add("A hidden sentence", "Ein versteckter Satz")
         hidden = row(f"{character}A hid{character}den sentence", "etwas anderes")
         assert Filter(config, held_out).reason(hidden) == "test_overlap_normalised"
-        other = HeldOut(config)
-        other.add(row(f"A hid{character}den sentence", "Satz"))
+        other = Sentences(config)
+        other.add(f"A hid{character}den sentence", "Satz")
         assert other.overlap(row("A hidden sentence", "b")) == "test_overlap_normalised"
 
     def test_of_duplicates_and_empty_sides(self, character: str) -> None:

@@ -55,7 +55,7 @@ def prompts() -> dict[str, list[int]]:
     generator = torch.Generator().manual_seed(6)
     return {
         pair: torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        for pair, length in zip(PAIRS, (9, 6, 4), strict=True)
+        for pair, length in zip((*PAIRS, "none"), (9, 6, 4, 7), strict=True)
     }
 
 
@@ -155,9 +155,12 @@ def test_a_batch_may_mix_pairs(exports: dict[str, Exported], name: str) -> None:
 def test_the_pair_must_be_named_and_known(exports: dict[str, Exported], name: str) -> None:
     actual = exports[name].actual
     listed = ", ".join(PAIRS)
-    assert actual["no_pair"] == f"say which language pair: pair=..., one of {listed}"
+    assert actual["no_pair"] == f"say which language pair: pair=..., one of {listed}, or none"
     assert actual["no_pair_generate"] == actual["no_pair"]
-    assert actual["unknown_pair"] == f"unknown pair 'en-xx'; this model knows {listed}"
+    assert (
+        actual["unknown_pair"]
+        == f"unknown pair 'en-xx': this model knows {listed}, and 'none' for every other direction"
+    )
 
 
 def test_it_opens_by_the_auto_classes(exports: dict[str, Exported]) -> None:

@@ -71,13 +71,14 @@ def test_rows_of_several_pairs_and_generation(tmp_path: Path) -> None:
     served = Switch(load(base), base)
     served.add("one", tmp_path / "one" / "delta")
     prompt = examples()[0][None]
-    greedy = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones(2, prompt.shape[1])}
-    with served.using("one", ["en-de", "en-fr"]) as model:
-        both = model(prompt.repeat(2, 1)).logits
-        tokens = model.generate(prompt.repeat(2, 1), num_beams=2, **greedy)
-    assert tokens.shape[0] == 2
-    for row, pair in enumerate(("en-de", "en-fr")):
-        assert same([both[row : row + 1]], trained_logits(recipe, pair)[:1])
+    greedy = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones(3, prompt.shape[1])}
+    with served.using("one", ["en-de", "en-fr", "none"]) as model:
+        logits_of_rows = model(prompt.repeat(3, 1)).logits
+        tokens = model.generate(prompt.repeat(3, 1), num_beams=2, **greedy)
+    assert tokens.shape[0] == 3
+    # en-es was not trained.
+    for row, pair in enumerate(("en-de", "en-fr", "en-es")):
+        assert same([logits_of_rows[row : row + 1]], trained_logits(recipe, pair)[:1])
 
 
 def test_what_is_shared_takes_no_memory(tmp_path: Path) -> None:

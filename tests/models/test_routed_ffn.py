@@ -9,7 +9,17 @@ import pytest
 import torch
 from support.small_ffn import BANKS, PAIRS, D, bank_by_hand, c_by_hand, run, small_ffn, tokens, whole_by_hand
 
-from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, routed
+from lander_ds.models.routed_ffn import (
+    NO_PAIR,
+    NONE,
+    BankFFN,
+    Gate,
+    RoutedFFN,
+    Routing,
+    carrying,
+    pair_id,
+    routed,
+)
 
 
 def by_hand(ffn: RoutedFFN, x: torch.Tensor, pair_ids: torch.Tensor) -> torch.Tensor:
@@ -156,6 +166,43 @@ def test_padding_owns_no_specific_bank() -> None:
     x, _ = tokens(4)
     expected = bank_by_hand(ffn.banks[0], x) + bank_by_hand(ffn.banks[4], x)  # type: ignore[arg-type]
     torch.testing.assert_close(run(ffn, x, torch.tensor(-1)), expected)
+
+
+@pytest.mark.parametrize("other_pairs", ["keep", "mask"])
+def test_text_of_no_pair_owns_the_general_banks_alone(other_pairs: str) -> None:
+    ffn = small_ffn(other_pairs=other_pairs)
+    x, _ = tokens(4)
+    general, *specific, frozen = ffn.banks
+    c = 2.0 * c_by_hand(ffn, x)
+    expected = bank_by_hand(general, c * x) + bank_by_hand(frozen, x)  # type: ignore[arg-type]
+    if other_pairs == "keep":
+        expected += sum(bank_by_hand(bank, x) for bank in specific)  # type: ignore[arg-type, misc]
+    none = torch.tensor(pair_id(NONE, PAIRS))
+    torch.testing.assert_close(run(ffn, x, none), expected, rtol=1e-6, atol=1e-6)
+    # Beside rows of a pair, too.
+    both = run(ffn, torch.stack([x, x]), torch.stack([torch.tensor(1), none]))
+    wanted = torch.stack([run(ffn, x, torch.tensor(1)), run(ffn, x, none)])
+    torch.testing.assert_close(both, wanted)
+
+
+@pytest.mark.parametrize("other_pairs", ["keep", "mask"])
+def test_the_specific_bank_of_a_single_pair_is_not_everybodys(other_pairs: str) -> None:
+    banks = (("specific", (0,), 3), ("frozen", (), 2))
+    ffn = small_ffn(banks=banks, other_pairs=other_pairs)
+    ffn.pairs = PAIRS[:1]
+    x, _ = tokens(4)
+    owned, frozen = (bank_by_hand(bank, x) for bank in ffn.banks)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        run(ffn, x, torch.tensor(NO_PAIR)), frozen + (owned if other_pairs == "keep" else 0.0)
+    )
+
+
+def test_a_mistyped_pair_is_not_taken_for_none() -> None:
+    assert [pair_id(pair, PAIRS) for pair in (*PAIRS, NONE)] == [0, 1, 2, NO_PAIR]
+    with pytest.raises(
+        ValueError, match="unknown pair 'en-ed': this model knows en-de, en-fr, de-en, and 'none'"
+    ):
+        pair_id("en-ed", PAIRS)
 
 
 def test_bfloat16_stays_bfloat16_and_close() -> None:

@@ -42,7 +42,8 @@ for name, case in json.loads(wanted.read_text()).items():
     mask = torch.cat(
         [torch.nn.functional.pad(torch.ones_like(p), (longest - p.shape[1], 0)) for p in prompts]
     )
-    pair_ids = torch.arange(len(pairs))
+    # "none" comes last.
+    pair_ids = torch.tensor([*range(len(pairs) - 1), -1])
     greedy = {"max_new_tokens": 12, "do_sample": False}
     with torch.no_grad():
         actual[name] = {

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lander_ds.common.errors import DataError
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig, CorpusFormat, DataConfig, Split
+from lander_ds.config.data_consistency import set_pairs, shown_pairs
+from lander_ds.config.recipe import ColumnConfig, CorpusConfig, CorpusFormat, DataConfig, Recipe, Split
 from lander_ds.data.sources.files import COMPRESSIONS, without_compression
 from lander_ds.data.tokens.languages import split_pair
 
@@ -68,6 +69,22 @@ def resolve(data: DataConfig) -> list[Corpus]:
             raise DataError(f"{key}.limit: {config.limit} keeps nothing: use 1 or more, or leave it out")
         corpora += [_resolve_one(config, key, pair) for pair in config.pairs or data.pairs]
     _check_complete(data, corpora)
+    return corpora
+
+
+def resolve_set(recipe: Recipe, name: str) -> list[Corpus]:
+    """The corpora of a named test set: one per direction, and for directions outside `data.pairs` those of
+    `evaluate.shots`, as training data, which few-shot examples come from.
+
+    Raises:
+        DataError: a file is missing or its format unknown.
+    """
+    config, pairs = recipe.evaluate.sets[name], set_pairs(recipe, name)
+    corpora = [_resolve_one(config, f"evaluate.sets.{name}", pair) for pair in pairs]
+    for number, source in enumerate(recipe.evaluate.shots):
+        shown = [pair for pair in shown_pairs(recipe, source) if pair in pairs]
+        resolved = (_resolve_one(source, f"evaluate.shots[{number}]", pair) for pair in shown)
+        corpora += [replace(corpus, split="train") for corpus in resolved]
     return corpora
 
 

@@ -17,6 +17,8 @@ Reason = Literal[
     "identical",
     "test_overlap_exact",
     "test_overlap_normalised",
+    "training_overlap_exact",
+    "training_overlap_normalised",
     "duplicate",
     "too_many_tokens",
 ]

@@ -1,0 +1,188 @@
+"""`lander translate --input`: text from a file or a pipe, without references."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from lander_ds.checkpoint.choice import chosen
+from lander_ds.cli.stages import process_group_for
+from lander_ds.common import launch
+from lander_ds.common.errors import ConfigError
+from lander_ds.common.files import file_hash, json_hash, write_text
+from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.data_consistency import evaluated_pairs, is_pair
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.sets import training_shots
+from lander_ds.data.sources.corpus import resolve
+from lander_ds.data.tokens.prompt import check_prompt, next_example, render_prompt, shots_for
+from lander_ds.data.tokens.text_encoder import TextEncoder
+from lander_ds.data.tokens.tokenizer import load_tokenizer
+from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.start import Start
+from lander_ds.inference.open import InferenceModel, open_directory, open_for_inference
+from lander_ds.inference.segments import STANDARD, Segment, is_json_lines, read_segments, written
+from lander_ds.inference.translate import Request, translate
+from lander_ds.inference.translations import read_translations
+from lander_ds.models.loading import model_positions
+from lander_ds.models.weights import base_fingerprint
+from lander_ds.preflight.recipe import load_checked
+from lander_ds.stages.stage import alone
+from lander_ds.training import preemption
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Translate, on every rank."""
+    preemption.leave_at_once()
+    recipe = _recipe(arguments)
+    _check(recipe, arguments)
+    json_lines = arguments.jsonl or is_json_lines(arguments.input)
+    segments = read_segments(arguments.input, json_lines)
+    start = Start(recipe, RunDirectory(recipe.run_dir), arguments.force)
+    facts = {"input": arguments.input, "output": arguments.output, "pair": arguments.pair}
+    with process_group_for(start, "translate", facts):
+        _run(start, arguments, segments)
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """That of `--recipe` or `--run`, decoding with as many beams as translations are wanted."""
+    path, overrides = arguments.recipe, list(arguments.overrides)
+    if arguments.run is not None:
+        path = RunDirectory(arguments.run).recipe
+        overrides.insert(0, f"run_dir={arguments.run}")
+    recipe = load_checked(path, overrides, "text")
+    beams = max(recipe.translate.beams, arguments.n_best)
+    return replace(recipe, translate=replace(recipe.translate, beams=beams))
+
+
+def _check(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be translated, or could not be written."""
+    pair, known = arguments.pair, evaluated_pairs(recipe)
+    if not is_pair(pair):
+        raise ConfigError(f"--pair {pair}: is no pair: write source-target, for example {known[0]}")
+    if pair not in known and not arguments.untrained:
+        raise ConfigError(
+            f"--pair {pair}: the recipe has {', '.join(known)}; add --untrained to translate in a direction that it was not "
+            "trained for"
+        )
+    check_prompt(recipe.data.prompt, [pair])
+    if launch.world_size() > 1 and STANDARD in (arguments.input, arguments.output or STANDARD):
+        raise ConfigError("several ranks need files: name them with --input and --output")
+    if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
+        raise ConfigError(f"--output {arguments.output}: there is no such directory: make it")
+
+
+def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment]) -> None:
+    recipe, pair = start.recipe, arguments.pair
+    directory = arguments.model or recipe.model.path
+    tokenizer = load_tokenizer(str(directory), recipe.model.trust_remote_code)
+    requests = _requests(recipe, pair, arguments.input, segments, tokenizer)
+    key = json_hash([_depends_on(start, arguments), [[r.id, r.prompt, r.stop] for r in requests]])
+    with _work_directory(arguments.output) as work:
+        if arguments.force and process_group.rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        collectives.barrier()
+        if requests:
+            model = _open(start, arguments)
+            done = translate(model, tokenizer, {pair: requests}, recipe.decoding, work, key, arguments.n_best)
+            logger.info("%d sentences, %.1f tokens/s", done.sentences, done.tokens / done.seconds)
+            if done.truncated:
+                logger.warning(
+                    "%d translations were cut short at translate.max_new_tokens=%d: raise it with --set",
+                    *(done.truncated, recipe.decoding.max_new_tokens),
+                )
+        if process_group.rank() == 0:
+            translations = {t.src: t for t in read_translations(work / f"{pair}.jsonl")} if requests else {}
+            text = written(segments, translations, n_best=arguments.n_best > 1)
+            if arguments.output in (None, STANDARD):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            else:
+                write_text(Path(arguments.output), text)
+                shutil.rmtree(work, ignore_errors=True)
+    collectives.barrier()
+
+
+@contextmanager
+def _work_directory(output: str | None) -> Iterator[Path]:
+    """Where finished sentences lie until all are: beside the output, so that an interrupted translation goes on."""
+    if output in (None, STANDARD):
+        with tempfile.TemporaryDirectory(prefix="lander-") as temporary:
+            yield Path(temporary)
+        return
+    path = Path(f"{output}.parts")
+    with alone(Path(f"{output}.lock"), f"the translation {output}", collective=True):
+        yield path
+
+
+def _requests(
+    recipe: Recipe, pair: str, source: str, segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase
+) -> list[Request]:
+    """One per line of text that is not empty; what stands in the input several times is translated once.
+
+    Raises:
+        ConfigError: a line is too long for the model.
+        DataError: the examples of the training's prompts cannot be had.
+    """
+    config = recipe.data.prompt
+    examples = training_shots(recipe, resolve(recipe.data)) if config.shots else {}
+    lines: dict[str, int] = {}
+    for segment in segments:
+        for line in filter(None, segment.lines):
+            lines.setdefault(line, segment.line)
+    shots = examples.get(pair, [])
+    prompts = TextEncoder(tokenizer).prompts(
+        [render_prompt(config, pair, line, shots_for(shots, (line, ""), config.shots)) for line in lines]
+    )
+    positions = model_positions(recipe.model)
+    for prompt, number in zip(prompts, lines.values(), strict=True):
+        if positions is not None and len(prompt) >= positions:
+            raise ConfigError(
+                f"--input {source}, line {number}: its prompt has {len(prompt)} tokens, and the model reads "
+                f"{positions}: divide the line"
+            )
+    stop = next_example(config, pair) if shots else ""
+    return [
+        Request(str(index), line, "", tuple(prompt), stop)
+        for index, (line, prompt) in enumerate(zip(lines, prompts, strict=True))
+    ]
+
+
+def _open(start: Start, arguments: argparse.Namespace) -> InferenceModel:
+    if arguments.model is not None:
+        return open_directory(arguments.model, start.recipe)
+    return open_for_inference(start.recipe, start.run, arguments.system)
+
+
+def _depends_on(start: Start, arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Everything that translations of the same prompts depend on."""
+    recipe = start.recipe
+    directory = Path(arguments.model or recipe.model.path)
+    decoding = asdict(recipe.decoding)
+    names = ("beams", "length_penalty", "max_new_tokens")
+    own = directory / GENERATION_CONFIG_NAME
+    depends: dict[str, Any] = {
+        **{name: decoding[name] for name in names},
+        "dtype": recipe.model.dtype,
+        "pair": arguments.pair,
+        "n_best": arguments.n_best,
+        "weights": base_fingerprint(directory),
+        "generation config": file_hash(own) if own.exists() else None,
+    }
+    if arguments.model is None and arguments.system == "trained":
+        state = chosen(start.run.checkpoints, recipe.translate.checkpoint).state
+        depends["checkpoint"] = json_hash(dict(state))
+    return depends
