@@ -232,5 +232,9 @@ def overrides(experiment: Experiment, cell: Cell, directory: Path, cache: Path) 
         settings["train.steps"] = cell.steps
     if cell.kind == "trial":
         assert experiment.tuning is not None
-        settings |= {"translate.split": "valid", "translate.limit": experiment.tuning.sentences}
+        settings |= {
+            "translate.split": "valid",
+            "translate.limit": experiment.tuning.sentences,
+            "evaluate.sets": {},
+        }
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -4,6 +4,7 @@
     hypotheses/CELL.jsonl.xz  JSON lines: system, pair, id, hyp (not of trials)
     references.VARIANT.jsonl.xz   JSON lines: pair, id, src, ref
 
+`pair` is `SET:PAIR` for a direction of a named test set (`evaluate.sets`).
 A cell whose figures are there is finished, on whatever machine it ran; its run directory is no longer needed.
 """
 
@@ -52,7 +53,7 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
     scores = read_json(run.scores, "run stage score again")
     training = read_json(run.training_summary, "train again") if run.training_summary.exists() else {}
     if cell.kind != "trial":
-        _publish_texts(cell, run, scores["systems"], out)
+        _publish_texts(cell, run, scores, out)
     # Last: it says that the cell is finished.
     write_json(
         cell_file(out, cell),
@@ -71,15 +72,28 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
             "optimizer_bytes": sum(training.get("optimizer_bytes_per_rank", [])) or None,
             "peak_memory": max(training.get("peak_memory_bytes_per_rank", [0])) or None,
             "signatures": scores["signatures"],
-            "systems": {
-                system: {
-                    pair: {metric: entry["systems"][system].get(metric) for metric in METRICS}
-                    for pair, entry in scores["pairs"].items()
+            "systems": {system: _scores(scores["pairs"], system) for system in scores["systems"]},
+            "sets": {
+                name: {
+                    "systems": {system: _scores(one["directions"], system) for system in scores["systems"]},
+                    "bits_per_byte": {
+                        language: {system: loss["bits_per_byte"] for system, loss in of_language.items()}
+                        for language, of_language in one["monolingual"].items()
+                    },
                 }
-                for system in scores["systems"]
+                for name, one in scores.get("sets", {}).items()
             },
         },
     )
+
+
+def _scores(entries: Mapping[str, Any], system: str) -> dict[str, dict[str, float | None]]:
+    """Direction -> metric -> score of a system, of the directions that it has translated."""
+    return {
+        pair: {metric: entry["systems"][system].get(metric) for metric in METRICS}
+        for pair, entry in entries.items()
+        if system in entry["systems"]
+    }
 
 
 def _step_seconds(metrics: Path) -> dict[str, float]:
@@ -92,15 +106,16 @@ def _step_seconds(metrics: Path) -> dict[str, float]:
     return {clock: median(step[name] for step in steps) for clock, name in names.items() if steps}
 
 
-def _publish_texts(cell: Cell, run: RunDirectory, systems: Iterable[str], out: Path) -> None:
+def _publish_texts(cell: Cell, run: RunDirectory, scores: Mapping[str, Any], out: Path) -> None:
     rows: list[dict[str, str]] = []
     sources = references(out, cell.variant)
-    for system in systems:
-        for file in sorted((run.translations / system).glob("*.jsonl")):
-            for item in read_translations(file):
-                rows.append({"system": system, "pair": file.stem, "id": item.id, "hyp": item.hyp})
-                key = {"pair": file.stem, "id": item.id}
-                sources[file.stem, item.id] = {**key, "src": item.src, "ref": item.ref}
+    for system in scores["systems"]:
+        for name in (None, *scores.get("sets", {})):
+            for file in sorted(run.translations_of(system, name).glob("*.jsonl")):
+                pair = file.stem if name is None else f"{name}:{file.stem}"
+                for item in read_translations(file):
+                    rows.append({"system": system, "pair": pair, "id": item.id, "hyp": item.hyp})
+                    sources[pair, item.id] = {"pair": pair, "id": item.id, "src": item.src, "ref": item.ref}
     _write_lines(_references_file(out, cell.variant), sources.values())
     _write_lines(out / "hypotheses" / f"{cell_file(out, cell).stem}.jsonl.xz", rows)
 

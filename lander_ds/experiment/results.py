@@ -27,6 +27,8 @@ from lander_ds.experiment.outcome import (
 )
 
 RESULTS_FILE = "results.json"
+TEST = "test"
+"""What comparisons call the test split, beside the names of sets."""
 
 Key = tuple[str, str]
 """(method, variant)."""
@@ -113,6 +115,17 @@ def _rows(figures: Figures) -> list[dict[str, Any]]:
             "seconds": figures["training_seconds"],
             **{name: figures[name] for name in names},
             "scores": scores,
+            "sets": {
+                name: {
+                    "scores": one["systems"].get(system, {}),
+                    "bits_per_byte": {
+                        language: losses[system]
+                        for language, losses in one["bits_per_byte"].items()
+                        if system in losses
+                    },
+                }
+                for name, one in figures["sets"].items()
+            },
         }
         for system, scores in figures["systems"].items()
     ]
@@ -136,21 +149,27 @@ def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict
         its = texts.get(("steps", variant, baseline))
         if its is None or method == baseline:
             continue
-        refs = {key: row["ref"] for key, row in references(out, variant).items()}
-        difference = _difference(refs, mine, its)
-        rows.append(
-            {
-                "a": method,
-                "b": baseline,
-                "variant": variant,
-                "at": at,
-                "seeds": [len(mine), len(its)],
-                "mean_chrf_diff": round(difference.mean, 3),
-                "interval": [round(difference.low, 3), round(difference.high, 3)],
-                "p": round(difference.p, 4),
-                "per_pair": {pair: round(value, 3) for pair, value in difference.per_pair.items()},
-            }
-        )
+        refs: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+        for key, row in references(out, variant).items():
+            if all(key in one for one in (*mine, *its)):
+                name, _, _ = key[0].rpartition(":")
+                refs[name or TEST][key] = row["ref"]
+        for name, of_set in refs.items():
+            difference = _difference(of_set, mine, its)
+            rows.append(
+                {
+                    "a": method,
+                    "b": baseline,
+                    "variant": variant,
+                    "at": at,
+                    "on": name,
+                    "seeds": [len(mine), len(its)],
+                    "mean_chrf_diff": round(difference.mean, 3),
+                    "interval": [round(difference.low, 3), round(difference.high, 3)],
+                    "p": round(difference.p, 4),
+                    "per_pair": {pair: round(value, 3) for pair, value in difference.per_pair.items()},
+                }
+            )
     return rows
 
 
@@ -159,11 +178,9 @@ def _difference(
     mine: Sequence[Mapping[tuple[str, str], str]],
     its: Sequence[Mapping[tuple[str, str], str]],
 ) -> Difference:
-    """On the sentences that both sides have translated."""
     keys: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for key in refs:
-        if all(key in one for one in (*mine, *its)):
-            keys[key[0]].append(key)
+        keys[key[0]].append(key)
 
     def side(seeds: Sequence[Mapping[tuple[str, str], str]]) -> dict[str, list[list[str]]]:
         return {pair: [[one[key] for key in of_pair] for one in seeds] for pair, of_pair in keys.items()}

@@ -12,6 +12,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from lander_ds.experiment.results import TEST
+
 TITLES = {"steps": "At equal steps", "time": "At equal training time"}
 
 _HTML = """<!doctype html>
@@ -71,7 +73,9 @@ def _table(
     pairs = list(next(iter(methods.values()))[0]["scores"])
     times = results["step_seconds"].get(variant, {})
     against = {
-        row["a"]: row for row in results["comparisons"] if (row["variant"], row["at"]) == (variant, at)
+        row["a"]: row
+        for row in results["comparisons"]
+        if (row["variant"], row["at"], row["on"]) == (variant, at, TEST)
     }
     header = [
         "method",
