@@ -235,6 +235,6 @@ def overrides(experiment: Experiment, cell: Cell, directory: Path, cache: Path) 
         settings |= {
             "translate.split": "valid",
             "translate.limit": experiment.tuning.sentences,
-            "evaluate.sets": {},
+            "evaluate": {},
         }
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -100,7 +100,7 @@ class Runner:
             ConfigError: settings of the experiment do not fit the recipe.
         """
         first, wanted = self._trials(), self._wanted(self._comparisons({}))
-        for cell in {(cell.method, cell.variant): cell for cell in (*first, *wanted)}.values():
+        for cell in {(cell.method, cell.variant, cell.kind): cell for cell in (*first, *wanted)}.values():
             load_checked(self.recipe, self._overrides(cell), self._stages(cell))
         for variant in self.experiment.variant_names:
             self._share(variant, [cell for cell in (*first, *wanted) if cell.variant == variant])
