@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -17,6 +18,14 @@ from lander_ds.method.ownership import owners_of, shield_of
 from lander_ds.method.relevance import relevance
 from lander_ds.method.selection import Bank, LayerSelection, Selection
 
+LATER = {
+    "layers": ("cost_aware",),
+    "banks": ("share", "quorum", "like", "owners"),
+    "shield": ("awareness", "share"),
+}
+"""Options that version 0.1.0 did not have. At their defaults they are not in the file, so that an old recipe gives the very
+file to which its checkpoints belong."""
+
 
 def build_selection(
     awareness: Awareness, config: SelectConfig, seed: int, shield: Awareness | None = None
@@ -25,7 +34,7 @@ def build_selection(
 
     In a layer that only some pairs selected (`scope: per_pair`) only these own neurons, and general means
     owned by all of them. The metadata holds `criteria` and `seed`, `base_fingerprint`, `data_hash`,
-    `awareness_hash`, `relevance` (pair -> D of layers 0 to L - 2), `layer_pairs` (layer -> pairs that
+    `awareness_hash`, perhaps `shield_hash`, `relevance` (pair -> D of layers 0 to L - 2), `layer_pairs` (layer -> pairs that
     selected it), `bank_sizes` (layer -> group -> neurons) and `remarks` for the report.
 
     Args:
@@ -46,7 +55,7 @@ def build_selection(
     layer_pairs = {layer: pairs for layer, pairs in candidates.items() if layer in owners}
     layers = [divide(layer, owners[layer], pairs) for layer, pairs in layer_pairs.items()]
     metadata = {
-        "criteria": json.loads(json.dumps(asdict(config))),
+        "criteria": _criteria(config),
         "seed": seed,
         "base_fingerprint": awareness.metadata.base_fingerprint,
         "data_hash": awareness.metadata.data_hash,
@@ -56,8 +65,20 @@ def build_selection(
         "bank_sizes": {str(layer.layer): {bank.group: bank.size for bank in layer.banks} for layer in layers},
         "remarks": _remarks(awareness.pairs, candidates, layers),
     }
+    if shield is not None:
+        metadata["shield_hash"] = shield.content_hash()
     selection = Selection(awareness.pairs, awareness.neurons, tuple(layers), metadata)
     return random_control(selection, seed) if config.banks.criterion == "random" else selection
+
+
+def _criteria(config: SelectConfig) -> dict[str, dict[str, Any]]:
+    """The options as JSON values."""
+    criteria, default = (json.loads(json.dumps(asdict(one))) for one in (config, SelectConfig()))
+    for section, names in LATER.items():
+        for name in names:
+            if criteria[section][name] == default[section][name]:
+                del criteria[section][name]
+    return {section: options for section, options in criteria.items() if options}
 
 
 def _check_shield(shield: Awareness, awareness: Awareness) -> None:
