@@ -248,7 +248,7 @@ def _compare(job: Job, ranks: int) -> Iterator[Case]:
         predicted = {
             "weights": weight_bytes(tensors, sharding, model.item_bytes),
             "gradients": gradient_bytes(tensors, sharding),
-            "optimizer": state_bytes("adamw") * optimizer_elements(tensors, sharding),
+            "optimizer": state_bytes(recipe.train) * optimizer_elements(tensors, sharding),
         }
         for data_rank in range(ranks // stages):
             rank = stage * (ranks // stages) + data_rank

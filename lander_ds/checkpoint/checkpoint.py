@@ -2,6 +2,7 @@
 
     trained-R.safetensors    the trained tensors that rank R wrote, float32, under their names in the HF model
     optimizer-R.safetensors  their moments: `exp_avg/NAME` and `exp_avg_sq/NAME`, float32
+    averaged-R.safetensors   averages of the trained tensors over steps, where there are any, like trained-R
     selection.safetensors    the selection (methods that have one)
     state.json               step, what it belongs to, progress, size and hash of every file and of itself
 
@@ -27,13 +28,13 @@ from lander_ds.method.selection import Selection
 
 logger = logging.getLogger(__name__)
 
-TRAINED, OPTIMIZER = "trained", "optimizer"
+TRAINED, OPTIMIZER, AVERAGED = "trained", "optimizer", "averaged"
 SELECTION, STATE = "selection.safetensors", "state.json"
 DIGEST = "state_sha256"
 """Key in state.json: `json_hash` of everything else in it."""
 FORMAT = "lander-checkpoint-2"
 _NAME = re.compile(r"step-(\d+)")
-_FILE = re.compile(rf"(({TRAINED}|{OPTIMIZER})-\d+|selection)\.safetensors")
+_FILE = re.compile(rf"(({TRAINED}|{OPTIMIZER}|{AVERAGED})-\d+|selection)\.safetensors")
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
@@ -90,6 +91,22 @@ class Checkpoint:
             ArtefactError: a file is not what was written.
         """
         return self._tensors(OPTIMIZER)
+
+    def averaged(self) -> StoredTensors:
+        """Name in the HF model -> float32 average over steps; empty where there is none.
+
+        Raises:
+            ArtefactError: a file is not what was written.
+        """
+        return self._tensors(AVERAGED)
+
+    def result(self) -> StoredTensors:
+        """What is translated with and exported, named like `trained`: the averages where there are any, else that.
+
+        Raises:
+            ArtefactError: a file is not what was written.
+        """
+        return self.averaged() or self.trained()
 
     def selection(self) -> Selection | None:
         """The selection it was trained with; None for methods without one.

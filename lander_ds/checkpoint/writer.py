@@ -15,13 +15,22 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lander_ds.checkpoint.checkpoint import DIGEST, FORMAT, OPTIMIZER, SELECTION, STATE, TRAINED, steps
+from lander_ds.checkpoint.checkpoint import (
+    AVERAGED,
+    DIGEST,
+    FORMAT,
+    OPTIMIZER,
+    SELECTION,
+    STATE,
+    TRAINED,
+    steps,
+)
 from lander_ds.checkpoint.retention import Retention, superfluous
 from lander_ds.common.errors import ExitCode, LanderError
 from lander_ds.common.files import file_hash, flush, json_hash, publish, write_json
@@ -50,6 +59,8 @@ class Parts:
     """Name -> float32 tensor in host memory that nothing else changes."""
     optimizer: Mapping[str, torch.Tensor]
     """`exp_avg/NAME`, `exp_avg_sq/NAME` -> the same."""
+    averaged: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Name -> average of the tensor over steps; empty where there is none."""
 
 
 class Writer:
@@ -163,7 +174,11 @@ def _write_part(new: Path, parts: Parts, rank: int) -> None:
     report: dict[str, Any] = {}
     try:
         new.mkdir(parents=True, exist_ok=True)
-        for kind, tensors in ((TRAINED, parts.trained), (OPTIMIZER, parts.optimizer)):
+        for kind, tensors in (
+            (TRAINED, parts.trained),
+            (OPTIMIZER, parts.optimizer),
+            (AVERAGED, parts.averaged),
+        ):
             if tensors:
                 path = new / f"{kind}-{rank}.safetensors"
                 save_tensors(path, tensors)

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import check_data
-from lander_ds.config.recipe import BankChoice, LayerChoice, LoraConfig, Recipe, RoutingConfig, ShiraConfig
+from lander_ds.config.recipe import (
+    BankChoice,
+    LayerChoice,
+    LoraConfig,
+    Recipe,
+    RoutingConfig,
+    ShieldConfig,
+    ShiraConfig,
+)
 from lander_ds.config.topology_consistency import check_topology
 
 
@@ -32,6 +40,9 @@ def _check_select(check: Check) -> None:
         _warn_of_unread(check, "select.banks", banks, plain, ("share", "quorum"), criterion)
     else:
         _warn_of_unread(check, "select.banks", banks, plain, ("rho", "min_awareness"), criterion)
+    shield = check.recipe.select.shield
+    if shield.awareness is None and shield != ShieldConfig():
+        check.warn("select.shield.share", "has no effect without select.shield.awareness")
     if banks.criterion != "random":
         _warn_of_unread(check, "select.banks", banks, plain, ("like",), criterion)
 
@@ -116,6 +127,8 @@ def _check_train(check: Check) -> None:
         check.refuse("train.patience", "early stopping needs validations; set train.valid_every")
     if (train.keep_every or not train.keep_best) and not train.keep_last:
         check.warn("train.keep_last", "0 keeps every checkpoint; keep_every and keep_best have no effect")
+    if train.average.last > train.steps:
+        check.warn("train.average.last", f"{train.average.last} is more than the {train.steps} steps")
     if train.valid_every > train.steps:
         check.warn("train.valid_every", f"{train.valid_every} is more than the {train.steps} steps")
     if train.valid_every and check.runs("prepare", "train") and "valid" not in _splits(recipe):

@@ -240,6 +240,17 @@ class BankChoice:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ShieldConfig:
+    """Neurons that stay frozen because something else needs them (I)."""
+
+    awareness: PathText | None = None
+    """`awareness.safetensors` that stage detect of another recipe made of the same base: of directions that are not trained,
+    or of general text. None: no shield."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the neurons of all layers that is shielded: those with the largest part of that awareness."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class SelectConfig:
     """From awareness to banks. Runs in seconds and needs no model."""
 
@@ -247,6 +258,8 @@ class SelectConfig:
     """Which layers."""
     banks: BankChoice = field(default_factory=BankChoice)
     """Which neurons."""
+    shield: ShieldConfig = field(default_factory=ShieldConfig)
+    """Which neurons are left alone whatever the banks."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -307,6 +320,15 @@ class ShiraConfig:
 
     r: PositiveInt = 16
     """As many entries as LoRA of this rank would train: r (in + out) per matrix, drawn at random."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class AverageConfig:
+    """Averaging of what is trained, in float32; translated and exported is the average."""
+
+    last: Count = 0
+    """Mean of the trained weights after each of the last so many steps; 0: no averaging. It takes 4 bytes per trained
+    parameter."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -371,6 +393,8 @@ class TrainConfig:
     waits for ever."""
     log_every: PositiveInt = 1
     """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """Averaging over steps."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Only for `method: lora`."""
     shira: ShiraConfig = field(default_factory=ShiraConfig)

@@ -45,7 +45,7 @@ class TrainedModel:
         model, family = build(recipe.model, attention=None)
         restore_shape(model, family, recipe, checkpoint)
         weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
-        tensors = checkpoint.trained()
+        tensors = checkpoint.result()
         state = checkpoint.state
         changes = _Changes(model, family, weights, tensors, state["lora"]).by_tensor()
         gates = {name: rounded(name, tensors[name], model.dtype) for name in tensors if is_gate(name)}

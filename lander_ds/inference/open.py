@@ -72,7 +72,7 @@ def open_for_inference(
     if system == "trained":
         saved = chosen(run.checkpoints, recipe.translate.checkpoint)
         restore_shape(model, family, recipe, saved)
-        trained, name = saved.trained(), saved.path.name
+        trained, name = saved.result(), saved.path.name
         _check_pairs(model, recipe, saved)
     weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
     if recipe.translate.weights == "sharded":

@@ -6,6 +6,7 @@ Shapes: M pairs, G groups, L layers of the model, K chosen layers, f neurons per
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,12 +19,20 @@ from lander_ds.method.banks import assign_owners, top_owners
 
 
 def owners_of(
-    awareness: Awareness, layer_pairs: Mapping[int, Sequence[str]], choice: BankChoice
+    awareness: Awareness,
+    layer_pairs: Mapping[int, Sequence[str]],
+    choice: BankChoice,
+    shielded: torch.Tensor | None = None,
 ) -> dict[int, torch.Tensor]:
     """Owners of the neurons of every chosen layer: [pairs that selected it, f] bool.
 
-    `random` gives those of the criterion whose sizes it has. With `top`, layers in which nobody owns a neuron are left
-    out.
+    `random` gives those of the criterion whose sizes it has. Layers in which nobody owns a neuron are left out.
+
+    Args:
+        awareness: of the pairs.
+        layer_pairs: chosen layer -> pairs that selected it.
+        choice: the criterion.
+        shielded: [L, f] bool: neurons that nobody owns, and that the criterion does not see.
 
     Raises:
         ConfigError: `top` chooses no neuron at all.
@@ -31,18 +40,39 @@ def owners_of(
     if choice.criterion == "random":
         choice = replace(choice, criterion=choice.like)
     if choice.criterion == "top":
-        return _top_of_all(awareness, layer_pairs, choice)
+        return _top_of_all(awareness, layer_pairs, choice, shielded)
     phi, active = awareness.sum_abs_gh, awareness.active
     owners = {}
     for layer, pairs in layer_pairs.items():
         rows = [awareness.pairs.index(pair) for pair in pairs]
         members = _members(pairs, choice)
         tokens = awareness.tokens[rows]
-        owned = assign_owners(
-            _pooled(phi[rows, layer], tokens, members), _pooled(active[rows, layer], tokens, members), choice
-        )
-        owners[layer] = _of_pairs(owned, members)
+        aware, probability = (_pooled(total[rows, layer], tokens, members) for total in (phi, active))
+        free = slice(None) if shielded is None else ~shielded[layer]
+        owned = torch.zeros_like(aware, dtype=torch.bool)
+        if aware[:, free].numel():
+            owned[:, free] = assign_owners(aware[:, free], probability[:, free], choice)
+            owners[layer] = _of_pairs(owned, members)
     return owners
+
+
+def shield_of(awareness: Awareness, share: float) -> torch.Tensor:
+    """The floor(share L f) neurons (l, j) with the largest sum over m of Phi[m, l, j] / sum over (l, j) of Phi[m]: those on
+    which the pairs of another awareness depend most (I). The lower layer and index first among equals.
+
+    Returns: [L, f] bool.
+
+    Raises:
+        ConfigError: not one neuron is shielded.
+    """
+    phi = awareness.phi()
+    total = torch.nan_to_num(phi / phi.sum((1, 2), keepdim=True)).sum(0)
+    count = math.floor(share * total.numel() + 1e-9)
+    if count < 1:
+        raise ConfigError(f"select.shield.share: {share:g} of {total.numel()} neurons is not one; raise it")
+    shielded = torch.zeros(total.numel(), dtype=torch.bool)
+    shielded[torch.sort(total.flatten(), descending=True, stable=True).indices[:count]] = True
+    return shielded.view_as(total)
 
 
 def group_of(pair: str, owners: str) -> str:
@@ -71,7 +101,10 @@ def _of_pairs(owned: torch.Tensor, members: Sequence[Sequence[int]]) -> torch.Te
 
 
 def _top_of_all(
-    awareness: Awareness, layer_pairs: Mapping[int, Sequence[str]], choice: BankChoice
+    awareness: Awareness,
+    layer_pairs: Mapping[int, Sequence[str]],
+    choice: BankChoice,
+    shielded: torch.Tensor | None,
 ) -> dict[int, torch.Tensor]:
     members = _members(awareness.pairs, choice)
     phi = torch.zeros(len(members), len(layer_pairs), awareness.neurons, dtype=torch.float64)
@@ -82,6 +115,8 @@ def _top_of_all(
             if here:
                 takes_part[group, column] = True
                 phi[group, column] = _pooled(awareness.sum_abs_gh[:, layer], awareness.tokens, [here])[0]
+    if shielded is not None:
+        phi[:, shielded[list(layer_pairs)]] = 0.0
     owned = top_owners(phi, takes_part, choice.share, choice.quorum)
     if not owned.any():
         raise ConfigError(

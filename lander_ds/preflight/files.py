@@ -32,6 +32,13 @@ def check_files(check: Check) -> None:
         _check_model(check)
     if check.recipe.score.baseline is not None and check.runs("score"):
         _check_baseline(check, check.recipe.score.baseline)
+    shield = check.recipe.select.shield.awareness
+    if shield is not None and check.runs("select") and not Path(shield).is_file():
+        check.refuse(
+            "select.shield.awareness",
+            f"{shield} does not exist; run stage detect of a recipe for what is to be shielded, and name its "
+            "awareness.safetensors",
+        )
     if check.recipe.model.dtype == "float16" and check.runs("detect", "train", "translate"):
         _check_float16(check)
 

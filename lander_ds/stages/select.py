@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import get_args
 
 from lander_ds.common.files import file_hash
@@ -27,9 +28,14 @@ def _parts(start: Start) -> list[Part]:
     """
     recipe, run = start.recipe, start.run
     awareness = Awareness.load(run.awareness).reordered(recipe.data.pairs)
+    inputs = {"awareness": file_hash(run.awareness)}
+    shield: Awareness | None = None
+    if recipe.select.shield.awareness is not None:
+        path = Path(recipe.select.shield.awareness)
+        shield, inputs["shield"] = Awareness.load(path), file_hash(path)
 
     def select() -> Result:
-        selection = build_selection(awareness, recipe.select, recipe.seed)
+        selection = build_selection(awareness, recipe.select, recipe.seed, shield)
         selection.save(run.selection)
         for line in table(selection):
             logger.info(line)
@@ -38,7 +44,7 @@ def _parts(start: Start) -> list[Part]:
         return Result([run.selection])
 
     options = {**section(recipe, "select", "seed"), "pairs": list(recipe.data.pairs)}
-    return [Part("select", options, {"awareness": file_hash(run.awareness)}, select)]
+    return [Part("select", options, inputs, select)]
 
 
 STAGE = Stage("select", _parts)

@@ -13,10 +13,14 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from lander_ds.config.recipe import TrainConfig
+from lander_ds.distributed.engines.engine import AVERAGE
 
 
 class _ActiveGroups(torch.optim.Optimizer):
     """Mixin: `step` sees active groups alone; `allocate` makes state before the first step."""
+
+    averages = False
+    """Whether the state also holds an average of the parameter's values, which `Engine.average` keeps."""
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update the parameters of active groups; others keep weights, moments and step counts."""
@@ -32,6 +36,8 @@ class _ActiveGroups(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter].update(self._new_state(parameter))
+                if self.averages:
+                    self.state[parameter][AVERAGE] = parameter.detach().clone()
 
     def _new_state(self, parameter: torch.Tensor) -> dict[str, Any]:
         """Fresh state of one tensor."""
@@ -75,6 +81,14 @@ def build_optimizer(
         train: optimizer options.
         offload: the DeepSpeed JSON keeps optimizer state in host memory: use DeepSpeed's vectorised CPU Adam.
     """
+    optimizer = _new_optimizer(groups, train, offload)
+    optimizer.averages = train.average.last > 0
+    return optimizer
+
+
+def _new_optimizer(
+    groups: Mapping[str, list[torch.nn.Parameter]], train: TrainConfig, offload: bool
+) -> _ActiveGroups:
     described = [
         {"params": parameters, "name": name, "active": False, "lr": learning_rate(name, train)}
         for name, parameters in groups.items()

@@ -26,6 +26,8 @@ class Progress:
     """Steps whose loss or gradients were not finite."""
     skipped_in_a_row: int = 0
     """Such steps since the last good one."""
+    averaged: int = 0
+    """Steps in the average of the weights."""
     gates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Layer -> pair -> mean c (the share of the general banks) in each of the last `GATE_STEPS` steps with the pair."""
 

@@ -1,4 +1,5 @@
-"""From a session to a checkpoint: every rank gathers its share of the trained tensors and their optimizer state."""
+"""From a session to a checkpoint: every rank gathers its share of the trained tensors, their optimizer
+state and averages."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed.engines.engine import AVERAGE
 from lander_ds.training.progress import Progress
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session
 
@@ -36,12 +38,15 @@ class Saver:
         dims, ranks = session.dims, collectives.gather_objects(session.engine.group_steps())
         trained: dict[str, torch.Tensor] = {}
         optimizer: dict[str, torch.Tensor] = {}
+        averaged: dict[str, torch.Tensor] = {}
         # The ranks of a pipeline stage take turns, so that all write.
         for name, moment, tensor in session.engine.state_tensors(
             lambda i: i % dims.data_parallel_ranks == dims.data_parallel_rank
         ):
             if moment is None:
                 trained[name] = tensor
+            elif moment == AVERAGE:
+                averaged[name] = tensor
             else:
                 optimizer[f"{moment}/{name}"] = tensor
         description = {
@@ -54,7 +59,8 @@ class Saver:
         }
         with_selection = session.recipe.train.method in METHODS_WITH_SELECTION
         selection = self._run.selection if with_selection else None
-        self._writer.save(progress.done, Parts(trained, optimizer), description, selection)
+        parts = Parts(trained, optimizer, averaged if progress.averaged else {})
+        self._writer.save(progress.done, parts, description, selection)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk (collective).

@@ -119,5 +119,5 @@ def open_session(start: Start, resumed: Checkpoint | None = None) -> Session:
     trained = {} if resumed is None else resumed.trained()
     engine = spread(recipe, config, dims, model, family, selection, trained)
     if resumed is not None:
-        engine.restore(trained, resumed.optimizer(), resumed.state["group_steps"])
+        engine.restore(trained, resumed.optimizer(), resumed.state["group_steps"], resumed.averaged())
     return Session(recipe, engine, dims, family, sizes, total, per_rank, start.base_fingerprint)

@@ -104,6 +104,7 @@ class Trainer:
                 record, preempted = self._step(progress.done, stop.received)
                 progress.done += 1
                 self._count(record)
+                self._average()
                 progress.gated(record["gates"])
                 spent = time.monotonic() - started
                 left = train.steps - progress.done
@@ -214,6 +215,15 @@ class Trainer:
             }
             for i, layer in enumerate(layers)
         }
+
+    def _average(self) -> None:
+        """Take the weights after this step into the mean over the last steps (collective)."""
+        progress, train = self.progress, self.train
+        if progress.done <= train.steps - train.average.last:
+            progress.averaged = 0
+            return
+        progress.averaged += 1
+        self.session.engine.average(1.0 / progress.averaged)
 
     def _count(self, record: dict[str, Any]) -> None:
         """Count skipped steps.

@@ -246,6 +246,7 @@ def test_options_without_effect_are_told(workspace: Workspace, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("overrides", "wording"),
     [
+        (("shield.share=0.1",), "select.shield.share: has no effect without select.shield.awareness"),
         (("banks.share=0.1",), "select.banks.share: has no effect with criterion: spread"),
         (("banks.criterion=top", "banks.rho=0.5"), "select.banks.rho: has no effect with criterion: top"),
         (
@@ -266,7 +267,13 @@ def test_options_of_another_criterion_are_told(
     with caplog.at_level(logging.WARNING):
         check(workspace, *(f"select.{override}" for override in overrides))
     assert wording in caplog.text
-    assert ("has no effect with criterion" in caplog.text) == bool(wording)
+    assert ("has no effect with" in caplog.text) == bool(wording)
+
+
+def test_a_shield_must_exist_before_anything_is_detected(workspace: Workspace) -> None:
+    message = refusal(workspace, "select.shield.awareness=other/awareness.safetensors", stage="all")
+    assert "select.shield.awareness: other/awareness.safetensors does not exist; run stage detect" in message
+    check(workspace, "select.shield.awareness=other/awareness.safetensors", stage="train")
 
 
 def test_dense_export_with_gates_is_an_approximation(

@@ -158,6 +158,7 @@ def test_old_files_are_read(tmp_path: Path) -> None:
         Selection.load(run / "selection.safetensors"),
         Selection.load(tmp_path / "old.safetensors"),
     )
+    assert actual.metadata["criteria"] == wanted.metadata["criteria"]
     for one, other in zip(actual.layers, wanted.layers, strict=True):
         assert one.banks == other.banks
         assert torch.equal(one.permutation, other.permutation)

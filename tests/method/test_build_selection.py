@@ -97,11 +97,14 @@ def test_metadata() -> None:
     assert metadata["criteria"]["layers"] == {
         "criterion": "relevance",
         "k": 2,
-        "cost_aware": False,
         "scope": "shared",
         "layers": [],
     }
     assert metadata["criteria"]["banks"]["rho"] == 0.5
+    assert set(metadata["criteria"]) == {"layers", "banks"}
+    assert set(metadata["criteria"]["banks"]) == {"criterion", "rho", "spread", "min_awareness", "kappa"}
+    other = replace(config, banks=replace(config.banks, owners="target"))
+    assert build_selection(data, other, seed=3).metadata["criteria"]["banks"]["owners"] == "target"
     assert metadata["seed"] == 3
     assert metadata["base_fingerprint"] == "base"
     assert metadata["awareness_hash"] == data.content_hash()

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fabricate import PAIRS, awareness, random_awareness
 
-from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig
+from lander_ds.common.errors import ArtefactError, ConfigError
+from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig, ShieldConfig
 from lander_ds.method.banks import top_owners
+from lander_ds.method.ownership import shield_of
 from lander_ds.method.select import build_selection
 from lander_ds.method.selection import Bank, Selection
 
@@ -44,7 +45,7 @@ class TestTop:
             1: {"general:en-de+en-fr": [1], "specific:en-de": [0], "specific:en-fr": [2]},
         }
         assert [bank.kind for bank in selection.layers[0].banks] == ["general", "frozen"]
-        assert "No neuron of the layers 2 is among the top" in " ".join(selection.metadata["remarks"])
+        assert "No neuron of the layers 2 is owned by any pair" in " ".join(selection.metadata["remarks"])
         assert set(selection.metadata["layer_pairs"]) == {"0", "1"}
 
     def test_the_scale_of_a_pairs_awareness_does_not_matter(self) -> None:
@@ -159,3 +160,46 @@ class TestOwners:
             for who in ("pair", "target")
         )
         assert owned(one) == owned(other)
+
+
+class TestShield:
+    def test_the_most_aware_neurons_of_all_layers_of_pairs_alike(self) -> None:
+        phi = torch.ones(2, 2, 5)
+        phi[0, 1, 3] = 9
+        phi[1] *= 1000
+        phi[1, 0, 2] = 7000
+        assert shield_of(awareness(phi), 0.2).nonzero().tolist() == [[0, 2], [1, 3]]
+        with pytest.raises(ConfigError, match=r"select\.shield\.share: 0\.05 of 10 neurons is not one"):
+            shield_of(awareness(phi), 0.05)
+
+    @pytest.mark.parametrize("criterion", ["spread", "ratio", "entropy", "top", "random"])
+    def test_nobody_owns_them(self, criterion: str) -> None:
+        data, other = random_awareness(), random_awareness(seed=5)
+        banks = BankChoice(criterion=criterion, rho=0.5, share=0.2)  # type: ignore[arg-type]
+        config = SelectConfig(ALL, banks, ShieldConfig(share=0.25))
+        selection = build_selection(data, config, seed=1, shield=other)
+        shielded, frozen = shield_of(other, 0.25), 0
+        for layer in selection.layers:
+            rest = {
+                neuron
+                for b, n in zip(layer.banks, layer.slices(), strict=True)
+                if b.kind == "frozen"
+                for neuron in n.tolist()
+            }
+            frozen += len(rest)
+            if criterion != "random":
+                assert set(shielded[layer.layer].nonzero().flatten().tolist()) <= rest
+        assert (frozen == 60) == (criterion != "top")
+
+    def test_a_layer_that_is_shielded_whole_is_left_alone(self) -> None:
+        phi = torch.ones(2, 3, 5)
+        phi[:, 1] = 9
+        config = SelectConfig(ALL, shield=ShieldConfig(share=0.34))
+        selection = build_selection(random_awareness(2, 3, 5), config, seed=1, shield=awareness(phi))
+        assert [layer.layer for layer in selection.layers] == [0, 2]
+
+    def test_of_another_base(self) -> None:
+        with pytest.raises(
+            ArtefactError, match=r"from another base model .* run stage detect of that recipe"
+        ):
+            build_selection(random_awareness(), SelectConfig(ALL), 1, shield=random_awareness(layers=3))

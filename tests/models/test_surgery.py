@@ -70,7 +70,8 @@ def test_trained_banks_come_back_to_their_own_rows_and_columns(case: str) -> Non
     for name, value in model.state_dict().items():
         changed = torch.zeros_like(value, dtype=torch.bool)
         for parameter, source in cuts.items():  # type: ignore[assignment]
-            if source.tensor == name and source.dim is not None and ".banks.1." in parameter:
+            if source.tensor == name and ".banks.1." in parameter:
+                assert source.dim is not None
                 changed.index_fill_(source.dim, source.neurons, True)
         assert torch.equal(value != before[name], changed), name
     specific = selection.layer(0).slices()[1]

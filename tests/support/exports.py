@@ -80,8 +80,9 @@ def rewrite(
     run: RunDirectory,
     change: Callable[[dict[str, torch.Tensor]], Any],
     routing: Mapping[str, Any] | None = None,
+    averaged: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a newer checkpoint with changed tensors and options of the gates."""
+    """Write a newer checkpoint with changed tensors, options of the gates, and averages."""
     actual = checkpoint.newest(run.checkpoints)
     tensors = {name: tensor.clone() for name, tensor in actual.trained().items()}
     change(tensors)
@@ -91,5 +92,5 @@ def rewrite(
     description = {name: value for name, value in actual.state.items() if name not in own}
     description["routing"] = {**description["routing"], **(routing or {})}
     selection = run.selection if actual.selection() is not None else None
-    writer.save(actual.step + 1, Parts(tensors, {}), description, selection)
+    writer.save(actual.step + 1, Parts(tensors, {}, averaged or {}), description, selection)
     writer.finish()

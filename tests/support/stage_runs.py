@@ -13,6 +13,7 @@ import pytest
 from support.training_runs import (
     ABSENT,
     ADAMW,
+    AVERAGED,
     BFLOAT16,
     DETECT,
     DIVERGE,
@@ -74,6 +75,7 @@ def _two(topology: str) -> tuple[Job, ...]:
         job("lower", (*LOWER, "pipeline_cut=[2]"), TRAIN_LOWER),
         job("watched", ABSENT, WATCH),
         job("nudged", ("train.steps=2",), NUDGE),
+        job("averaged", AVERAGED),
         job("bfloat16", BFLOAT16),
         job("looked-into", ("model.dtype=bfloat16",), LOOK),
         job("whole", (*WHOLE, "translate.weights=sharded"), EVERY_STAGE),

@@ -49,6 +49,7 @@ OUTPUT = (
 )
 FULL = (*sets(train__method="full", train__steps=6, train__clip=0.5), "model.path=$root/untied")
 LOWER = (*NOISY, *sets(train__steps=6, train__clip=0.2))
+AVERAGED = (*ADAMW, *sets(train__steps=4, train__save_every=1, train__average__last=3))
 BFLOAT16 = sets(model__dtype="bfloat16", train__steps=4)
 WHOLE = (
     *sets(train__steps=8, translate__max_new_tokens=12, score__bootstrap_samples=20),
@@ -103,6 +104,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("watched", ABSENT, WATCH),
         Job("nudged", sets(train__steps=2), NUDGE),
         Job("patience", PATIENCE),
+        Job("averaged", AVERAGED),
         Job("bfloat16", BFLOAT16),
         Job("looked-into", sets(model__dtype="bfloat16"), LOOK),
         Job("collectives", (), COLLECTIVES),

@@ -20,13 +20,15 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 6
 FEW = (*ADAMW, f"train.steps={STEPS}", "train.save_every=2", "train.valid_every=2", "train.valid_examples=2")
+AVERAGED = (*FEW, "train.average.last=4")
+"""The signal comes after the first of these steps, or the second."""
 
 
 @pytest.fixture(scope="module")
 def faulty(tiny_run: TinyRun) -> TinyRun:
     jobs = (
-        Job("in-peace", FEW),
-        Job("preempted", FEW, "support.faulty:preempted_and_resumed"),
+        Job("in-peace", AVERAGED),
+        Job("preempted", AVERAGED, "support.faulty:preempted_and_resumed"),
         Job("refused", (*FEW, "train.steps=2", "train.valid_every=0"), "support.faulty:refused"),
         Job("infinite", (*FEW, "train.max_skipped=1"), "support.faulty:infinite_gradients"),
     )
@@ -59,7 +61,12 @@ def test_after_a_signal_it_goes_on_as_if_nothing_had_happened(faulty: TinyRun) -
     assert [record["loss"] for record in metrics(run)] == [record["loss"] for record in metrics(expected)]
     assert validations(run) == validations(expected)
     one, other = checkpoint.newest(run.checkpoints), checkpoint.newest(expected.checkpoints)
-    for actual, wanted in ((one.trained(), other.trained()), (one.optimizer(), other.optimizer())):
+    for actual, wanted in (
+        (one.trained(), other.trained()),
+        (one.optimizer(), other.optimizer()),
+        (one.averaged(), other.averaged()),
+    ):
+        assert wanted
         assert set(actual) == set(wanted)
         assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
     for key in ("step", "progress", "group_steps", "valid_loss"):

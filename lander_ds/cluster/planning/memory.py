@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lander_ds.cluster.planning.anatomy import Anatomy, Tensor
+from lander_ds.config.recipe import TrainConfig
 from lander_ds.models.loss import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 from lander_ds.models.span import Span
 
-MASTER, MOMENTS = 4, 8
-"""Bytes per trained parameter: float32 master; AdamW's two moments."""
+MASTER, MOMENTS, AVERAGE = 4, 8, 4
+"""Bytes per trained parameter: float32 master; AdamW's two moments; the average over steps."""
 ZERO1_ALIGNMENT = 2
 """DeepSpeed pads a parameter group under ZeRO-1 to a multiple of this times the ranks."""
 GRADIENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -118,9 +119,9 @@ def optimizer_elements(tensors: Sequence[Tensor], sharding: Sharding) -> int:
     return sum(shard(size, ZERO1_ALIGNMENT * sharding.ranks) * ZERO1_ALIGNMENT for size in groups.values())
 
 
-def state_bytes(optimizer: str) -> int:
-    """Bytes of optimizer state per trained element, its master included."""
-    return MASTER + (MOMENTS if optimizer == "adamw" else 0)
+def state_bytes(train: TrainConfig) -> int:
+    """Bytes of optimizer state per trained element, its master and average included."""
+    return MASTER + (MOMENTS if train.optimizer == "adamw" else 0) + (AVERAGE if train.average.last else 0)
 
 
 def rank_memory(model: Anatomy, span: Span, sharding: Sharding, targets: int, activations: int) -> RankMemory:
@@ -136,7 +137,7 @@ def rank_memory(model: Anatomy, span: Span, sharding: Sharding, targets: int, ac
     tensors, item = model.tensors(span), model.item_bytes
     weights = weight_bytes(tensors, sharding, item)
     gradients = gradient_bytes(tensors, sharding)
-    optimizer = state_bytes(model.recipe.train.optimizer) * optimizer_elements(tensors, sharding)
+    optimizer = state_bytes(model.recipe.train) * optimizer_elements(tensors, sharding)
     host = (gradients + optimizer if sharding.offloads_optimizer else 0) + (
         weights if sharding.offloads_weights else 0
     )
@@ -197,13 +198,15 @@ def _loss_bytes(model: Anatomy, targets: int) -> int:
 
 
 def checkpoint_bytes(model: Anatomy) -> int:
-    """Size of the safetensors files of a checkpoint: masters, moments, the selection (exact but for padding)."""
+    """Size of the safetensors files of a checkpoint: masters, moments, averages, the selection (exact but for padding)."""
     trained = [tensor for tensor in model.tensors(model.whole) if tensor.trained]
     adamw = model.recipe.train.optimizer == "adamw"
     total = _file_bytes({tensor.name: tensor for tensor in trained}, MASTER)
     if adamw:
         moments = {f"{moment}/{t.name}": t for moment in ("exp_avg", "exp_avg_sq") for t in trained}
         total += _file_bytes(moments, MASTER)
+    if model.recipe.train.average.last:
+        total += _file_bytes({tensor.name: tensor for tensor in trained}, AVERAGE)
     if model.selection is not None:
         total += 2 * INDEX_BYTES * model.selection.neurons * len(model.selection.layers)
         total += len(json.dumps([[vars(bank) for bank in layer.banks] for layer in model.selection.layers]))

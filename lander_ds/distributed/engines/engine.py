@@ -20,6 +20,8 @@ from lander_ds.models.translation_model import BatchTotals, GateStatistics, Tran
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state per parameter."""
+AVERAGE = "average"
+"""State per parameter of a training that averages."""
 
 
 class Engine(ABC):
@@ -116,6 +118,13 @@ class Engine(ABC):
             gates: counts the gate values of this rank's layers.
         """
 
+    def average(self, share: float) -> None:
+        """Move the averages of the trained weights by a share of the distance to what the weights are now."""
+        optimizer = self._optimizer
+        if optimizer is not None:
+            for _, part in self._masters():
+                optimizer.state[part][AVERAGE].lerp_(part.detach(), share)
+
     @abstractmethod
     def evaluate(self, batches: Sequence[PackedBatch], totals: BatchTotals) -> Figures:
         """Forward passes alone, in evaluation mode."""
@@ -148,6 +157,10 @@ class Engine(ABC):
         """The optimizer inside DeepSpeed's; None when this rank trains nothing."""
         return self._engine.optimizer.optimizer if self._trains else None
 
+    @property
+    def _averages(self) -> bool:
+        return bool(getattr(self._optimizer, "averages", False))
+
     @abstractmethod
     def _set_state(self, parameter: nn.Parameter, value: torch.Tensor, moment: str | None) -> None:
         """Put a whole float32 tensor into this rank's part of the masters (`moment` None) or of a moment."""
@@ -161,14 +174,16 @@ class Engine(ABC):
         return {name: int(state["step"]) for name, state in states if "step" in state}
 
     def state_tensors(self, mine: Callable[[int], bool]) -> Iterator[tuple[str, str | None, torch.Tensor]]:
-        """Whole float32 masters and moments of the trained parameters of this span: name, moment or None, tensor in
-        host memory (collective among the ranks that share the span).
+        """Whole float32 masters, moments and averages of the trained parameters of this span: name, kind of state or None,
+        tensor in host memory (collective among the ranks that share the span).
 
         Args:
             mine: number of a parameter -> whether this rank wants it; the others are only taken part in.
         """
         optimizer = self._optimizer
         moments = MOMENTS if optimizer is not None and "betas" in optimizer.defaults else ()
+        if self._averages:
+            moments = (*moments, AVERAGE)
         trained = [
             (name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad
         ]
@@ -186,6 +201,7 @@ class Engine(ABC):
         masters: Mapping[str, torch.Tensor],
         moments: Mapping[str, torch.Tensor],
         steps: Mapping[str, int],
+        averages: Mapping[str, torch.Tensor],
     ) -> None:
         """Take over the optimizer's state; the weights themselves were filled with the masters already.
 
@@ -193,6 +209,7 @@ class Engine(ABC):
             masters: name -> whole float32 tensor.
             moments: `exp_avg/NAME`, `exp_avg_sq/NAME` -> the same; empty for optimizers without.
             steps: group -> optimizer steps it has taken.
+            averages: name -> average of its values; empty before there is one.
         """
         optimizer = self._optimizer
         if optimizer is None:
@@ -202,6 +219,8 @@ class Engine(ABC):
                 self._set_state(parameter, masters[name], None)
                 for moment in MOMENTS if moments else ():
                     self._set_state(parameter, moments[f"{moment}/{name}"], moment)
+                if averages and self._averages:
+                    self._set_state(parameter, averages[name], AVERAGE)
         for group, part in self._masters():
             state = optimizer.state[part]
             if "step" in state:
