@@ -156,7 +156,7 @@ def test_an_interrupted_translation_goes_on(
         (b"w1\n", ("--pair", "en-xx"), "--pair en-xx: the recipe has en-de, en-fr, de-en; add --untrained"),
         (b"w1\n", ("--pair", "german"), "--pair german: is no pair: write source-target, for example en-de"),
         (b"w1\n", ("--output", "absent/out"), "--output absent/out: there is no such directory"),
-        (b"w1\n", ("--model", "absent"), "absent"),
+        (b"w1\n", ("--model", "absent"), "model.path: absent does not exist"),
     ],
 )
 def test_what_is_refused(

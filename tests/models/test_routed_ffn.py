@@ -199,7 +199,9 @@ def test_the_specific_bank_of_a_single_pair_is_not_everybodys(other_pairs: str) 
 
 def test_a_mistyped_pair_is_not_taken_for_none() -> None:
     assert [pair_id(pair, PAIRS) for pair in (*PAIRS, NONE)] == [0, 1, 2, NO_PAIR]
-    with pytest.raises(ValueError, match="unknown pair 'en-ed': this model knows en-de, en-fr, de-en, and 'none'"):
+    with pytest.raises(
+        ValueError, match="unknown pair 'en-ed': this model knows en-de, en-fr, de-en, and 'none'"
+    ):
         pair_id("en-ed", PAIRS)
 
 
