@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -31,12 +32,10 @@ from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
-from lander_ds.inference.open import InferenceModel, open_directory, open_for_inference
+from lander_ds.inference.open import InferenceModel, open_directory, open_for_inference, positions_in
 from lander_ds.inference.segments import STANDARD, Segment, is_json_lines, read_segments, written
 from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import read_translations
-from lander_ds.models.loading import model_positions
-from lander_ds.models.weights import base_fingerprint
 from lander_ds.preflight.recipe import load_checked
 from lander_ds.stages.stage import alone
 from lander_ds.training import preemption
@@ -62,7 +61,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     path, overrides = arguments.recipe, list(arguments.overrides)
     if arguments.run is not None:
         path = RunDirectory(arguments.run).recipe
-        overrides.insert(0, f"run_dir={arguments.run}")
+        overrides.insert(0, f"run_dir={json.dumps(str(arguments.run))}")
+    if arguments.model is not None:
+        overrides.append(f"model.path={json.dumps(str(arguments.model))}")
     recipe = load_checked(path, overrides, "text")
     beams = max(recipe.translate.beams, arguments.n_best)
     return replace(recipe, translate=replace(recipe.translate, beams=beams))
@@ -87,8 +88,7 @@ def _check(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment]) -> None:
     recipe, pair = start.recipe, arguments.pair
-    directory = arguments.model or recipe.model.path
-    tokenizer = load_tokenizer(str(directory), recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     requests = _requests(recipe, pair, arguments.input, segments, tokenizer)
     key = json_hash([_depends_on(start, arguments), [[r.id, r.prompt, r.stop] for r in requests]])
     with _work_directory(arguments.output) as work:
@@ -99,7 +99,7 @@ def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment
             model = _open(start, arguments)
             done = translate(model, tokenizer, {pair: requests}, recipe.decoding, work, key, arguments.n_best)
             logger.info("%d sentences, %.1f tokens/s", done.sentences, done.tokens / done.seconds)
-            if done.truncated:
+            if done.truncated and process_group.rank() == 0:
                 logger.warning(
                     "%d translations were cut short at translate.max_new_tokens=%d: raise it with --set",
                     *(done.truncated, recipe.decoding.max_new_tokens),
@@ -147,7 +147,7 @@ def _requests(
     prompts = TextEncoder(tokenizer).prompts(
         [render_prompt(config, pair, line, shots_for(shots, (line, ""), config.shots)) for line in lines]
     )
-    positions = model_positions(recipe.model)
+    positions = positions_in(recipe.model)
     for prompt, number in zip(prompts, lines.values(), strict=True):
         if positions is not None and len(prompt) >= positions:
             raise ConfigError(
@@ -163,23 +163,22 @@ def _requests(
 
 def _open(start: Start, arguments: argparse.Namespace) -> InferenceModel:
     if arguments.model is not None:
-        return open_directory(arguments.model, start.recipe)
+        return open_directory(start.recipe.model)
     return open_for_inference(start.recipe, start.run, arguments.system)
 
 
 def _depends_on(start: Start, arguments: argparse.Namespace) -> Mapping[str, Any]:
     """Everything that translations of the same prompts depend on."""
     recipe = start.recipe
-    directory = Path(arguments.model or recipe.model.path)
     decoding = asdict(recipe.decoding)
     names = ("beams", "length_penalty", "max_new_tokens")
-    own = directory / GENERATION_CONFIG_NAME
+    own = Path(recipe.model.path) / GENERATION_CONFIG_NAME
     depends: dict[str, Any] = {
         **{name: decoding[name] for name in names},
         "dtype": recipe.model.dtype,
         "pair": arguments.pair,
         "n_best": arguments.n_best,
-        "weights": base_fingerprint(directory),
+        "weights": start.base_fingerprint,
         "generation config": file_hash(own) if own.exists() else None,
     }
     if arguments.model is None and arguments.system == "trained":

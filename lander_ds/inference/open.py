@@ -17,12 +17,12 @@ from lander_ds.checkpoint.choice import as_trained, chosen
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_inference_config
-from lander_ds.config.recipe import Recipe
+from lander_ds.config.recipe import ModelConfig, Recipe
 from lander_ds.distributed import process_group
 from lander_ds.distributed.engines.zero3 import Zero3
 from lander_ds.inference.decoding import as_list
 from lander_ds.models.family import Family
-from lander_ds.models.loading import build, fill
+from lander_ds.models.loading import build, fill, model_positions, positions_of
 from lander_ds.models.modeling_lander import LanderConfig, LanderForCausalLM
 from lander_ds.models.parameter_groups import prepare_model
 from lander_ds.models.routed_ffn import NONE, Routing, pair_id, routed
@@ -90,34 +90,47 @@ def open_for_inference(
     return InferenceModel(model, name)
 
 
-def open_directory(directory: Path, recipe: Recipe) -> InferenceModel:
+def open_directory(config: ModelConfig) -> InferenceModel:
     """A model directory that stage export or `lander delta apply` wrote, dense or routed, on this rank's device.
 
     A routed one is opened with this package's modelling code, not with its own copy of it.
 
-    Args:
-        directory: Hugging Face directory.
-        recipe: type of the arithmetic; whether a dense one may bring code of its own.
-
     Raises:
         ModelError: it cannot be opened.
     """
-    if (directory / "delta.json").exists():
-        raise ModelError(
-            f"{directory} is a delta: write its model first, with lander delta apply BASE DELTA MODEL"
-        )
-    routed_export = read_config(directory).get("model_type") == LanderConfig.model_type
+    directory, routed_export = Path(config.path), is_routed(Path(config.path))
     opener: Any = LanderForCausalLM if routed_export else AutoModelForCausalLM
-    own = {} if routed_export else {"trust_remote_code": recipe.model.trust_remote_code}
+    own = {} if routed_export else {"trust_remote_code": config.trust_remote_code}
     try:
-        opened = opener.from_pretrained(directory, dtype=getattr(torch, recipe.model.dtype), **own)
+        opened = opener.from_pretrained(directory, dtype=getattr(torch, config.dtype), **own)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{directory} cannot be opened ({error}): name a dense or routed export, or what lander delta apply wrote"
         ) from None
     model: PreTrainedModel = opened.model if routed_export else opened
     model.generation_config = generation_config(directory)
-    return InferenceModel(model.to(process_group.device()).eval(), directory.name)
+    model.to(process_group.device())
+    return InferenceModel(model.eval(), directory.name)
+
+
+def positions_in(config: ModelConfig) -> int | None:
+    """The longest sequence of a base or an export; None where it sets no limit.
+
+    Raises:
+        ModelError: config.json cannot be used.
+    """
+    if is_routed(Path(config.path)):
+        return positions_of(LanderConfig.from_pretrained(config.path).base_config())
+    return model_positions(config)
+
+
+def is_routed(directory: Path) -> bool:
+    """Whether a model directory is a routed export.
+
+    Raises:
+        ModelError: it is no model directory.
+    """
+    return bool(read_config(directory)["model_type"] == LanderConfig.model_type)
 
 
 def generation_config(path: Path) -> GenerationConfig:
