@@ -27,7 +27,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
-Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
+Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
@@ -418,8 +418,9 @@ class Recipe:
     deepspeed: PathText
     """DeepSpeed JSON (`ds_configs/<size>/<topology>.json`)."""
     topology: Topology = "zero3"
-    """`zero3`: every weight sharded over all ranks. `pipeline`: every rank holds whole layers, ZeRO-1 shards the
-    optimizer state. `pipeline_zero3`: ZeRO-3 inside every pipeline stage (I)."""
+    """`zero3`: every weight sharded over all ranks. `replicated`: every rank holds the whole model, ZeRO-1 shards the
+    optimizer state. `pipeline`: every rank holds whole layers, ZeRO-1 shards the optimizer state. `pipeline_zero3`:
+    ZeRO-3 inside every pipeline stage (I)."""
     pipeline_stages: PositiveInt = 1
     """Stages of a pipeline topology; the number of ranks must be a multiple."""
     pipeline_cut: tuple[int, ...] = ()
@@ -441,6 +442,11 @@ class Recipe:
     """Options of stage score."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Options of stage export."""
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the topology cuts the model into pipeline stages."""
+        return self.topology in ("pipeline", "pipeline_zero3")
 
     @property
     def decoding(self) -> TranslateConfig:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.deepspeed_topology import ZERO_STAGE
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import collectives, process_group
@@ -182,7 +183,7 @@ def _states(session: Session) -> dict[str, list[torch.Tensor]]:
     if not names:
         return actual
     zero = session.engine._engine.optimizer
-    if session.recipe.topology == "pipeline":
+    if ZERO_STAGE[session.recipe.topology] == 1:
         masters = dict(zip(names, ([part] for part in zero.single_partition_of_fp32_groups), strict=True))
     else:
         masters = {name: [] for name in names}

@@ -29,6 +29,7 @@ from lander_ds.models.span import Span
 
 GB = 1e9
 NAMES: dict[str, Topology] = {
+    "replicated": "replicated",
     "zero3": "zero3",
     "zero3_offload": "zero3",
     "pipeline": "pipeline",
@@ -121,7 +122,7 @@ class Planner:
         plans = [
             self.plan(cluster, recipe, name, stages)
             for name, recipe in self._recipes().items()
-            for stages in self._stage_counts(recipe.topology, cluster.nodes * cluster.gpus_per_node)
+            for stages in self._stage_counts(recipe, cluster.nodes * cluster.gpus_per_node)
         ]
         if not plans:
             raise ConfigError(
@@ -135,8 +136,9 @@ class Planner:
         recipes = {own.stem: self.recipe}
         for name, topology in NAMES.items():
             beside = own.with_name(f"{name}.json")
-            if beside.exists() and name not in recipes and (topology == "zero3" or self._can_be_cut()):
-                recipes[name] = replace(self.recipe, topology=topology, deepspeed=str(beside))
+            own_of_name = replace(self.recipe, topology=topology, deepspeed=str(beside))
+            if beside.exists() and name not in recipes and (self._can_be_cut() or not own_of_name.pipelined):
+                recipes[name] = own_of_name
         return recipes
 
     def _can_be_cut(self) -> bool:
@@ -144,8 +146,8 @@ class Planner:
         tied = self.model.model.config.tie_word_embeddings and self.recipe.train.method == "full"
         return self.recipe.model.dtype != "float16" and not tied
 
-    def _stage_counts(self, topology: Topology, ranks: int) -> Iterator[int]:
-        if topology == "zero3":
+    def _stage_counts(self, recipe: Recipe, ranks: int) -> Iterator[int]:
+        if not recipe.pipelined:
             yield 1
             return
         for stages in range(2, min(ranks, self.model.layers) + 1):
