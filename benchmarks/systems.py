@@ -7,6 +7,7 @@ model from `from_pretrained`, DeepSpeed JSON in `TrainingArguments`, its dataloa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from turns import Turns, Work
 from workload import PAIRS, Workload
 
+REPLICATED_JSON = Path(__file__).parents[1] / "ds_configs" / "270m" / "replicated.json"
 LORA_RANK = 16
 SPECIFIC_SHARE = 0.025
 """Of a layer's neurons, for each pair: with four pairs, 90 % are general (the default of `select.banks.rho`)."""
@@ -22,8 +24,15 @@ IGNORED = -100
 """Label of a token without loss."""
 
 
-def lander(workload: Workload, directory: Path, turns: Turns) -> None:
-    """This trainer: routed FFNs with gates in the chosen layers, one bank per pair."""
+def lander(workload: Workload, directory: Path, turns: Turns, *, replicated: bool) -> None:
+    """This trainer: routed FFNs with gates in the chosen layers, one bank per pair.
+
+    Args:
+        workload: what is trained.
+        directory: for the run.
+        turns: to take.
+        replicated: topology `replicated`, with the DeepSpeed JSON that goes with it; otherwise `zero3`.
+    """
     from lander_ds.common.run_directory import RunDirectory
     from lander_ds.distributed import collectives, process_group
     from lander_ds.distributed.start import Start
@@ -45,6 +54,8 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
 
     process_group.start()
     recipe = _recipe(workload, directory)
+    if replicated:
+        recipe = replace(recipe, topology="replicated", deepspeed=str(REPLICATED_JSON))
     run = RunDirectory(recipe.run_dir)
     if process_group.rank() == 0:
         _save_selection(workload, recipe, run)
@@ -196,7 +207,8 @@ def _collate(examples: list[Any], prompt: int, target_logits: bool) -> dict[str,
 
 
 SYSTEMS: dict[str, Callable[[Workload, Path, Turns], None]] = {
-    "lander": lander,
+    "lander": partial(lander, replicated=False),
+    "replicated": partial(lander, replicated=True),
     "full": partial(hugging_face, lora=False, target_logits=False),
     "lora": partial(hugging_face, lora=True, target_logits=False),
     "full_same_logits": partial(hugging_face, lora=False, target_logits=True),

@@ -32,7 +32,8 @@ def offloaded(world_2: TinyRun) -> TinyRun:
         *(staged(name, 2, 2, "offload", ADAMW) for name in (PIPELINE, ZERO3)),
     ]
     own = []
-    for job, (topology, config) in zip(jobs, JSONS.items(), strict=True):
+    for job, topology in zip(jobs, ("zero3", REPLICATED, PIPELINE, ZERO3), strict=True):
+        config = JSONS[topology]
         zero = {**config["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
         path = world_2.root / f"{topology}-offload.json"
         path.write_text(json.dumps({**config, "zero_optimization": zero}))

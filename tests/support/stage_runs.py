@@ -6,6 +6,7 @@ A job is called `<topology>-<pipeline stages>x<data-parallel ranks>-<what>`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -95,12 +96,15 @@ def _four(topology: str) -> tuple[Job, ...]:
 
 
 def _four_replicated() -> tuple[Job, ...]:
-    return (
+    """Four ranks, which reduce gradients during the backward pass."""
+    overlapped = "deepspeed=$root/replicated-overlap.json"
+    jobs = (
         staged(REPLICATED, 1, 4, "sgd", SGD),
         staged(REPLICATED, 1, 4, "adamw", ADAMW),
         staged(REPLICATED, 1, 4, "few", FEW),
         staged(REPLICATED, 1, 4, "detect", (), DETECT),
     )
+    return tuple(replace(job, overrides=(*job.overrides, overlapped)) for job in jobs)
 
 
 STAGE_JOBS: dict[int, tuple[Job, ...]] = {
