@@ -45,7 +45,8 @@ LAYERS = 4
 @pytest.fixture
 def runs(request: pytest.FixtureRequest, world_1: TinyRun) -> TinyRun:
     """The world of the test's parameter `grid` has run, and that of one rank; two stages of one rank without one."""
-    stages, data_ranks = _sizes(request.node.callspec.params.get("grid", "2x1"))
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    stages, data_ranks = _sizes(parameters.get("grid", "2x1"))
     world: TinyRun = request.getfixturevalue(f"stages_{stages * data_ranks}")
     assert world.root == world_1.root
     return world
@@ -297,3 +298,9 @@ def test_every_trained_tensor_is_in_the_checkpoint_once(runs: TinyRun, topology:
         names = [name for part in path.glob("trained-*.safetensors") for name in load_file(part)]
         assert len(set(names)) == len(names)
         assert set(names) == set(trained(runs.run(f"{what}-1")))
+
+
+def test_each_topology_goes_on_from_the_checkpoint_of_another(runs: TinyRun) -> None:
+    run, expected = runs.run("relay-2"), runs.run("relayed-1")
+    assert checkpoint.newest(run.checkpoints).state["topology"] == "pipeline"
+    assert_same_training(run, expected, 1e-4)

@@ -29,6 +29,8 @@ from support.training_runs import (
     NUDGE,
     OUTPUT,
     PREPARE_AND_TRAIN,
+    RELAY,
+    RELAYED,
     SGD,
     TRAIN_LOWER,
     WATCH,
@@ -112,6 +114,7 @@ STAGE_JOBS: dict[int, tuple[Job, ...]] = {
         *_two(REPLICATED),
         *_two(PIPELINE),
         *_two(ZERO3),
+        Job("relay", RELAYED, RELAY),
         # Last, because they end in an error.
         staged(REPLICATED, 1, 2, "diverged", DIVERGED, DIVERGE),
         staged(ZERO3, 2, 2, "diverged", DIVERGED, DIVERGE),

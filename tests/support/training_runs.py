@@ -32,6 +32,7 @@ NUDGE = "support.jobs:train_and_nudge"
 PREPARE_AND_TRAIN = "support.jobs:prepare_and_train"
 TRAIN_LOWER = "support.jobs:train_lower"
 COLLECTIVES = "support.jobs:use_collectives"
+RELAY = "support.jobs:relay"
 WATCH = "support.jobs:watch_groups"
 FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 """One to three examples a step: fewer than four ranks have micro-batches."""
@@ -55,6 +56,7 @@ WHOLE = (
     "export.formats=[dense]",
     "select.layers.k=2",
 )
+RELAYED = (*ADAMW, *sets(train__steps=8, train__schedule="constant"))
 DIVERGED = (*sets(train__optimizer="sgd", train__save_every=1), "train.lr={general: 1.0e+30}")
 
 PATIENCE = (
@@ -79,6 +81,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("lora", LORA),
         Job("full", FULL, PREPARE_AND_TRAIN),
         Job("lower", LOWER, TRAIN_LOWER),
+        Job("relayed", RELAYED),
         Job("bfloat16", BFLOAT16),
         Job("whole", WHOLE, EVERY_STAGE),
         Job("detect", (), DETECT),
