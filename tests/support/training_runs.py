@@ -56,7 +56,8 @@ WHOLE = (
     "export.formats=[dense]",
     "select.layers.k=2",
 )
-RELAYED = (*ADAMW, *sets(train__steps=8, train__schedule="constant"))
+RELAYED = (*ADAMW, *sets(train__steps=8, train__schedule="constant", routing__alpha_max=0.0))
+"""Nothing in a step depends on how many there will be."""
 DIVERGED = (*sets(train__optimizer="sgd", train__save_every=1), "train.lr={general: 1.0e+30}")
 
 PATIENCE = (
