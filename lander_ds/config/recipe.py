@@ -291,6 +291,10 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute every decoder layer's activations in the backward pass: less memory, about a third more
     compute. Changes no result."""
+    prefix_cache: Literal["off", "disk"] = "off"
+    """`disk`: what comes out of the layers below the lowest trained one is computed once per training example, before
+    the first step, and kept under `data.cache_dir` (in the type of the model). Worth it from the second pass over the
+    data on, and in runs that share the cache. Not in pipelines."""
     temperature: Positive = 1.0
     """Pairs are sampled in proportion to size ** (1 / temperature)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -304,3 +304,11 @@ def test_each_topology_goes_on_from_the_checkpoint_of_another(runs: TinyRun) -> 
     run, expected = runs.run("relay-2"), runs.run("relayed-1")
     assert checkpoint.newest(run.checkpoints).state["topology"] == "pipeline"
     assert_same_training(run, expected, 1e-4)
+
+
+def test_with_kept_hidden_states(runs: TinyRun, world_2: TinyRun) -> None:
+    """zero3 has computed them, or replicated, whichever was first; the other has read them."""
+    assert_same_training(runs.run("replicated-1x2-cached-2"), runs.run("replicated-1x2-adamw-2"), 1e-6)
+    assert_same_training(world_2.run("cached-2"), world_2.run("adamw-2"), 1e-6)
+    (entry,) = (runs.root / "cache").glob("prefix-*")
+    assert len(list(entry.glob("part-*.bin"))) == 2

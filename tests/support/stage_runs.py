@@ -15,6 +15,7 @@ from support.training_runs import (
     ABSENT,
     ADAMW,
     BFLOAT16,
+    CACHED,
     DETECT,
     DIVERGE,
     DIVERGED,
@@ -114,6 +115,7 @@ STAGE_JOBS: dict[int, tuple[Job, ...]] = {
         *_two(REPLICATED),
         *_two(PIPELINE),
         *_two(ZERO3),
+        staged(REPLICATED, 1, 2, "cached", CACHED),
         Job("relay", RELAYED, RELAY),
         # Last, because they end in an error.
         staged(REPLICATED, 1, 2, "diverged", DIVERGED, DIVERGE),

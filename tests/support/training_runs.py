@@ -34,6 +34,7 @@ TRAIN_LOWER = "support.jobs:train_lower"
 COLLECTIVES = "support.jobs:use_collectives"
 RELAY = "support.jobs:relay"
 WATCH = "support.jobs:watch_groups"
+CACHED = (*ADAMW, *sets(train__prefix_cache="disk"))
 FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 """One to three examples a step: fewer than four ranks have micro-batches."""
 ABSENT = sets(
@@ -99,6 +100,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         ),
         Job("output", OUTPUT, GATHER),
         Job("full", sets(train__method="full", train__steps=6, train__weight_decay=0.1)),
+        Job("cached", CACHED),
         Job("layers", LAYERS, GATHER),
         Job("lora", LORA, GATHER),
         Job("watched", ABSENT, WATCH),

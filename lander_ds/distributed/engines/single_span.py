@@ -44,6 +44,14 @@ class SingleSpan(Engine):
             figures.add(per_pair, budget)
         return figures
 
+    @torch.no_grad()
+    def hidden_states(self, batch: PackedBatch, layer: int) -> torch.Tensor:
+        """What comes into decoder layer `layer`, in evaluation mode: [T, d]."""
+        self._engine.eval()
+        (hidden,) = self._engine(batch, BatchTotals(1, 1), until=layer)
+        states: torch.Tensor = hidden[0]
+        return states
+
     def differentiate(self, batches: Sequence[PackedBatch], totals: BatchTotals) -> None:
         """Forward and backward passes without optimizer."""
         self._engine.eval()
