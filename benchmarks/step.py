@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import processor  # noqa: F401 - before DeepSpeed is imported
-from figures import Measured, Sitting, result, table
+from figures import OWN, Measured, Sitting, result, table
 from systems import SYSTEMS, work
 from turns import Group, StepTime, SystemFailed
 from workload import Workload, chosen_layers
@@ -31,7 +31,7 @@ WARM_UP = 2
 """Steps before the measured ones: in the first, DeepSpeed records the order of modules and buffers are made."""
 
 OTHERS = [name for name in SYSTEMS if name != "lander"]
-COMPARED = [name for name in OTHERS if name != "replicated"]
+COMPARED = [name for name in OTHERS if name not in OWN]
 """Without being asked for others: other trainers."""
 
 

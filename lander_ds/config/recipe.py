@@ -165,7 +165,8 @@ class DataConfig:
     detect_examples: Count = 128
     """Sentence pairs per pair set aside from `train` for detection, when no corpus has `split: detect`."""
     cache_dir: PathText | None = None
-    """Where tokenised corpora are kept, by content hash. Default: `<run_dir>/cache`. Runs may share one."""
+    """Where tokenised corpora, and hidden states (`train.prefix_cache`), are kept, by content hash. Default:
+    `<run_dir>/cache`. Runs may share one."""
     workers: PositiveInt = 1
     """Processes that tokenise."""
 

@@ -103,7 +103,20 @@ def test_refuses(model: Path, arguments: list[str], message: str) -> None:
 
 @pytest.mark.distributed
 def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
-    options = ["--ranks", "2", "--tokens", "32", "--length", "8", "--steps", "1", "--dtype", "float32"]
+    options = [
+        "--ranks",
+        "2",
+        "--tokens",
+        "32",
+        "--length",
+        "8",
+        "--steps",
+        "1",
+        "--dtype",
+        "float32",
+        "--layers",
+        "2",
+    ]
     command = [
         sys.executable,
         str(SCRIPT),
@@ -111,9 +124,9 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
         str(model),
         *options,
         "--against",
-        "full_same_logits,lora,replicated",
+        "full_same_logits,lora,replicated,cached",
         "--together",
-        "3",
+        "4",
         "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -122,12 +135,12 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
     assert {key for key in actual if "ratio" in key} == {
         f"{kind}_{other}"
         for kind in ("ratio", "processor_ratio", "peak_memory_ratio")
-        for other in ("full_same_logits", "lora", "replicated")
+        for other in ("full_same_logits", "lora", "replicated", "cached")
     }
     systems = {entry["system"]: entry for entry in actual["systems"]}
-    assert list(systems) == ["lander", "full_same_logits", "lora", "replicated"]
+    assert list(systems) == ["lander", "full_same_logits", "lora", "replicated", "cached"]
     losses = [entry["first_loss"] for entry in systems.values()]
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-4)
     plain = tiny_model("gemma3")
     linear = [m for m in plain.modules() if isinstance(m, nn.Linear) and m is not plain.lm_head]
     assert systems["full_same_logits"]["trained_parameters"] == sum(p.numel() for p in plain.parameters())
