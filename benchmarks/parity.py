@@ -43,6 +43,7 @@ from parity_cases import (
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.common.run_directory import RunDirectory, versions
+from lander_ds.config.deepspeed_topology import ZERO_STAGE
 from lander_ds.distributed.process_group import free_port
 from lander_ds.method.awareness import STATISTICS, Awareness
 
@@ -176,7 +177,7 @@ def facts_of(workspace: Workspace, job: Job) -> list[dict[str, Any]]:
 
 def shards(job: Job) -> int:
     """Over how many ranks a weight is sharded."""
-    return 1 if job.grid.topology == "pipeline" else job.grid.data_ranks
+    return job.grid.data_ranks if ZERO_STAGE[job.grid.topology] == 3 else 1
 
 
 def results(workspace: Workspace, jobs: list[Job], large_layers: int) -> dict[str, Any]:

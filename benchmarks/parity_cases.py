@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.deepspeed_topology import ZERO_STAGE
 from lander_ds.config.recipe import (
     CorpusConfig,
     DataConfig,
@@ -136,7 +137,7 @@ class Grid:
     @property
     def name(self) -> str:
         """`zero3 on 2 ranks`, or `pipeline 2x1 on 2 ranks`."""
-        shape = "" if self.topology == "zero3" else f" {self.stages}x{self.data_ranks}"
+        shape = "" if self.stages == 1 else f" {self.stages}x{self.data_ranks}"
         return f"{self.topology}{shape} on {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
 
@@ -144,6 +145,8 @@ REFERENCE = Grid("zero3", 1, 1)
 GRIDS = (
     Grid("zero3", 1, 2),
     Grid("zero3", 1, 4),
+    Grid("replicated", 1, 2),
+    Grid("replicated", 1, 4),
     Grid("pipeline", 2, 1),
     Grid("pipeline", 4, 1),
     Grid("pipeline", 2, 2),
@@ -151,7 +154,7 @@ GRIDS = (
     Grid("pipeline_zero3", 2, 2),
 )
 QUICK_GRIDS = (Grid("zero3", 1, 2), Grid("pipeline", 2, 1), Grid("pipeline_zero3", 2, 1))
-LOAD_GRIDS = (*QUICK_GRIDS, Grid("pipeline_zero3", 2, 2))
+LOAD_GRIDS = (*QUICK_GRIDS, Grid("replicated", 1, 2), Grid("pipeline_zero3", 2, 2))
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ class Workspace:
                 (self.path / f"{split}.{pair}.jsonl").write_text(shortest, encoding="utf-8")
         for topology in get_args(Topology):
             for suffix, threshold in (("", 0), ("-train", 1500)):
-                zero: dict[str, Any] = {"stage": 1} if topology == "pipeline" else {"stage": 3}
+                zero: dict[str, Any] = {"stage": ZERO_STAGE[topology]}
                 if zero["stage"] == 3:
                     zero["stage3_param_persistence_threshold"] = threshold
                 config = {

@@ -119,6 +119,7 @@ def validate(model: Path | None, worlds: Worlds = WORLDS) -> list[Case]:
 
 _ZERO: dict[str, dict[str, Any]] = {
     "zero3": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": THRESHOLD},
+    "replicated": {"stage": 1},
     "pipeline": {"stage": 1},
     "pipeline_zero3": {"stage": 3, "stage3_param_persistence_threshold": THRESHOLD},
 }
@@ -152,7 +153,7 @@ def _save(config: PretrainedConfig, path: Path) -> Path:
 
 def _jobs(root: Path, models: Sequence[Path], ranks: int, grids: Sequence[tuple[int, int]]) -> Iterator[Job]:
     for stages, data_ranks in grids:
-        for topology in ("zero3",) if stages == 1 else ("pipeline", "pipeline_zero3"):
+        for topology in ("zero3", "replicated") if stages == 1 else ("pipeline", "pipeline_zero3"):
             for model in models:
                 # The other methods once, where the model is small.
                 methods = ("lander", "layers", "lora") if (ranks, topology) == (2, "zero3") else ("lander",)

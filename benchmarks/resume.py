@@ -62,8 +62,8 @@ class Placement:
     @property
     def name(self) -> str:
         """As it is written in figures."""
-        if self.topology == "zero3":
-            return f"zero3 x{self.data_ranks}"
+        if self.stages == 1:
+            return f"{self.topology} x{self.data_ranks}"
         return f"{self.topology} {self.stages}x{self.data_ranks}"
 
     @property
@@ -86,6 +86,7 @@ PLACES = {
         Placement("zero3", 1, 1),
         Placement("zero3", 1, 2),
         Placement("zero3", 1, 4),
+        Placement("replicated", 1, 2),
         Placement("pipeline", 2, 1),
         Placement("pipeline", 2, 2),
         Placement("pipeline_zero3", 2, 2),

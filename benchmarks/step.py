@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import processor  # noqa: F401 - before DeepSpeed is imported
-from figures import Measured, Sitting, result, table
+from figures import OWN, Measured, Sitting, result, table
 from systems import SYSTEMS, work
 from turns import Group, StepTime, SystemFailed
 from workload import Workload, chosen_layers
@@ -31,6 +31,8 @@ WARM_UP = 2
 """Steps before the measured ones: in the first, DeepSpeed records the order of modules and buffers are made."""
 
 OTHERS = [name for name in SYSTEMS if name != "lander"]
+COMPARED = [name for name in OTHERS if name not in OWN]
+"""Without being asked for others: other trainers."""
 
 
 def sit(systems: list[str], workload: Workload, logs: Path, profile: bool = False) -> Sitting:
@@ -90,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="DeepSpeed JSON of all",
     )
-    add("--against", default=",".join(OTHERS), help="the others, with commas (%(default)s)")
+    add("--against", default=",".join(COMPARED), help=f"with commas, of {','.join(OTHERS)} (%(default)s)")
     add("--together", default=2, type=int, help="others in memory at the same time as lander (%(default)s)")
     add("--profile", choices=list(SYSTEMS), help="only this system: print where a step's time goes")
     add("--json", action="store_true", help="print JSON instead of a table")

@@ -7,6 +7,7 @@ model from `from_pretrained`, DeepSpeed JSON in `TrainingArguments`, its dataloa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from turns import Turns, Work
 from workload import PAIRS, Workload
 
+REPLICATED_JSON = Path(__file__).parents[1] / "ds_configs" / "270m" / "replicated.json"
 LORA_RANK = 16
 SPECIFIC_SHARE = 0.025
 """Of a layer's neurons, for each pair: with four pairs, 90 % are general (the default of `select.banks.rho`)."""
@@ -22,12 +24,23 @@ IGNORED = -100
 """Label of a token without loss."""
 
 
-def lander(workload: Workload, directory: Path, turns: Turns) -> None:
-    """This trainer: routed FFNs with gates in the chosen layers, one bank per pair."""
+def lander(
+    workload: Workload, directory: Path, turns: Turns, *, replicated: bool = False, cached: bool = False
+) -> None:
+    """This trainer: routed FFNs with gates in the chosen layers, one bank per pair.
+
+    Args:
+        workload: what is trained.
+        directory: for the run.
+        turns: to take.
+        replicated: topology `replicated`, with the DeepSpeed JSON that goes with it; otherwise `zero3`.
+        cached: hidden states below the trained layers are computed before the first step and kept.
+    """
     from lander_ds.common.run_directory import RunDirectory
     from lander_ds.distributed import collectives, process_group
     from lander_ds.distributed.start import Start
     from lander_ds.training.metrics_logger import MetricsLogger
+    from lander_ds.training.prefix_cache import open_prefixes
     from lander_ds.training.session import open_session
     from lander_ds.training.trainer import Trainer
 
@@ -45,13 +58,18 @@ def lander(workload: Workload, directory: Path, turns: Turns) -> None:
 
     process_group.start()
     recipe = _recipe(workload, directory)
+    if replicated:
+        recipe = replace(recipe, topology="replicated", deepspeed=str(REPLICATED_JSON))
     run = RunDirectory(recipe.run_dir)
     if process_group.rank() == 0:
         _save_selection(workload, recipe, run)
     collectives.barrier()
-    session = open_session(Start(recipe, run))
-    metrics = TurnMetrics()
-    trainer = Trainer(session, workload.data(), metrics, save=lambda progress, valid_loss: None)
+    if cached:
+        recipe = replace(recipe, train=replace(recipe.train, prefix_cache="disk"))
+    start, data, metrics = Start(recipe, run), workload.data(), TurnMetrics()
+    session = open_session(start)
+    prefixes = open_prefixes(start, session, data, beat=lambda doing: None)
+    trainer = Trainer(session, data, metrics, save=lambda progress, valid_loss: None, prefixes=prefixes)
     turns.next()
     trainer.run()
     turns.finish(session.trained_parameters, session.total_parameters, metrics.first_loss)
@@ -197,6 +215,8 @@ def _collate(examples: list[Any], prompt: int, target_logits: bool) -> dict[str,
 
 SYSTEMS: dict[str, Callable[[Workload, Path, Turns], None]] = {
     "lander": lander,
+    "replicated": partial(lander, replicated=True),
+    "cached": partial(lander, cached=True),
     "full": partial(hugging_face, lora=False, target_logits=False),
     "lora": partial(hugging_face, lora=True, target_logits=False),
     "full_same_logits": partial(hugging_face, lora=False, target_logits=True),

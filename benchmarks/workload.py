@@ -6,10 +6,11 @@ system is timed on tokens that another one does not have.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from lander_ds.common.files import json_hash
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.packing import Example
 from lander_ds.data.batching.plan import BatchPlan, cut
@@ -110,8 +111,12 @@ class UniformData(PreparedData):
     """Made-up training data of every pair, and no other split."""
 
     def __init__(self, workload: Workload) -> None:
-        self.pairs = PAIRS
+        self.pairs, self._workload = PAIRS, workload
         self._train = {pair: UniformSplit(pair, workload) for pair in PAIRS}
+
+    def content_hash(self, *splits: str) -> str:
+        """Of everything that the examples follow from."""
+        return json_hash([asdict(self._workload), splits])
 
     def split(self, split: str) -> dict[str, PreparedSplit]:
         """The training split of every pair; other splits are empty."""

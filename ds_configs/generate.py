@@ -34,40 +34,44 @@ class Size:
     """`zero3_offload` keeps the shards of the weights on the host too, not the optimizer alone."""
 
 
-ALL = ("zero3", "zero3_offload", "pipeline", "pipeline_zero3")
+SHARDED = ("zero3", "zero3_offload", "pipeline", "pipeline_zero3")
+ALL = ("replicated", *SHARDED)
+ZERO1 = ("replicated", "pipeline")
 
 SIZES = {
     # Gemma 3. The demonstration's; gates stay whole too, the first matrix of which has 81,920 elements.
-    "270m": Size(("zero3", "pipeline", "pipeline_zero3"), whole=100_000, prefetch=None, gpu=False),
+    "270m": Size(
+        ("replicated", "zero3", "pipeline", "pipeline_zero3"), whole=100_000, prefetch=None, gpu=False
+    ),
     # BLOOM. Up to 1b the whole gathered model may stay.
-    "560m": Size(("zero3", "pipeline"), whole=8_192, prefetch=1024 * 4096, live=1_000_000_000),
+    "560m": Size(("replicated", "zero3", "pipeline"), whole=8_192, prefetch=1024 * 4096, live=1_000_000_000),
     # LLaMA 3.2. Offloading is for train.method: full.
-    "1b": Size(ALL[:3], whole=8_192, prefetch=2048 * 8192, live=1_000_000_000),
+    "1b": Size(ALL[:4], whole=8_192, prefetch=2048 * 8192, live=1_000_000_000),
     # LLaMA 2, Mistral. From here on about two decoder layers may stay.
     "7b": Size(ALL, whole=16_384, prefetch=4096 * 11008, live=500_000_000),
     # LLaMA 2.
     "13b": Size(ALL, whole=32_768, prefetch=5120 * 13824, live=700_000_000),
     # LLaMA 2. From here on the weights do not fit beside everything else, so they may go to the host.
-    "70b": Size(ALL, whole=32_768, prefetch=8192 * 28672, live=2_000_000_000, offload_weights=True),
+    "70b": Size(SHARDED, whole=32_768, prefetch=8192 * 28672, live=2_000_000_000, offload_weights=True),
     # BLOOM. One layer may stay and its successor's largest matrix, which is also the embedding.
-    "176b": Size(ALL, whole=65_536, prefetch=14336 * 57344, live=3_700_000_000, offload_weights=True),
+    "176b": Size(SHARDED, whole=65_536, prefetch=14336 * 57344, live=3_700_000_000, offload_weights=True),
 }
 
 
 def zero(size: Size, kind: str) -> dict[str, Any]:
     """The section `zero_optimization` of one file."""
     pipeline = kind.startswith("pipeline")
-    section: dict[str, Any] = {"stage": 1 if kind == "pipeline" else 3}
+    section: dict[str, Any] = {"stage": 1 if kind in ZERO1 else 3}
     if kind == "zero3_offload":
         for name in ("offload_optimizer", "offload_param")[: 1 + size.offload_weights]:
             section[name] = {"device": "cpu", "pin_memory": True}
     # DeepSpeed does not overlap communication in pipelines.
     section["overlap_comm"] = size.gpu and not pipeline
-    if size.gpu or kind != "pipeline":
+    if size.gpu or kind not in ZERO1:
         section["contiguous_gradients"] = True
-    if size.gpu or kind == "pipeline":
+    if size.gpu or kind in ZERO1:
         section["reduce_bucket_size"] = BUCKET
-    if kind == "pipeline":
+    if kind in ZERO1:
         return section
     if pipeline:
         # Micro-batches take turns, so what DeepSpeed looks ahead in does not repeat.

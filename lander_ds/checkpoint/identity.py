@@ -39,6 +39,7 @@ FREE = (
     "train.steps",
     "train.micro_batch",
     "train.activation_checkpointing",
+    "train.prefix_cache",
     "train.valid_every",
     "train.valid_examples",
     "train.patience",

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,6 +88,15 @@ def publish(new: Path, final: Path, aside: Callable[[], Path]) -> None:
         with suppress(FileNotFoundError, FileExistsError):
             final.rename(aside())
     flush(final.parent)
+
+
+def publish_entry(new: Path, final: Path) -> None:
+    """`publish` for a cache entry: one that had the name before is deleted; its readers keep their memory maps."""
+    with tempfile.TemporaryDirectory(
+        dir=final.parent, prefix=".discarded-", ignore_cleanup_errors=True
+    ) as discarded:
+        # Several may have to go: others can be quicker again and again.
+        publish(new, final, lambda: Path(tempfile.mkdtemp(dir=discarded), final.name))
 
 
 def flush(path: Path) -> None:

@@ -136,8 +136,26 @@ def _check_train(check: Check) -> None:
             "train.valid_every", "validation needs a corpus with split: valid; add one or set it to 0"
         )
     check.refuse_repeats("train.banks", train.banks)
+    _check_prefix_cache(check)
     _check_method(check)
     _check_learning_rates(check)
+
+
+def _check_prefix_cache(check: Check) -> None:
+    recipe = check.recipe
+    if recipe.train.prefix_cache == "off":
+        return
+    if recipe.pipelined:
+        check.refuse(
+            "train.prefix_cache",
+            f"topology: {recipe.topology} runs the layers below in stages of their own; write off, or set topology: "
+            "replicated or zero3",
+        )
+    if recipe.train.method in ("full", "lora"):
+        check.refuse(
+            "train.prefix_cache",
+            f"method: {recipe.train.method} trains every layer, there is nothing below to keep; write off",
+        )
 
 
 def _check_method(check: Check) -> None:

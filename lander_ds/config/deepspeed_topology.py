@@ -7,7 +7,7 @@ from typing import Any
 from lander_ds.config.document import Problems, lookup
 from lander_ds.config.recipe import Topology
 
-ZERO_STAGE: dict[Topology, int] = {"zero3": 3, "pipeline": 1, "pipeline_zero3": 3}
+ZERO_STAGE: dict[Topology, int] = {"zero3": 3, "replicated": 1, "pipeline": 1, "pipeline_zero3": 3}
 """ZeRO stage of each topology."""
 
 BUCKET_ELEMENTS = 16_777_216
@@ -38,24 +38,24 @@ def check_zero(zero: dict[str, Any], topology: Topology, problems: Problems) -> 
             f"the recipe says topology: {topology}, which needs {wanted}, found {stage}; write {wanted}",
         )
         return
-    if topology == "zero3":
-        return
-    if zero.get("overlap_comm") is True:
+    if topology in ("pipeline", "pipeline_zero3") and zero.get("overlap_comm") is True:
         refuse("DeepSpeed does not overlap communication in pipelines; write false", "overlap_comm")
-    if topology == "pipeline":
+    if stage == 1:
+        sharding = "zero3" if topology == "replicated" else "pipeline_zero3"
         if lookup(zero, ("offload_param", "device")) not in (None, "none"):
             refuse(
-                "only ZeRO stage 3 offloads weights; remove it, or set topology: pipeline_zero3 in the recipe",
+                f"only ZeRO stage 3 offloads weights; remove it, or set topology: {sharding} in the recipe",
                 "offload_param",
             )
         if lookup(zero, ("offload_optimizer", "device")) == "nvme":
             refuse(
-                "ZeRO stage 1 offloads to the host alone; write cpu, or set topology: pipeline_zero3 in the recipe",
+                f"ZeRO stage 1 offloads to the host alone; write cpu, or set topology: {sharding} in the recipe",
                 "offload_optimizer",
                 "device",
             )
         if zero.get("compute_grad_norm") is False:
             refuse("the gradient norm is clipped by and logged; remove it", "compute_grad_norm")
+    if topology != "pipeline_zero3":
         return
     for name in (*_LOOKAHEAD, *_LOOKAHEAD.values()):
         if zero.get(name) not in (None, "auto", 0):
@@ -72,7 +72,7 @@ def check_zero(zero: dict[str, Any], topology: Topology, problems: Problems) -> 
 
 def complete_zero(zero: dict[str, Any], topology: Topology) -> None:
     """Write out what the topology fixes, where DeepSpeed's default would be another."""
-    if topology == "pipeline":
+    if ZERO_STAGE[topology] == 1:
         # DeepSpeed would hold a buffer of 500 million elements, for gradients that are few here.
         zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
     if topology == "pipeline_zero3":

@@ -28,7 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-Topology = Literal["zero3", "pipeline", "pipeline_zero3"]
+Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
@@ -176,7 +176,8 @@ class DataConfig:
     detect_examples: Count = 128
     """Sentence pairs per pair set aside from `train` for detection, when no corpus has `split: detect`."""
     cache_dir: PathText | None = None
-    """Where tokenised corpora are kept, by content hash. Default: `<run_dir>/cache`. Runs may share one."""
+    """Where tokenised corpora, and hidden states (`train.prefix_cache`), are kept, by content hash. Default:
+    `<run_dir>/cache`. Runs may share one."""
     workers: PositiveInt = 1
     """Processes that tokenise."""
     seed: Seed | None = None
@@ -350,6 +351,10 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute every decoder layer's activations in the backward pass: less memory, about a third more
     compute. Changes no result."""
+    prefix_cache: Literal["off", "disk"] = "off"
+    """`disk`: what comes out of the layers below the lowest trained one is computed once per training example, before
+    the first step, and kept under `data.cache_dir` (in the type of the model). Worth it from the second pass over the
+    data on, and in runs that share the cache. Not in pipelines."""
     temperature: Positive = 1.0
     """Pairs are sampled in proportion to size ** (1 / temperature)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -493,8 +498,9 @@ class Recipe:
     deepspeed: PathText
     """DeepSpeed JSON (`ds_configs/<size>/<topology>.json`)."""
     topology: Topology = "zero3"
-    """`zero3`: every weight sharded over all ranks. `pipeline`: every rank holds whole layers, ZeRO-1 shards the
-    optimizer state. `pipeline_zero3`: ZeRO-3 inside every pipeline stage (I)."""
+    """`zero3`: every weight sharded over all ranks. `replicated`: every rank holds the whole model, ZeRO-1 shards the
+    optimizer state. `pipeline`: every rank holds whole layers, ZeRO-1 shards the optimizer state. `pipeline_zero3`:
+    ZeRO-3 inside every pipeline stage (I)."""
     pipeline_stages: PositiveInt = 1
     """Stages of a pipeline topology; the number of ranks must be a multiple."""
     pipeline_cut: tuple[int, ...] = ()
@@ -523,6 +529,11 @@ class Recipe:
     def data_seed(self) -> int:
         """`data.seed`, or the recipe's."""
         return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the topology cuts the model into pipeline stages."""
+        return self.topology in ("pipeline", "pipeline_zero3")
 
     @property
     def decoding(self) -> TranslateConfig:

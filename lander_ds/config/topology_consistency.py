@@ -11,12 +11,14 @@ def check_topology(check: Check) -> None:
     """Record what is wrong with `topology`, `pipeline_stages` and `pipeline_cut`; opens no file."""
     recipe = check.recipe
     stages, cut = recipe.pipeline_stages, recipe.pipeline_cut
-    if recipe.topology == "zero3":
+    if not recipe.pipelined:
         cure = "set topology: pipeline or pipeline_zero3, or remove it"
         if stages > 1:
-            check.refuse("pipeline_stages", f"topology: zero3 has one stage, found {stages}; {cure}")
+            check.refuse(
+                "pipeline_stages", f"topology: {recipe.topology} has one stage, found {stages}; {cure}"
+            )
         if cut:
-            check.refuse("pipeline_cut", f"topology: zero3 has no stages to cut; {cure}")
+            check.refuse("pipeline_cut", f"topology: {recipe.topology} has no stages to cut; {cure}")
         return
     if stages == 1:
         check.refuse(

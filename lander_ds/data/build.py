@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from lander_ds.common.console import progress
 from lander_ds.common.errors import ArtefactError, DataError
-from lander_ds.common.files import json_hash, publish, write_json
+from lander_ds.common.files import json_hash, publish_entry, write_json
 from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.filters import Filter, Sentences
 from lander_ds.data.passes import HELD_OUT, held_out, reading, shots_of, size_of
@@ -146,11 +146,7 @@ def _complete(entry: Path) -> dict[str, Any] | None:
 def _publish(temporary: Path, entry: Path, anew: bool) -> None:
     # Another process may have built the same entry meanwhile; it has the same content.
     if anew or _complete(entry) is None:
-        with tempfile.TemporaryDirectory(
-            dir=entry.parent, prefix=".discarded-", ignore_cleanup_errors=True
-        ) as discarded:
-            # Several may have to go: others can be quicker again and again. Their readers keep their memory maps.
-            publish(temporary, entry, lambda: Path(tempfile.mkdtemp(dir=discarded), entry.name))
+        publish_entry(temporary, entry)
 
 
 def _statistics(counts: Counts) -> dict[str, Any]:

@@ -145,6 +145,12 @@ class TranslationModel(nn.Module):
         return self._skeleton[0]
 
     @property
+    def prefix_layers(self) -> int:
+        """How many decoder layers come before everything that is trained or routed: their hidden states depend on
+        the base and the example alone."""
+        return min([self.first_trained, *self.routed_layers])
+
+    @property
     def budgeted(self) -> bool:
         """Whether the loss holds a budget."""
         return self.objective.budget_weight > 0.0 and self.gated
@@ -177,6 +183,7 @@ class TranslationModel(nn.Module):
         *incoming: torch.Tensor,
         alpha: float = 0.0,
         gates: GateStatistics | None = None,
+        until: int | None = None,
     ) -> Tensors:
         """One micro-batch through the span.
 
@@ -186,6 +193,7 @@ class TranslationModel(nn.Module):
             incoming: what the span before returned; nothing for the first.
             alpha: weight of the gate noise.
             gates: counts the gate values of this pass.
+            until: stop before this decoder layer and return what comes into it.
 
         Returns: of a span that is not the last, what travels on. Of the last:
             scalar: target loss / totals.target_tokens (+ budget loss); summed over all micro-batches and data-parallel
@@ -195,10 +203,17 @@ class TranslationModel(nn.Module):
         """
         if self.announce is not None:
             self.announce(batch)
-        hidden = incoming[0] if incoming else self._embed(batch)
+        start, stop = self.span.start, self.span.stop if until is None else until
+        if incoming:
+            hidden = incoming[0]
+        elif batch.prefix is not None:
+            hidden, start = batch.prefix.unsqueeze(0), batch.prefix_layers
+        else:
+            hidden = self._embed(batch)
         share = incoming[1] if len(incoming) > 1 else None
-        hidden, share = self._layers(batch, self.routing(batch, alpha), gates, hidden, share)
-        if not self.span.last:
+        routing = self.routing(batch, alpha)
+        hidden, share = self._layers(batch, range(start, stop), routing, gates, hidden, share)
+        if not self.span.last or until is not None:
             return (hidden,) if share is None else (hidden, share)
         return self._finish(batch, totals, hidden, share)
 
@@ -219,6 +234,7 @@ class TranslationModel(nn.Module):
     def _layers(
         self,
         batch: PackedBatch,
+        layers: range,
         routing: Routing,
         gates: GateStatistics | None,
         hidden: torch.Tensor,
@@ -226,7 +242,7 @@ class TranslationModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         decoder, positions = self.family.decoder_of(self.model), batch.positions.unsqueeze(0)
         arguments = self.family.layer_arguments(decoder, hidden, positions, batch.segment_lengths)
-        for index in range(self.span.start, self.span.stop):
+        for index in layers:
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.first_trained):
                 run = partial(self._layer, index, arguments(index), batch, routing, gates is not None)
                 if self.recompute and torch.is_grad_enabled():

@@ -234,7 +234,7 @@ def _check_float16(check: Check) -> None:
 def _check_tied_embeddings(check: Check) -> None:
     """Record a pipeline whose first and last stage would each train their own copy of one matrix."""
     recipe = check.recipe
-    if recipe.topology == "zero3" or recipe.train.method != "full":
+    if not recipe.pipelined or recipe.train.method != "full":
         return
     try:
         # Transformers is asked because many families tie by default.
@@ -246,5 +246,5 @@ def _check_tied_embeddings(check: Check) -> None:
         check.refuse(
             "train.method",
             f"full trains the embedding, which is also the model's head (tied): topology: {recipe.topology} has "
-            f"them in two stages; set topology: zero3, or another method",
+            f"them in two stages; set topology: zero3 or replicated, or another method",
         )

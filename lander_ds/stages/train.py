@@ -22,6 +22,7 @@ from lander_ds.distributed.watchdog import Watchdog
 from lander_ds.stages.stage import Part, Result, Stage
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.preemption import Preempted, StopRequest
+from lander_ds.training.prefix_cache import open_prefixes
 from lander_ds.training.progress import Progress
 from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
@@ -54,6 +55,8 @@ def _parts(start: Start) -> list[Part]:
         **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
         "dtype": recipe.model.dtype,
     }
+    # Changes no result; records of before it existed lack it.
+    del options["train"]["prefix_cache"]
     return [Part("train", options, inputs, lambda: _train(start, data, inputs))]
 
 
@@ -74,12 +77,13 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
         session = open_session(start, checkpoint)
         _announce(session)
         before = session.engine.frozen_digest()
+        prefixes = open_prefixes(start, session, data, watchdog.beat)
         progress = Progress() if checkpoint is None else Progress(**checkpoint.state["progress"])
         if process_group.rank() == 0:
             run.training_summary.unlink(missing_ok=True)
         metrics = MetricsLogger(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
         saver = Saver(session, run, identity)
-        trainer = Trainer(session, data, metrics, saver, progress, watchdog)
+        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes)
         # Another signal must not end the process before the last checkpoint is there.
         with StopRequest():
             outcome = trainer.run()

@@ -15,6 +15,7 @@ from lander_ds.common import console
 from lander_ds.common.errors import LanderError
 from lander_ds.data.batching.micro_batches import packed
 from lander_ds.data.batching.plan import BatchPlan, GlobalBatch
+from lander_ds.data.prefixes import Prefixes
 from lander_ds.data.prepared import PreparedData, PreparedSplit
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.watchdog import Watchdog
@@ -64,6 +65,7 @@ class Trainer:
         save: Save,
         progress: Progress | None = None,
         watchdog: Watchdog | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         """Prepare.
 
@@ -74,10 +76,11 @@ class Trainer:
             save: writes a checkpoint.
             progress: of the checkpoint that training goes on from; default: none.
             watchdog: told of every step.
+            prefixes: hidden states of the training examples below what is trained; default: they are computed.
         """
         recipe = session.recipe
         self.session, self.metrics, self.save = session, metrics, save
-        self.progress, self.watchdog = progress or Progress(), watchdog
+        self.progress, self.watchdog, self.prefixes = progress or Progress(), watchdog, prefixes
         self.train = recipe.train
         self.pairs = recipe.data.pairs
         train = data.split("train")
@@ -156,6 +159,7 @@ class Trainer:
             dims.data_parallel_ranks,
             session.micro_batches,
             process_group.device(),
+            self.prefixes,
         )
         totals = BatchTotals(batch.target_tokens, len(batch.indices))
         figures = session.engine.train_step(list(micro), totals, alpha, gates)

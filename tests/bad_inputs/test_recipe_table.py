@@ -102,6 +102,17 @@ OVERRIDES = [
         "set routing.gate_init: paper",
     ),
     ("train", ["pipeline_stages=2"], "pipeline_stages: topology: zero3 has one stage, found 2"),
+    (
+        "train",
+        [*TWO_STAGES, "train.prefix_cache=disk"],
+        "train.prefix_cache: topology: pipeline",
+        "write off",
+    ),
+    (
+        "train",
+        ["train.method=lora", "train.prefix_cache=disk"],
+        "train.prefix_cache: method: lora trains every",
+    ),
     ("train", ["pipeline_cut=[3]"], "pipeline_cut: topology: zero3 has no stages", "set topology: pipeline"),
     ("train", ["topology=pipeline"], "pipeline_stages: topology: pipeline needs at least 2, found 1"),
     ("train", [*TWO_STAGES, "pipeline_cut=[2, 4]"], "pipeline_cut: 2 stages need 1 entries", "found 2"),

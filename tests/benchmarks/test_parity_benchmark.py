@@ -78,6 +78,8 @@ def test_every_case_is_there_once() -> None:
     assert {(grid.topology, grid.stages, grid.data_ranks) for grid in GRIDS} == {
         ("zero3", 1, 2),
         ("zero3", 1, 4),
+        ("replicated", 1, 2),
+        ("replicated", 1, 4),
         *((("pipeline"), *shape) for shape in ((2, 1), (4, 1), (2, 2))),
         *((("pipeline_zero3"), *shape) for shape in ((2, 1), (2, 2))),
     }

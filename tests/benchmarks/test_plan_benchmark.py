@@ -14,7 +14,7 @@ def test_predictions_are_what_ranks_hold() -> None:
     cases = validate(None, {1: ((1, 1),), 2: ((2, 1),)})
     quantities = {(case.case.split()[0], case.case.split()[2], case.quantity) for case in cases}
     for model in ("llama", "bloom"):
-        for topology in ("zero3", "pipeline", "pipeline_zero3"):
+        for topology in ("zero3", "replicated", "pipeline", "pipeline_zero3"):
             for quantity in ("weights", "gradients", "optimizer", "checkpoint"):
                 assert (model, topology, quantity) in quantities
         assert (model, "zero3", "activations") in quantities

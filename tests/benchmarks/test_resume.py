@@ -26,7 +26,15 @@ def case(saved: str, resumed: str, optimizer: str, loss: float, bitwise: bool) -
 
 
 def test_the_places() -> None:
-    names = ["zero3 x1", "zero3 x2", "zero3 x4", "pipeline 2x1", "pipeline 2x2", "pipeline_zero3 2x2"]
+    names = [
+        "zero3 x1",
+        "zero3 x2",
+        "zero3 x4",
+        "replicated x2",
+        "pipeline 2x1",
+        "pipeline 2x2",
+        "pipeline_zero3 2x2",
+    ]
     assert list(PLACES) == parse([]).places == names
     assert [placement.ranks for placement in PLACES.values()] == [1, 2, 4, 2, 4, 4]
     assert parse(["--places", "pipeline 2x2,zero3 x1"]).places == ["pipeline 2x2", "zero3 x1"]

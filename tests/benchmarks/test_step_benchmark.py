@@ -65,12 +65,17 @@ def test_examples_differ_but_not_between_calls() -> None:
 def test_ratios_stay_within_a_sitting() -> None:
     sittings = [
         {"lander": measured([1.0, 9.0, 2.0], 100), "full": measured([8.0, 4.0, 2.0], 400)},
-        {"lander": measured([3.0], 150), "lora": measured([4.0], 200)},
+        {
+            "lander": measured([3.0], 150),
+            "lora": measured([4.0], 200),
+            "replicated": measured([2.4], 300),
+        },
     ]
     actual = ratios(sittings)
     assert actual["ratio_full"] == 0.5
     assert actual["peak_memory_ratio_full"] == 0.25
     assert actual["ratio_lora"] == actual["processor_ratio_lora"] == 0.75
+    assert (actual["ratio_replicated"], actual["peak_memory_ratio_replicated"]) == (0.8, 2.0)
 
 
 def test_table_names_every_system_and_goal() -> None:
@@ -98,7 +103,20 @@ def test_refuses(model: Path, arguments: list[str], message: str) -> None:
 
 @pytest.mark.distributed
 def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
-    options = ["--ranks", "2", "--tokens", "32", "--length", "8", "--steps", "1", "--dtype", "float32"]
+    options = [
+        "--ranks",
+        "2",
+        "--tokens",
+        "32",
+        "--length",
+        "8",
+        "--steps",
+        "1",
+        "--dtype",
+        "float32",
+        "--layers",
+        "2",
+    ]
     command = [
         sys.executable,
         str(SCRIPT),
@@ -106,7 +124,9 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
         str(model),
         *options,
         "--against",
-        "full_same_logits,lora",
+        "full_same_logits,lora,replicated,cached",
+        "--together",
+        "4",
         "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
@@ -115,12 +135,12 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(model: Path) -> None:
     assert {key for key in actual if "ratio" in key} == {
         f"{kind}_{other}"
         for kind in ("ratio", "processor_ratio", "peak_memory_ratio")
-        for other in ("full_same_logits", "lora")
+        for other in ("full_same_logits", "lora", "replicated", "cached")
     }
     systems = {entry["system"]: entry for entry in actual["systems"]}
-    assert list(systems) == ["lander", "full_same_logits", "lora"]
+    assert list(systems) == ["lander", "full_same_logits", "lora", "replicated", "cached"]
     losses = [entry["first_loss"] for entry in systems.values()]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-4)
     plain = tiny_model("gemma3")
     linear = [m for m in plain.modules() if isinstance(m, nn.Linear) and m is not plain.lm_head]
     assert systems["full_same_logits"]["trained_parameters"] == sum(p.numel() for p in plain.parameters())

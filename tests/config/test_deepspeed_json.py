@@ -42,6 +42,7 @@ def refusal(workspace: Workspace, *overrides: str, **changes: Any) -> str:
 
 PIPELINE = ["topology=pipeline", "pipeline_stages=2"]
 BOTH = ["topology=pipeline_zero3", "pipeline_stages=2"]
+REPLICATED = ["topology=replicated"]
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -176,6 +177,11 @@ def test_refused(changes: dict[str, Any], fragment: str, workspace: Workspace) -
         ([], {"remove": "zero_optimization"}, ["zero_optimization.stage", "found 0"]),
         (PIPELINE, {}, ["zero_optimization.stage", "topology: pipeline, which needs 1, found 3; write 1"]),
         (BOTH, {"zero_optimization": {"stage": 1}}, ["topology: pipeline_zero3, which needs 3, found 1"]),
+        (
+            REPLICATED,
+            {},
+            ["zero_optimization.stage", "topology: replicated, which needs 1, found 3; write 1"],
+        ),
         ([], {"pipeline": {"stages": 2}}, ["pipeline.stages", "pipeline_stages: 1", "found 2"]),
         (BOTH, {"pipeline": {"stages": 4}}, ["pipeline.stages", "pipeline_stages: 2", "found 4"]),
         (
@@ -212,6 +218,21 @@ def test_contradictions_name_both_keys(
             {"offload_optimizer": {"device": "nvme", "nvme_path": "."}},
             "offload_optimizer.device: topology: pipeline: ZeRO stage 1 offloads to the host alone; write cpu",
         ),
+        (
+            REPLICATED,
+            {"offload_param": {"device": "cpu"}},
+            "offload_param: topology: replicated: only ZeRO stage 3 offloads weights; remove it, or set topology: zero3",
+        ),
+        (
+            REPLICATED,
+            {"offload_optimizer": {"device": "nvme", "nvme_path": "."}},
+            "offload_optimizer.device: topology: replicated: ZeRO stage 1 offloads to the host alone; write cpu",
+        ),
+        (
+            REPLICATED,
+            {"compute_grad_norm": False},
+            "compute_grad_norm: topology: replicated: the gradient norm",
+        ),
         (PIPELINE, {"compute_grad_norm": False}, "compute_grad_norm: topology: pipeline: the gradient norm"),
         (BOTH, {"overlap_comm": True}, "overlap_comm: topology: pipeline_zero3: DeepSpeed does not overlap"),
         (BOTH, {"stage3_prefetch_bucket_size": 1}, "stage3_prefetch_bucket_size: topology: pipeline_zero3: "),
@@ -224,10 +245,10 @@ def test_contradictions_name_both_keys(
         (BOTH, {"zero_quantized_nontrainable_weights": True}, "frozen weights must stay"),
     ],
 )
-def test_what_a_pipeline_cannot_do(
+def test_what_a_topology_cannot_do(
     topology: list[str], changes: dict[str, Any], fragment: str, workspace: Workspace
 ) -> None:
-    stage = 1 if topology is PIPELINE else 3
+    stage = 3 if topology is BOTH else 1
     message = refusal(workspace, *topology, zero_optimization={"stage": stage, **changes})
     assert fragment in message
     assert "zero3.json, line " in message
@@ -324,11 +345,11 @@ def test_the_resolved_configuration_says_everything(workspace: Workspace) -> Non
     }
 
 
-@pytest.mark.parametrize("name", ["zero3", "pipeline", "pipeline_zero3"])
+@pytest.mark.parametrize("name", ["zero3", "replicated", "pipeline", "pipeline_zero3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_shipped_json_of_every_topology_fits_it(name: str, dtype: str, workspace: Workspace) -> None:
     path = next(path for path in JSONS if path.name == f"{name}.json")
-    stages = 1 if name == "zero3" else 2
+    stages = 2 if name.startswith("pipeline") else 1
     recipe = recipe_of(
         workspace,
         f"topology={name}",
@@ -338,8 +359,8 @@ def test_the_shipped_json_of_every_topology_fits_it(name: str, dtype: str, works
     )
     config = resolve_deepspeed_config(recipe, world_size=1, micro_batches=3)
     read = deepspeed_config.DeepSpeedConfig(config)
-    assert read.zero_optimization_stage == (1 if name == "pipeline" else 3)
-    assert name == "zero3" or not read.zero_config.overlap_comm
+    assert read.zero_optimization_stage == (1 if name in ("replicated", "pipeline") else 3)
+    assert not name.startswith("pipeline") or not read.zero_config.overlap_comm
     assert read.bfloat16_config.enabled == (dtype == "bfloat16")
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
 

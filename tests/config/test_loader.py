@@ -117,7 +117,7 @@ def test_a_key_in_the_wrong_section_is_pointed_home(tmp_path: Path) -> None:
         ("model.path=7", "model.path: expected text"),
         (
             "topology=zero",
-            "expected one of zero3, pipeline, pipeline_zero3, found the text 'zero'; did you mean zero3?",
+            "expected one of zero3, replicated, pipeline, pipeline_zero3, found the text 'zero'; did you mean zero3?",
         ),
         ("topology=pipeline-zero3", "did you mean pipeline_zero3?"),
         ("pipeline_cut=3", "pipeline_cut: expected a list, found the number 3; write [3]"),

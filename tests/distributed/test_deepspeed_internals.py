@@ -9,6 +9,7 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.distributed.engines import deepspeed_internals
 from lander_ds.distributed.engines.pipeline import Pipeline
 from lander_ds.distributed.engines.pipeline_zero3 import PipelineZero3
+from lander_ds.distributed.engines.replicated import Replicated
 from lander_ds.distributed.engines.zero3 import Zero3
 
 
@@ -47,7 +48,12 @@ def test_an_attribute_that_moved_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_engine_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed_internals, "version", lambda _: "0.20.1")
-    for engine in (lambda: Zero3({}), lambda: Pipeline({}, 1), lambda: PipelineZero3({}, 1)):
+    for engine in (
+        lambda: Zero3({}),
+        lambda: Replicated({}),
+        lambda: Pipeline({}, 1),
+        lambda: PipelineZero3({}, 1),
+    ):
         with pytest.raises(ConfigError, match=r"DeepSpeed 0\.20\.1 was never tested with it"):
             engine()
 

@@ -1,4 +1,4 @@
-"""Pipelines train, detect and translate as zero3 does on one rank."""
+"""Every other topology trains, detects and translates as zero3 does on one rank."""
 
 from __future__ import annotations
 
@@ -27,8 +27,15 @@ from lander_ds.method.selection import Selection
 
 pytestmark = pytest.mark.distributed
 
-TOPOLOGIES = ("pipeline", "pipeline_zero3")
-GRIDS = ("2x1", "2x2", "4x1")
+PIPELINES = ("pipeline", "pipeline_zero3")
+TWO = (("replicated", "1x2"), *((topology, "2x1") for topology in PIPELINES))
+SHARED = (("replicated", "1x4"), *((topology, "2x2") for topology in PIPELINES))
+"""Data-parallel ranks, and stages where there are any."""
+ALL = (*TWO, *SHARED, *((topology, "4x1") for topology in PIPELINES))
+every_grid = pytest.mark.parametrize(("topology", "grid"), ALL)
+on_two_ranks = pytest.mark.parametrize(("topology", "grid"), TWO)
+on_shared_stages = pytest.mark.parametrize(("topology", "grid"), SHARED)
+in_pipelines = pytest.mark.parametrize("topology", PIPELINES)
 FLOAT = 4
 ADAM_BYTES = 12
 """Master, first and second moment of a trained parameter."""
@@ -38,7 +45,8 @@ LAYERS = 4
 @pytest.fixture
 def runs(request: pytest.FixtureRequest, world_1: TinyRun) -> TinyRun:
     """The world of the test's parameter `grid` has run, and that of one rank; two stages of one rank without one."""
-    stages, data_ranks = _sizes(request.node.callspec.params.get("grid", "2x1"))
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    stages, data_ranks = _sizes(parameters.get("grid", "2x1"))
     world: TinyRun = request.getfixturevalue(f"stages_{stages * data_ranks}")
     assert world.root == world_1.root
     return world
@@ -59,20 +67,18 @@ def summary(runs: TinyRun, name: str) -> dict[str, Any]:
     return actual
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("grid", GRIDS)
+@every_grid
 def test_sgd_without_clipping(runs: TinyRun, topology: str, grid: str) -> None:
     """On 2x1 with other micro-batches and packing, and with validations on the way."""
     assert_same_training(runs.run(name_of(topology, grid, "sgd")), runs.run("sgd-1"), 1e-5)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("grid", GRIDS)
+@every_grid
 def test_adamw_with_clipping_that_bites(runs: TinyRun, topology: str, grid: str) -> None:
     assert_same_training(runs.run(name_of(topology, grid, "adamw")), runs.run("adamw-1"), 1e-4)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@on_two_ranks
 @pytest.mark.parametrize(
     ("what", "tolerance"),
     [
@@ -85,13 +91,12 @@ def test_adamw_with_clipping_that_bites(runs: TinyRun, topology: str, grid: str)
         ("lower", 1e-4),
     ],
 )
-def test_every_method_and_gate(runs: TinyRun, topology: str, what: str, tolerance: float) -> None:
+def test_every_method_and_gate(runs: TinyRun, topology: str, grid: str, what: str, tolerance: float) -> None:
     """`lower` trains one layer of the first stage: the last stage has nothing to train but the loss."""
-    assert_same_training(runs.run(name_of(topology, "2x1", what)), runs.run(f"{what}-1"), tolerance)
+    assert_same_training(runs.run(name_of(topology, grid, what)), runs.run(f"{what}-1"), tolerance)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("grid", ["2x2"])
+@on_shared_stages
 def test_data_parallel_ranks_without_an_example(runs: TinyRun, topology: str, grid: str) -> None:
     assert min(record["examples"] for record in metrics(runs.run("few-1"))) < 2
     assert_same_training(runs.run(name_of(topology, grid, "few")), runs.run("few-1"), 1e-4)
@@ -101,27 +106,24 @@ def test_recomputation_changes_nothing_on_one_rank(world_1: TinyRun) -> None:
     assert_same_training(world_1.run("recompute-1"), world_1.run("adamw-1"), 1e-6)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("grid", ["2x1", "2x2"])
-def test_recomputation_changes_nothing_in_a_pipeline(runs: TinyRun, topology: str, grid: str) -> None:
+@pytest.mark.parametrize(("topology", "grid"), [*TWO, *((topology, "2x2") for topology in PIPELINES)])
+def test_recomputation_changes_nothing_on_several(runs: TinyRun, topology: str, grid: str) -> None:
     actual, expected = (runs.run(name_of(topology, grid, what)) for what in ("recompute", "adamw"))
     assert_same_training(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("grid", GRIDS)
+@every_grid
 def test_awareness(runs: TinyRun, topology: str, grid: str) -> None:
     assert_same_awareness(runs.run(name_of(topology, grid, "detect")), runs.run("detect-1"))
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_validating_on_the_way(runs: TinyRun, topology: str) -> None:
-    run = runs.run(name_of(topology, "2x1", "sgd"))
+@on_two_ranks
+def test_validating_on_the_way(runs: TinyRun, topology: str, grid: str) -> None:
+    run = runs.run(name_of(topology, grid, "sgd"))
     assert [record["step"] for record in validations(run)] == [7, 14, 20]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("grid", GRIDS)
+@every_grid
 def test_every_rank_holds_its_part(runs: TinyRun, topology: str, grid: str) -> None:
     stages, data_ranks = _sizes(grid)
     actual = summary(runs, name_of(topology, grid, "adamw"))
@@ -147,14 +149,14 @@ def test_every_rank_holds_its_part(runs: TinyRun, topology: str, grid: str) -> N
         weights = whole + len(routed) * gates
         learned = sum(banked[layer] + gates for layer in routed)
         assert actual["weight_bytes_per_rank"][rank] == pytest.approx(FLOAT * weights / shards, rel=0.05)
-        share = learned if topology == "pipeline" else learned / shards
+        share = learned if topology != "pipeline_zero3" else learned / shards
         assert actual["gradient_bytes_per_rank"][rank] == pytest.approx(FLOAT * share, rel=0.03)
         states = ADAM_BYTES * learned / data_ranks
         assert actual["optimizer_bytes_per_rank"][rank] == pytest.approx(states, rel=0.03)
     assert actual["frozen_unchanged"] is True
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@in_pipelines
 @pytest.mark.parametrize("grid", ["4x1"])
 def test_stages_that_train_nothing_hold_no_optimizer(runs: TinyRun, topology: str, grid: str) -> None:
     for what in ("sgd", "adamw"):
@@ -164,7 +166,7 @@ def test_stages_that_train_nothing_hold_no_optimizer(runs: TinyRun, topology: st
             assert [holding > 0 for holding in actual[name]] == [layer in SELECTED for layer in range(LAYERS)]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@in_pipelines
 def test_a_cut_by_hand(runs: TinyRun, topology: str) -> None:
     actual = summary(runs, name_of(topology, "2x1", "lower"))
     assert actual["layers_per_rank"] == [[0, 2], [2, 4]]
@@ -172,18 +174,19 @@ def test_a_cut_by_hand(runs: TinyRun, topology: str) -> None:
     assert actual["frozen_unchanged"] is True
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@in_pipelines
 def test_layers_are_balanced_by_compute(runs: TinyRun, topology: str) -> None:
     """The last stage has the head, which weighs nearly a layer; without a backward pass layer 0 is cheap."""
     assert summary(runs, name_of(topology, "2x1", "adamw"))["layers_per_rank"] == [[0, 3], [3, 4]]
     assert summary(runs, name_of(topology, "2x1", "full"))["layers_per_rank"] == [[0, 2], [2, 4]]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_frozen_weights_stay_bitwise_what_they_were(runs: TinyRun, topology: str) -> None:
-    name = name_of(topology, "2x1", "output")
+@on_two_ranks
+def test_frozen_weights_stay_bitwise_what_they_were(runs: TinyRun, topology: str, grid: str) -> None:
+    name = name_of(topology, grid, "output")
     base, after = load_file(runs.model / "model.safetensors"), gathered(runs.run(name))
-    assert torch.equal(after["lm_head.weight"], base["model.embed_tokens.weight"]), "the head's own copy"
+    if topology in PIPELINES:
+        assert torch.equal(after["lm_head.weight"], base["model.embed_tokens.weight"]), "the head's own copy"
     for tensor, value in base.items():
         if not any(f"layers.{layer}.mlp" in tensor for layer in SELECTED):
             assert torch.equal(after[tensor], value), tensor
@@ -203,27 +206,27 @@ def test_frozen_weights_stay_bitwise_what_they_were(runs: TinyRun, topology: str
     assert summary(runs, name)["frozen_unchanged"] is True
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_layers_trains_the_whole_ffns_and_nothing_else(runs: TinyRun, topology: str) -> None:
+@on_two_ranks
+def test_layers_trains_the_whole_ffns_and_nothing_else(runs: TinyRun, topology: str, grid: str) -> None:
     base = load_file(runs.model / "model.safetensors")
-    after = gathered(runs.run(name_of(topology, "2x1", "layers")))
+    after = gathered(runs.run(name_of(topology, grid, "layers")))
     assert {name for name in base if not torch.equal(after[name], base[name])} == {
         f"model.layers.{layer}.mlp.{projection}.weight"
         for layer in SELECTED
         for projection in ("gate_proj", "up_proj", "down_proj")
     }
-    assert summary(runs, name_of(topology, "2x1", "layers"))["groups"] == {"dense": 2 * 3 * WIDTH * NEURONS}
+    assert summary(runs, name_of(topology, grid, "layers"))["groups"] == {"dense": 2 * 3 * WIDTH * NEURONS}
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_a_frozen_weight_that_changes_by_one_bit_is_noticed(runs: TinyRun, topology: str) -> None:
-    assert summary(runs, name_of(topology, "2x1", "nudged"))["frozen_unchanged"] is False
+@on_two_ranks
+def test_a_frozen_weight_that_changes_by_one_bit_is_noticed(runs: TinyRun, topology: str, grid: str) -> None:
+    assert summary(runs, name_of(topology, grid, "nudged"))["frozen_unchanged"] is False
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_inactive_groups_stay_bitwise(runs: TinyRun, topology: str) -> None:
-    """Both stages have a part of every group."""
-    notes = json.loads((runs.run(name_of(topology, "2x1", "watched")).path / WATCHED).read_text())
+@on_two_ranks
+def test_inactive_groups_stay_bitwise(runs: TinyRun, topology: str, grid: str) -> None:
+    """Both ranks have a part of every group."""
+    notes = json.loads((runs.run(name_of(topology, grid, "watched")).path / WATCHED).read_text())
     used: set[str] = set()
     idle_after_use = 0
     for note in notes:
@@ -234,17 +237,17 @@ def test_inactive_groups_stay_bitwise(runs: TinyRun, topology: str) -> None:
     assert used == set(notes[0]["groups"])
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_bfloat16_weights_float32_optimizer(runs: TinyRun, topology: str) -> None:
-    name = name_of(topology, "2x1", "bfloat16")
+@on_two_ranks
+def test_bfloat16_weights_float32_optimizer(runs: TinyRun, topology: str, grid: str) -> None:
+    name = name_of(topology, grid, "bfloat16")
     actual = summary(runs, name)
     assert sum(actual["optimizer_bytes_per_rank"]) == pytest.approx(
         ADAM_BYTES * actual["trained_parameters"], rel=0.03
     )
-    copied_head = 480 * WIDTH
-    assert sum(actual["weight_bytes_per_rank"]) == pytest.approx(
-        2 * (actual["total_parameters"] + copied_head), rel=0.05
-    )
+    # In pipelines the last stage has a copy of the head, which is tied.
+    everything = actual["total_parameters"]
+    held = 2 * everything if topology == "replicated" else everything + 480 * WIDTH
+    assert sum(actual["weight_bytes_per_rank"]) == pytest.approx(2 * held, rel=0.05)
     assert actual["frozen_unchanged"] is True
     run, expected = runs.run(name), runs.run("bfloat16-1")
     for key in ("loss", "grad_norm"):
@@ -252,7 +255,7 @@ def test_bfloat16_weights_float32_optimizer(runs: TinyRun, topology: str) -> Non
     assert distance(trained(run), trained(expected)) < 0.02
     # Steps smaller than bfloat16 can hold are in the float32 masters.
     assert any(not torch.equal(value, value.bfloat16().float()) for value in trained(run).values())
-    notes = json.loads((runs.run(name_of(topology, "2x1", "looked-into")).path / NOTES).read_text())
+    notes = json.loads((runs.run(name_of(topology, grid, "looked-into")).path / NOTES).read_text())
     assert notes["parameters"] == ["torch.bfloat16"]
     assert notes["rotary"] == ["torch.float32"], "in bfloat16 far positions would move"
     assert set(notes["all"]) == set(PAIRS)
@@ -260,14 +263,11 @@ def test_bfloat16_weights_float32_optimizer(runs: TinyRun, topology: str) -> Non
     assert notes["one"]["en-es"] == pytest.approx(notes["all"]["en-es"], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("topology", "grid"), [("pipeline", "2x1"), ("pipeline_zero3", "2x1"), ("pipeline_zero3", "2x2")]
-)
+@pytest.mark.parametrize(("topology", "grid"), [*TWO, ("pipeline_zero3", "2x2")])
 def test_every_stage_in_one_process_group_ends_in_the_same_translations(
     runs: TinyRun, topology: str, grid: str
 ) -> None:
-    """From data to report without a stop: with sharded weights in the pipelines of two ranks, with whole ones in
-    that of four and on one rank."""
+    """From data to report without a stop: with sharded weights on two ranks, with whole ones on four and on one."""
     run, expected = runs.run(name_of(topology, grid, "whole")), runs.run("whole-1")
     assert_same_awareness(run, expected)
     one, other = Selection.load(run.selection), Selection.load(expected.selection)
@@ -286,9 +286,9 @@ def test_every_stage_in_one_process_group_ends_in_the_same_translations(
         torch.testing.assert_close(tensors[name], value, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_divergence_ends_with_an_error_on_every_rank(runs: TinyRun, topology: str) -> None:
-    run = runs.run(name_of(topology, "2x1", "diverged"))
+@on_two_ranks
+def test_divergence_ends_with_an_error_on_every_rank(runs: TinyRun, topology: str, grid: str) -> None:
+    run = runs.run(name_of(topology, grid, "diverged"))
     for rank in range(2):
         message = (run.path / f"{rank}-{NOTES}").read_text()
         assert re.search(
@@ -298,11 +298,25 @@ def test_divergence_ends_with_an_error_on_every_rank(runs: TinyRun, topology: st
     assert not run.training_summary.exists()
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_every_trained_tensor_is_in_the_checkpoint_once(runs: TinyRun, topology: str) -> None:
+@on_two_ranks
+def test_every_trained_tensor_is_in_the_checkpoint_once(runs: TinyRun, topology: str, grid: str) -> None:
     for what in ("adamw", "lower", "lora"):
-        run = runs.run(name_of(topology, "2x1", what))
+        run = runs.run(name_of(topology, grid, what))
         path = checkpoint.newest(run.checkpoints).path
         names = [name for part in path.glob("trained-*.safetensors") for name in load_file(part)]
         assert len(set(names)) == len(names)
         assert set(names) == set(trained(runs.run(f"{what}-1")))
+
+
+def test_each_topology_goes_on_from_the_checkpoint_of_another(runs: TinyRun) -> None:
+    run, expected = runs.run("relay-2"), runs.run("relayed-1")
+    assert checkpoint.newest(run.checkpoints).state["topology"] == "pipeline"
+    assert_same_training(run, expected, 1e-4)
+
+
+def test_with_kept_hidden_states(runs: TinyRun, world_2: TinyRun) -> None:
+    """zero3 has computed them, or replicated, whichever was first; the other has read them."""
+    assert_same_training(runs.run("replicated-1x2-cached-2"), runs.run("replicated-1x2-adamw-2"), 1e-6)
+    assert_same_training(world_2.run("cached-2"), world_2.run("adamw-2"), 1e-6)
+    (entry,) = (runs.root / "cache").glob("prefix-*")
+    assert len(list(entry.glob("part-*.bin"))) == 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import PAIRS, recipe_for, selection_for
+from support.selections import random_selection
 from support.tiny_models import CONFIGS, VOCABULARY, save, tiny_model
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -102,6 +103,33 @@ def test_losses_are_those_of_each_example_alone(case: str, tmp_path: Path) -> No
     torch.testing.assert_close(per_pair[0], sums, rtol=1e-5, atol=1e-5)
     assert torch.equal(per_pair[1], counts)
     assert loss.item() == pytest.approx(float(sums.sum()) / 10, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_kept_hidden_states_stand_for_the_layers_below(case: str, recompute: bool, tmp_path: Path) -> None:
+    recipe = recipe_for(save(tiny_model(case), tmp_path / "base"), tmp_path / "run")
+    model, family = build(recipe.model)
+    selection = random_selection(family.neurons(model), (2,), PAIRS, seed=4)
+    prepare_model(model, family, recipe, selection)
+    fill(model, family, BaseWeights(recipe.model.path), lambda unit: None)
+    mark_trained(model, family, recipe.train, selection)
+    module = TranslationModel(model, family, len(PAIRS), Objective(0.4, 0.3), recompute=recompute)
+    assert module.prefix_layers == 2
+    batch, totals = pack(examples()), BatchTotals(20, 5)
+    with torch.no_grad():
+        (hidden,) = module(batch, totals, until=2)
+        expected = module(batch, totals)
+    # Whatever lies below is not asked any more.
+    for layer in family.layers_of(model)[:2]:
+        for parameter in layer.parameters():
+            parameter.data.fill_(torch.nan)
+    kept = replace(batch, prefix=hidden[0], prefix_layers=2)
+    actual = module(kept, totals, alpha=0.0)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    actual[0].backward()
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    assert all(value is not None and value.isfinite().all() for value in gradients)
 
 
 @pytest.mark.parametrize("gate", ["none", "input", "output"])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import Recipe
+from lander_ds.config.deepspeed_topology import ZERO_STAGE
+from lander_ds.config.recipe import Recipe, Topology
 from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.engines import zero3
@@ -31,6 +32,7 @@ from support.tiny_run import TinyRun
 GATHERED = "gathered.safetensors"
 WATCHED = "watched.json"
 NOTES = "notes.json"
+RELAY: tuple[Topology, ...] = ("replicated", "zero3", "replicated", "pipeline")
 
 
 def train_and_gather(recipe: Recipe, run: RunDirectory) -> None:
@@ -83,6 +85,16 @@ def every_stage(recipe: Recipe, run: RunDirectory) -> None:
     for name in STAGES:
         import_module(f"lander_ds.stages.{name}").run(recipe, run)
         process_group.free_memory()
+
+
+def relay(recipe: Recipe, run: RunDirectory) -> None:
+    """Stage train, two steps at a time, each two in another topology and from the checkpoint of those before."""
+    for number, topology in enumerate(RELAY, 1):
+        stages = 2 if topology == "pipeline" else 1
+        own = replace(
+            recipe, topology=topology, pipeline_stages=stages, train=replace(recipe.train, steps=2 * number)
+        )
+        train.run(replace(own, deepspeed=str(run.path.parent / f"{topology}.json")), run, auto_resume=True)
 
 
 class _Nudging(Trainer):
@@ -182,7 +194,7 @@ def _states(session: Session) -> dict[str, list[torch.Tensor]]:
     if not names:
         return actual
     zero = session.engine._engine.optimizer
-    if session.recipe.topology == "pipeline":
+    if ZERO_STAGE[session.recipe.topology] == 1:
         masters = dict(zip(names, ([part] for part in zero.single_partition_of_fp32_groups), strict=True))
     else:
         masters = {name: [] for name in names}

@@ -1,4 +1,4 @@
-"""Trainings in pipelines that several tests look at, and the worlds they run in.
+"""Trainings outside zero3 that several tests look at, and the worlds they run in.
 
 A job is called `<topology>-<pipeline stages>x<data-parallel ranks>-<what>`.
 """
@@ -6,6 +6,7 @@ A job is called `<topology>-<pipeline stages>x<data-parallel ranks>-<what>`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ from support.training_runs import (
     ADAMW,
     AVERAGED,
     BFLOAT16,
+    CACHED,
     DETECT,
     DIVERGE,
     DIVERGED,
@@ -29,6 +31,8 @@ from support.training_runs import (
     NUDGE,
     OUTPUT,
     PREPARE_AND_TRAIN,
+    RELAY,
+    RELAYED,
     SGD,
     SHIRA,
     TRAIN_LOWER,
@@ -40,27 +44,29 @@ from support.worlds import Job, run_world
 if TYPE_CHECKING:
     from support.tiny_run import TinyRun
 
-PIPELINE, ZERO3 = "pipeline", "pipeline_zero3"
+REPLICATED, PIPELINE, ZERO3 = "replicated", "pipeline", "pipeline_zero3"
 
 
 def staged(
     topology: str, stages: int, ranks: int, what: str, overrides: tuple[str, ...], call: str = ""
 ) -> Job:
-    """A job in a topology with pipeline stages."""
+    """A job in a topology."""
     own = (f"topology={topology}", f"pipeline_stages={stages}", f"deepspeed=$root/{topology}.json")
     name = f"{topology}-{stages}x{ranks // stages}-{what}"
     return Job(name, (*overrides, *own), call) if call else Job(name, (*overrides, *own))
 
 
 def _two(topology: str) -> tuple[Job, ...]:
-    """Two stages of one rank each."""
+    """Two stages of one rank each, or one of two ranks."""
+    stages = 1 if topology == REPLICATED else 2
 
     def job(what: str, overrides: tuple[str, ...], call: str = "") -> Job:
-        return staged(topology, 2, 2, what, overrides, call)
+        return staged(topology, stages, 2, what, overrides, call)
 
     other = (
         ("train.micro_batch=2",) if topology == PIPELINE else ("train.micro_batch=2", "train.pack_tokens=128")
     )
+    cut = () if topology == REPLICATED else ("pipeline_cut=[2]",)
     return (
         job("sgd", (*SGD, *other, "train.valid_every=7")),
         job("adamw", ADAMW),
@@ -72,7 +78,7 @@ def _two(topology: str) -> tuple[Job, ...]:
         job("lora", LORA, GATHER),
         job("shira", SHIRA),
         job("full", FULL, PREPARE_AND_TRAIN),
-        job("lower", (*LOWER, "pipeline_cut=[2]"), TRAIN_LOWER),
+        job("lower", (*LOWER, *cut), TRAIN_LOWER),
         job("watched", ABSENT, WATCH),
         job("nudged", ("train.steps=2",), NUDGE),
         job("averaged", AVERAGED),
@@ -96,15 +102,32 @@ def _four(topology: str) -> tuple[Job, ...]:
     )
 
 
+def _four_replicated() -> tuple[Job, ...]:
+    """Four ranks, which reduce gradients during the backward pass."""
+    overlapped = "deepspeed=$root/replicated-overlap.json"
+    jobs = (
+        staged(REPLICATED, 1, 4, "sgd", SGD),
+        staged(REPLICATED, 1, 4, "adamw", ADAMW),
+        staged(REPLICATED, 1, 4, "few", FEW),
+        staged(REPLICATED, 1, 4, "detect", (), DETECT),
+    )
+    return tuple(replace(job, overrides=(*job.overrides, overlapped)) for job in jobs)
+
+
 STAGE_JOBS: dict[int, tuple[Job, ...]] = {
     2: (
+        *_two(REPLICATED),
         *_two(PIPELINE),
         *_two(ZERO3),
+        staged(REPLICATED, 1, 2, "cached", CACHED),
+        Job("relay", RELAYED, RELAY),
         # Last, because they end in an error.
+        staged(REPLICATED, 1, 2, "diverged", DIVERGED, DIVERGE),
         staged(ZERO3, 2, 2, "diverged", DIVERGED, DIVERGE),
         staged(PIPELINE, 2, 2, "diverged", DIVERGED, DIVERGE),
     ),
     4: (
+        *_four_replicated(),
         *_four(PIPELINE),
         *_four(ZERO3),
         staged(ZERO3, 2, 4, "whole", WHOLE, EVERY_STAGE),

@@ -63,10 +63,15 @@ DEEPSPEED: dict[str, Any] = {
 
 JSONS: dict[str, dict[str, Any]] = {
     "zero3": DEEPSPEED,
+    "replicated": {"zero_optimization": {"stage": 1}, "steps_per_print": 1000000},
+    "replicated-overlap": {
+        "zero_optimization": {"stage": 1, "overlap_comm": True},
+        "steps_per_print": 1000000,
+    },
     "pipeline": {"zero_optimization": {"stage": 1}, "steps_per_print": 1000000},
     "pipeline_zero3": DEEPSPEED,
 }
-"""By topology."""
+"""By topology; one has two."""
 
 
 @dataclass(frozen=True)

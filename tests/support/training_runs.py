@@ -32,7 +32,9 @@ NUDGE = "support.jobs:train_and_nudge"
 PREPARE_AND_TRAIN = "support.jobs:prepare_and_train"
 TRAIN_LOWER = "support.jobs:train_lower"
 COLLECTIVES = "support.jobs:use_collectives"
+RELAY = "support.jobs:relay"
 WATCH = "support.jobs:watch_groups"
+CACHED = (*ADAMW, *sets(train__prefix_cache="disk"))
 FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 """One to three examples a step: fewer than four ranks have micro-batches."""
 ABSENT = sets(
@@ -57,6 +59,8 @@ WHOLE = (
     "export.formats=[dense]",
     "select.layers.k=2",
 )
+RELAYED = (*ADAMW, *sets(train__steps=8, train__schedule="constant", routing__alpha_max=0.0))
+"""Nothing in a step depends on how many there will be."""
 DIVERGED = (*sets(train__optimizer="sgd", train__save_every=1), "train.lr={general: 1.0e+30}")
 
 PATIENCE = (
@@ -82,6 +86,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("shira", SHIRA),
         Job("full", FULL, PREPARE_AND_TRAIN),
         Job("lower", LOWER, TRAIN_LOWER),
+        Job("relayed", RELAYED),
         Job("bfloat16", BFLOAT16),
         Job("whole", WHOLE, EVERY_STAGE),
         Job("detect", (), DETECT),
@@ -98,6 +103,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         ),
         Job("output", OUTPUT, GATHER),
         Job("full", sets(train__method="full", train__steps=6, train__weight_decay=0.1)),
+        Job("cached", CACHED),
         Job("layers", LAYERS, GATHER),
         Job("lora", LORA, GATHER),
         Job("shira", SHIRA, GATHER),

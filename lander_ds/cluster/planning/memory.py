@@ -179,10 +179,9 @@ def _bucket_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> i
     if sharding.sharded:
         buffers = item if sharding.zero.contiguous_gradients else 0
     else:
-        # ZeRO-1 stages the accumulated gradients, in their own type.
-        buffers = sharding.gradient_bytes * bool(
-            sharding.zero.contiguous_gradients or sharding.offloads_optimizer
-        )
+        # ZeRO-1 stages the accumulated gradients, in their own type; overlapping needs a bucket to fill meanwhile.
+        staged = sharding.zero.contiguous_gradients or sharding.offloads_optimizer
+        buffers = sharding.gradient_bytes * (1 + bool(sharding.zero.overlap_comm)) * bool(staged)
     return buffers * int(sharding.zero.reduce_bucket_size) + item * max(trained)
 
 

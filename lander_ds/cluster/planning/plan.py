@@ -29,6 +29,7 @@ from lander_ds.models.span import Span
 
 GB = 1e9
 NAMES: dict[str, Topology] = {
+    "replicated": "replicated",
     "zero3": "zero3",
     "zero3_offload": "zero3",
     "pipeline": "pipeline",
@@ -37,6 +38,8 @@ NAMES: dict[str, Topology] = {
 """JSONs that are looked for beside the recipe's -> topology."""
 ADAM_BYTES = 28
 """What one parameter's AdamW step reads and writes: gradient, master, two moments; the last three twice."""
+CLOSE = 1.05
+"""Plans that take at most so much longer than the fastest are as fast as it, as far as an estimate can tell."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Plan:
         """Bytes on the fullest GPU, without what the cluster description reserves."""
         return max(part.memory.on_device for part in self.parts)
 
+    @property
+    def gathered_bytes(self) -> float:
+        """Bytes of frozen and trained weights that a rank receives in a step, from others and from the host."""
+        return self.micro_batches * sum(part.traffic.gathers + part.traffic.over_bus for part in self.parts)
+
     def as_json(self) -> dict[str, Any]:
         """Everything, for programs."""
         plain = {name: value for name, value in vars(self).items() if name != "parts"}
@@ -121,7 +129,7 @@ class Planner:
         plans = [
             self.plan(cluster, recipe, name, stages)
             for name, recipe in self._recipes().items()
-            for stages in self._stage_counts(recipe.topology, cluster.nodes * cluster.gpus_per_node)
+            for stages in self._stage_counts(recipe, cluster.nodes * cluster.gpus_per_node)
         ]
         if not plans:
             raise ConfigError(
@@ -135,8 +143,9 @@ class Planner:
         recipes = {own.stem: self.recipe}
         for name, topology in NAMES.items():
             beside = own.with_name(f"{name}.json")
-            if beside.exists() and name not in recipes and (topology == "zero3" or self._can_be_cut()):
-                recipes[name] = replace(self.recipe, topology=topology, deepspeed=str(beside))
+            own_of_name = replace(self.recipe, topology=topology, deepspeed=str(beside))
+            if beside.exists() and name not in recipes and (self._can_be_cut() or not own_of_name.pipelined):
+                recipes[name] = own_of_name
         return recipes
 
     def _can_be_cut(self) -> bool:
@@ -144,8 +153,8 @@ class Planner:
         tied = self.model.model.config.tie_word_embeddings and self.recipe.train.method == "full"
         return self.recipe.model.dtype != "float16" and not tied
 
-    def _stage_counts(self, topology: Topology, ranks: int) -> Iterator[int]:
-        if topology == "zero3":
+    def _stage_counts(self, recipe: Recipe, ranks: int) -> Iterator[int]:
+        if not recipe.pipelined:
             yield 1
             return
         for stages in range(2, min(ranks, self.model.layers) + 1):
@@ -163,8 +172,10 @@ class Planner:
         """
         model = self.model
         data_ranks = cluster.nodes * cluster.gpus_per_node // stages
+        links = Links(cluster, stages, data_ranks)
         batch, count = micro_batch(recipe, self.workload, data_ranks)
         sharding = sharding_of(recipe, stages, data_ranks, count)
+        overlap = bool(sharding.zero.overlap_comm)
         kept = self._trace(batch, sharding.sharded)
         parts = []
         for stage, span in enumerate(model.stage_spans(stages)):
@@ -175,11 +186,9 @@ class Planner:
             sends = 0.0
             if not span.last:
                 sends = kept.hidden * (1.0 + (model.first_trained < span.stop))
-            links = Links(cluster, stages, data_ranks)
-            seconds = links.micro_batch_seconds(work, wire, sends, overlap=bool(sharding.zero.overlap_comm))
+            seconds = links.micro_batch_seconds(work, wire, sends, overlap)
             parts.append(StagePlan((span.start, span.stop), memory, work, wire, sends, seconds))
-        links = Links(cluster, stages, data_ranks)
-        step = links.step_seconds(parts, count)
+        step = links.step_seconds(parts, count, overlap)
         short = _short_of(cluster, parts)
         bubble = (stages - 1) / (count + stages - 1)
         return Plan(
@@ -229,7 +238,7 @@ class Links:
     def micro_batch_seconds(self, work: Operations, wire: Traffic, sends: float, overlap: bool) -> float:
         """One micro-batch in one stage: computing, weights, gradients (ZeRO-3), sending on."""
         cluster = self.cluster
-        computing = work.total / (cluster.tflops * 1e12 * cluster.efficiency)
+        computing = self._computing(work.total)
         gathering = self._collective(wire.gathers) + wire.collectives * cluster.latency * 1e-6
         if wire.collectives or wire.over_bus:
             gathering += self._collective(wire.reductions)
@@ -237,16 +246,23 @@ class Links:
         together = max(computing, gathering) if overlap else computing + gathering
         return together + self._between_stages(sends)
 
-    def step_seconds(self, parts: Sequence[StagePlan], micro_batches: int) -> float:
+    def _computing(self, work: float) -> float:
+        return work / (self.cluster.tflops * 1e12 * self.cluster.efficiency)
+
+    def step_seconds(self, parts: Sequence[StagePlan], micro_batches: int, overlap: bool) -> float:
         """A step: the slowest stage works without a pause; before and after it the others fill and drain."""
         slowest = max(part.seconds for part in parts)
         working = sum(part.seconds for part in parts) + (micro_batches - 1) * slowest
-        return working + max(self._after(part) for part in parts)
+        return working + max(self._after(part, overlap) for part in parts)
 
-    def _after(self, part: StagePlan) -> float:
-        """Reduction under ZeRO-1, and the optimizer where it works on the host."""
+    def _after(self, part: StagePlan, overlap: bool) -> float:
+        """Reduction under ZeRO-1, where it is not hidden behind the last micro-batch's backward pass; updated weights;
+        and the optimizer where it works on the host."""
         wire, bus = part.traffic, self.cluster.host_bandwidth * GB
-        reducing = 0.0 if wire.collectives else self._collective(wire.reductions + wire.updates)
+        reducing = 0.0
+        if not wire.collectives:
+            hidden = self._computing(part.operations.backward + part.operations.recompute) if overlap else 0.0
+            reducing = max(0.0, self._collective(wire.reductions) - hidden) + self._collective(wire.updates)
         updating = 0.0
         if wire.over_bus_step:
             updating = (wire.over_bus_step + ADAM_BYTES / 12 * part.memory.optimizer) / bus
@@ -289,9 +305,19 @@ def _short_of(cluster: Cluster, parts: Sequence[StagePlan]) -> str:
 
 
 def best(plans: Sequence[Plan]) -> Plan | None:
-    """The fastest plan that fits, the one with fewer stages among equals; None when nothing fits."""
+    """The fastest plan that fits; None when nothing fits.
+
+    Among those that are about as fast: the one with fewer stages, then the one that moves fewer bytes of weights per
+    step (their time was estimated as well hidden, which remains to be seen), then the faster, then the smaller.
+    """
     fitting = [plan for plan in plans if plan.fits]
-    return min(fitting, key=lambda plan: (plan.step_seconds, plan.stages), default=None)
+    fastest = min((plan.step_seconds for plan in fitting), default=0.0)
+    close = [plan for plan in fitting if plan.step_seconds <= CLOSE * fastest]
+    return min(
+        close,
+        key=lambda plan: (plan.stages, plan.gathered_bytes, plan.step_seconds, plan.device_bytes),
+        default=None,
+    )
 
 
 def best_of_each(plans: Sequence[Plan]) -> list[Plan]:

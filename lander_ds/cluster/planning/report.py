@@ -40,7 +40,9 @@ def memory_table(plans: Sequence[Plan], cluster: Cluster) -> Table:
 
 def speed_table(plans: Sequence[Plan]) -> Table:
     """How long a step takes, and what slows it down, one row per plan."""
-    table = _table("expected speed; * is the fastest that fits")
+    table = _table(
+        "expected speed; * is recommended: the fastest that fits, or the simplest of those within 5 % of it"
+    )
     for heading in ("micro-batches", "bubble", "balance", "s / step", "tokens / s"):
         table.add_column(heading, justify="right")
     fastest = best(plans)

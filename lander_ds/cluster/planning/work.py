@@ -117,8 +117,8 @@ def traffic(model: Anatomy, span: Span, sharding: Sharding) -> Traffic:
     trained = sum(tensor.elements for tensor in tensors if tensor.trained)
     bus_step = (4 + item) * trained / sharding.ranks if sharding.offloads_optimizer else 0.0
     if not sharding.sharded:
-        reduced = 2 * sharding.gradient_bytes * trained * share
-        return Traffic(0.0, reduced, item * trained * share, 0, 0.0, bus_step)
+        # An all-reduce; DeepSpeed sends gradients in the type of the weights, whatever they are added up in.
+        return Traffic(0.0, 2 * item * trained * share, item * trained * share, 0, 0.0, bus_step)
     threshold = sharding.zero.param_persistence_threshold
     large = [tensor for tensor in tensors if tensor.elements > threshold]
     again = _gathered_again(model, span, large, sharding)

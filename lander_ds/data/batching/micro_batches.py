@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from lander_ds.config.recipe import TrainConfig
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.packing import Example, PackedBatch, pack
 from lander_ds.data.batching.plan import GlobalBatch, cut
+from lander_ds.data.prefixes import Prefixes
 from lander_ds.data.prepared import PreparedSplit
 
 FILLER = Example(np.zeros(1, dtype=np.int32), prompt_length=1, pair_id=-1, sample_id=-1)
@@ -60,6 +62,7 @@ def packed(
     ranks: int,
     micro_batches: int,
     device: torch.device,
+    prefixes: Prefixes | None = None,
 ) -> Iterator[PackedBatch]:
     """This rank's micro-batches of `batch`, on `device`.
 
@@ -68,6 +71,11 @@ def packed(
         splits: prepared data by pair id.
         rank, ranks: which share.
         micro_batches: how many per rank.
+        device: where they go.
+        prefixes: hidden states of all examples of `splits`, to go with them.
     """
     for positions in cut(batch, ranks, micro_batches)[rank]:
-        yield pack(examples(batch, positions, splits) or [FILLER]).to(device)
+        row = pack(examples(batch, positions, splits) or [FILLER])
+        if prefixes is not None:
+            row = replace(row, prefix=prefixes.of(batch, positions), prefix_layers=prefixes.layer)
+        yield row.to(device)

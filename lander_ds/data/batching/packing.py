@@ -47,6 +47,10 @@ class PackedBatch:
     """[N] int64: t such that the logits at t predict a target token (the one at t + 1)."""
     targets: torch.Tensor
     """[N] int64 token ids."""
+    prefix: torch.Tensor | None = None
+    """[T, d]: hidden states that come into decoder layer `prefix_layers`, where those below need not be run."""
+    prefix_layers: int = 0
+    """Decoder layers that `prefix` stands for."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""

@@ -46,7 +46,9 @@ _RELIED_ON: tuple[tuple[Any, str], ...] = (
     (DeepSpeedEngine, "zero_optimization_stage"),
     (DeepSpeedEngine, "_backward_epilogue"),
     (DeepSpeedEngine, "_backward_prologue_per_tensor"),
+    (DeepSpeedEngine, "_broadcast_model"),
     (DeepSpeedEngine, "_do_optimizer_sanity_check"),
+    (DeepSpeedEngine, "allreduce_gradients"),
     (PipelineEngine, "_exec_schedule"),
     *((PipelineEngine, method.__name__) for method in PipelineEngine._INSTRUCTION_MAP.values()),
     (PipelineModule, "_build"),
@@ -190,11 +192,66 @@ class PipelineStageModule(PipelineModule):
             dist.destroy_process_group(group)
 
 
+class _Zero1ForEveryType:
+    """Mixin of DeepSpeed's engines under ZeRO-1."""
+
+    gradient_bytes = 0
+    """Bytes of the gradients that the last step held at its end."""
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+        """ZeRO-1 for every type: the optimizer that DeepSpeed takes for bfloat16 holds whole float32 gradients twice
+        and computes their norm in a way of its own."""
+        return ZERO_OPTIMIZATION
+
+
+def _skip_by_norm(optimizer: Any) -> None:
+    """Let DeepSpeed's ZeRO-1 optimizer skip a step when the gradient norm is invalid, in every type.
+
+    It would look for infinities in every gradient before, which the norm says already.
+    """
+    optimizer.check_grad_overflow = True
+    optimizer.check_overflow = lambda **_: None
+
+
+class ReplicatedEngine(_Zero1ForEveryType, DeepSpeedEngine):
+    """DeepSpeedEngine under ZeRO-1, or without optimizer where nothing is trained.
+
+    Its constructor gives every rank the parameters of rank 0.
+    """
+
+    def __init__(
+        self, module: TranslationModel, config: dict[str, Any], optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        """Make the engine.
+
+        Args:
+            module: the whole model.
+            config: resolved DeepSpeed configuration.
+            optimizer: None when nothing is trained.
+        """
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            config=config,
+            config_class=DeepSpeedConfig(config),
+            dist_init_required=False,
+        )
+        if optimizer is not None:
+            _skip_by_norm(self.optimizer)
+
+    def allreduce_gradients(self, *args: Any, **options: Any) -> None:
+        """As DeepSpeed's; with the last micro-batch of a step gradients are counted first."""
+        if self.is_gradient_accumulation_boundary():
+            self.gradient_bytes = sum(_gradient_bytes(p) for p in self.module.parameters())
+        super().allreduce_gradients(*args, **options)
+
+
 def _by_name(name: str) -> Callable[..., None]:
     return lambda engine, **arguments: getattr(engine, name)(**arguments)
 
 
-class PipelineStageEngine(PipelineEngine):
+class PipelineStageEngine(_Zero1ForEveryType, PipelineEngine):
     """PipelineEngine whose pipeline stages may train nothing, pass no gradients down, and differ in their groups."""
 
     def __init__(
@@ -224,8 +281,6 @@ class PipelineStageEngine(PipelineEngine):
         self._options: dict[str, Any] = {}
         self._forwards = self._backwards = self._received = 0
         self._gradients: dict[int, list[torch.Tensor]] = {}
-        self.gradient_bytes = 0
-        """Bytes of the gradients that the last step held at its end."""
         self.figures = Figures.nothing(self.part.pairs)
         if self._trains:
             self._join_pipeline_stages(self.optimizer)
@@ -350,11 +405,6 @@ class PipelineStageEngine(PipelineEngine):
         """DeepSpeed would divide by the number of micro-batches; the loss is normalised already."""
         return grad
 
-    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
-        """ZeRO-1 for every type: the optimizer that DeepSpeed takes for bfloat16 holds whole float32 gradients twice
-        and computes their norm in a way of its own."""
-        return ZERO_OPTIMIZATION
-
     # The gradient norm: DeepSpeed adds it up over pipeline stages once per parameter group, but these
     # differ in their groups.
 
@@ -364,8 +414,7 @@ class PipelineStageEngine(PipelineEngine):
         of_this = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: self._norm_over_pipeline_stages(of_this(norm_type))
         # All skip the step when the norm over pipeline stages is invalid; none may decide that alone.
-        optimizer.check_grad_overflow = True
-        optimizer.check_overflow = lambda **_: None
+        _skip_by_norm(optimizer)
 
     def _norm_over_pipeline_stages(self, norm: torch.Tensor) -> torch.Tensor:
         """The norm over all pipeline stages from that of each; negative (DeepSpeed's sign for invalid) when any is."""

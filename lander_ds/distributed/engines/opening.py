@@ -8,6 +8,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.distributed.engines.engine import Engine
 from lander_ds.distributed.engines.pipeline import Pipeline
 from lander_ds.distributed.engines.pipeline_zero3 import PipelineZero3
+from lander_ds.distributed.engines.replicated import Replicated
 from lander_ds.distributed.engines.zero3 import Zero3
 
 
@@ -21,7 +22,12 @@ def open_engine(recipe: Recipe, config: dict[str, Any]) -> Engine:
     Raises:
         ConfigError: the installed DeepSpeed does not fit.
     """
-    if recipe.topology == "zero3":
-        return Zero3(config)
-    pipeline = Pipeline if recipe.topology == "pipeline" else PipelineZero3
-    return pipeline(config, recipe.pipeline_stages)
+    match recipe.topology:
+        case "zero3":
+            return Zero3(config)
+        case "replicated":
+            return Replicated(config)
+        case "pipeline":
+            return Pipeline(config, recipe.pipeline_stages)
+        case "pipeline_zero3":
+            return PipelineZero3(config, recipe.pipeline_stages)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
-from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.distributed import process_group
 from lander_ds.distributed.engines.deepspeed_internals import (
     allocate_zero3,
@@ -19,9 +18,10 @@ from lander_ds.distributed.engines.deepspeed_internals import (
     zero3_masters,
 )
 from lander_ds.distributed.engines.engine import Engine, preserved_buffers
-from lander_ds.distributed.engines.figures import Figures, RankBytes, bytes_of, optimizer_bytes
+from lander_ds.distributed.engines.figures import RankBytes, bytes_of, optimizer_bytes
+from lander_ds.distributed.engines.single_span import SingleSpan
 from lander_ds.models.loading import Placement
-from lander_ds.models.translation_model import BatchTotals, GateStatistics, TranslationModel
+from lander_ds.models.translation_model import TranslationModel
 
 
 def sharding(config: dict[str, Any], grid: Any = None) -> Placement:
@@ -63,7 +63,7 @@ class ShardedState(Engine):
         )
 
 
-class Zero3(ShardedState):
+class Zero3(ShardedState, SingleSpan):
     """DeepSpeed's engine under ZeRO-3."""
 
     @property
@@ -89,43 +89,6 @@ class Zero3(ShardedState):
 
     def _wrap(self, model: TranslationModel, optimizer: torch.optim.Optimizer | None) -> Any:
         return self.shard(model, optimizer)
-
-    def train_step(
-        self,
-        batches: Sequence[PackedBatch],
-        totals: BatchTotals,
-        alpha: float = 0.0,
-        gates: GateStatistics | None = None,
-    ) -> Figures:
-        """One optimizer step over this rank's micro-batches."""
-        engine, figures = self._engine, Figures.nothing(self.model.pairs)
-        engine.train()
-        for batch in batches:
-            loss, per_pair, budget = engine(batch, totals, alpha=alpha, gates=gates)
-            # DeepSpeed averages gradients over data-parallel ranks; the loss is normalised over all of them already.
-            engine.backward(loss * process_group.world_size(), scale_wrt_gas=False)
-            engine.step()
-            figures.add(per_pair, budget)
-        return figures
-
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[PackedBatch], totals: BatchTotals) -> Figures:
-        """Forward passes alone."""
-        figures = Figures.nothing(self.model.pairs)
-        self._engine.eval()
-        for batch in batches:
-            _, per_pair, budget = self._engine(batch, totals)
-            figures.add(per_pair, budget)
-        return figures
-
-    def differentiate(self, batches: Sequence[PackedBatch], totals: BatchTotals) -> None:
-        """Forward and backward passes without optimizer."""
-        self._engine.eval()
-        for batch in batches:
-            # Not through the engine's forward: without an optimizer it refuses every backward pass. ZeRO-3 gathers
-            # and releases weights by hooks on the modules themselves.
-            loss, _, _ = self._engine.module(batch, totals)
-            loss.backward()
 
 
 def gather(parameters: list[nn.Parameter]) -> Any:

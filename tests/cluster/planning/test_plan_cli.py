@@ -56,7 +56,7 @@ def test_json_and_plot(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli(arguments) == 0
     actual: dict[str, Any] = json.loads(capsys.readouterr().out)
     names = {plan["name"] for plan in actual["plans"]}
-    assert names == {"zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
+    assert names == {"replicated", "zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
     assert actual["best"].split()[0] in names
     holding = actual["plans"][0]["parts"][0]["held"]
     assert {"weights", "gradients", "optimizer", "activations", "gathered", "on_host"} <= set(holding)

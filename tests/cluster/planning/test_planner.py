@@ -33,7 +33,7 @@ def plans_of(folder: Path, *overrides: str, cluster: Cluster = CLUSTER) -> dict[
 
 def test_every_json_beside_the_recipes_is_planned(tmp_path: Path) -> None:
     plans = plans_of(tmp_path)
-    assert set(plans) == {"zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
+    assert set(plans) == {"replicated", "zero3", "zero3_offload", "pipeline", "pipeline_zero3"}
     assert all(plan.fits and plan.ranks == 2 for plan in plans.values())
     assert plans["zero3"].bubble == 0.0
     pipeline = plans["pipeline"]
@@ -49,6 +49,49 @@ def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
     assert offloaded.on_host == own.gradients + own.optimizer
     assert offloaded.on_device == own.on_device - offloaded.on_host
     assert plans["zero3_offload"].step_seconds > plans["zero3"].step_seconds
+
+
+def everything_sharded(folder: Path) -> str:
+    """JSONs under which ZeRO-3 keeps no parameter whole; returns the override of the recipe."""
+    common = '"overlap_comm": true, "contiguous_gradients": true, "reduce_bucket_size": 1000'
+    sharding = '"stage3_param_persistence_threshold": 0'
+    (folder / "zero3.json").write_text(f'{{"zero_optimization": {{"stage": 3, {common}, {sharding}}}}}')
+    (folder / "replicated.json").write_text(f'{{"zero_optimization": {{"stage": 1, {common}}}}}')
+    return f"deepspeed={folder}/zero3.json"
+
+
+def test_replicated_weights_are_whole_and_stay_where_they_are(tmp_path: Path) -> None:
+    plans = plans_of(tmp_path, everything_sharded(tmp_path))
+    whole, sharded = plans["replicated"].parts[0], plans["zero3"].parts[0]
+    assert whole.memory.weights == pytest.approx(2 * sharded.memory.weights, rel=0.01)
+    assert whole.memory.persistent == whole.memory.gathered == 0
+    assert whole.memory.optimizer == pytest.approx(sharded.memory.optimizer, rel=0.01)
+    assert plans["replicated"].gathered_bytes == 0.0 < plans["zero3"].gathered_bytes
+    assert whole.operations == sharded.operations
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_replicated_is_recommended_where_it_fits(tmp_path: Path, gpus: int) -> None:
+    # Compute hides every byte, so that zero3 is not slower.
+    cluster = replace(CLUSTER, gpus_per_node=gpus, tflops=1e-6, intra_bandwidth=1e6)
+    plans = plans_of(tmp_path, everything_sharded(tmp_path), cluster=cluster)
+    assert plans["zero3"].step_seconds <= plans["replicated"].step_seconds
+    assert best(list(plans.values())) is plans["replicated"]
+    unfit = replace(plans["replicated"], fits=False)
+    assert best([unfit, plans["zero3"]]) is plans["zero3"]
+
+
+def test_gradients_are_reduced_behind_the_backward_pass(tmp_path: Path) -> None:
+    overlapped = '"overlap_comm": true, "contiguous_gradients": true, "reduce_bucket_size": 1000'
+    seconds, buckets = [], []
+    for name, extra in (("plain", overlapped.replace("true", "false", 1)), ("overlapped", overlapped)):
+        (tmp_path / f"{name}.json").write_text(f'{{"zero_optimization": {{"stage": 1, {extra}}}}}')
+        overrides = ("topology=replicated", f"deepspeed={tmp_path}/{name}.json")
+        plan = plans_of(tmp_path, *overrides)[name]
+        seconds.append(plan.step_seconds)
+        buckets.append(plan.parts[0].memory.bucket)
+    assert seconds[1] < seconds[0]
+    assert buckets[1] - buckets[0] == 4 * 1000
 
 
 def test_what_does_not_fit_says_why(tmp_path: Path) -> None:
@@ -90,9 +133,10 @@ def test_a_slow_network_favours_pipelines(tmp_path: Path) -> None:
 
 
 def test_float16_and_trained_tied_embeddings_are_not_cut(tmp_path: Path) -> None:
-    assert set(plans_of(tmp_path, "model.dtype=float16")) == {"zero3", "zero3_offload"}
+    uncut = {"replicated", "zero3", "zero3_offload"}
+    assert set(plans_of(tmp_path, "model.dtype=float16")) == uncut
     planner = Planner(recipe_of(tmp_path, "llama-tied", "train.method=full"), WORKLOAD)
-    assert {plan.topology for plan in planner.plans(CLUSTER)} == {"zero3"}
+    assert {plan.topology for plan in planner.plans(CLUSTER)} == {"replicated", "zero3"}
 
 
 @pytest.mark.parametrize("stages", [2, 3])
