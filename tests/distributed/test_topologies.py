@@ -19,7 +19,7 @@ from support.compare import (
     validations,
 )
 from support.jobs import NOTES, WATCHED, gathered
-from support.tiny_run import NEURONS, PAIRS, SELECTED, WIDTH, TinyRun
+from support.tiny_run import NEURONS, PAIRS, SELECTED, STEPS, WIDTH, TinyRun
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.method.awareness import Awareness
@@ -109,7 +109,7 @@ def test_awareness(runs: TinyRun, topology: str, grid: str) -> None:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_validating_on_the_way(runs: TinyRun, topology: str) -> None:
     run = runs.run(name_of(topology, "2x1", "sgd"))
-    assert [record["step"] for record in validations(run)] == [7, 14, 20]
+    assert [record["step"] for record in validations(run)] == [4, 8, STEPS]
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

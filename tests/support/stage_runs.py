@@ -60,7 +60,7 @@ def _two(topology: str) -> tuple[Job, ...]:
         ("train.micro_batch=2",) if topology == PIPELINE else ("train.micro_batch=2", "train.pack_tokens=128")
     )
     return (
-        job("sgd", (*SGD, *other, "train.valid_every=7")),
+        job("sgd", (*SGD, *other, "train.valid_every=4")),
         job("adamw", ADAMW),
         job("recompute", (*ADAMW, "train.activation_checkpointing=true")),
         job("detect", (), DETECT),
