@@ -81,7 +81,7 @@ class Job:
         return max(abs(actual[step] / wanted[step] - 1.0) for step in wanted)
 
 
-def tiny_job(root: Path, ranks: int) -> Job:
+def tiny_job(root: Path, ranks: int, steps: int = 30) -> Job:
     """A small random model on sentences of the sample corpora."""
     root.mkdir()
     built: TinyRun = make_tiny_run(root)
@@ -93,7 +93,7 @@ def tiny_job(root: Path, ranks: int) -> Job:
     overrides = [
         f"deepspeed={root / 'cluster.json'}",
         "select.layers.k=2",
-        "train.steps=30",
+        f"train.steps={steps}",
         "train.batch_tokens=768",
         "train.save_every=5",
     ]

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from support.selections import random_selection  # noqa: E402
 from support.tiny_run import PAIRS, SELECTED, TinyRun, make_tiny_run  # noqa: E402
-from support.worlds import PRELOADED  # noqa: E402
+from support.worlds import server  # noqa: E402
 
 RANKS = 2
 POLL_SECONDS = 0.001
@@ -195,13 +194,14 @@ class Forked(Training):
             ranks: how many.
         """
         super().__init__(log)
-        context = get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, "lander_ds.cli.main"])
+        context = server()
         port = free_port()
         self._first = 0
         self._failed_at: float | None = None
         self._processes: list[BaseProcess] = [
-            context.Process(target=_rank, args=(rank, ranks, port, arguments, log, hook), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, ranks, port, arguments, log, hook, dict(os.environ)), daemon=True
+            )
             for rank in range(ranks)
         ]
         for process in self._processes:
@@ -300,7 +300,15 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _rank(rank: int, ranks: int, port: int, arguments: list[str], log: Path, hook: str) -> None:
+def _rank(
+    rank: int,
+    ranks: int,
+    port: int,
+    arguments: list[str],
+    log: Path,
+    hook: str,
+    variables: Mapping[str, str],
+) -> None:
     import gc
 
     # What the server has imported stays shared, and out of every collection.
@@ -309,7 +317,9 @@ def _rank(rank: int, ranks: int, port: int, arguments: list[str], log: Path, hoo
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # The server may have been started with others.
     os.environ.update(
+        variables,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(ranks),

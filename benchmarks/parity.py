@@ -198,7 +198,7 @@ def results(workspace: Workspace, jobs: list[Job], large_layers: int) -> dict[st
             figures["max_rel_loss_diff"] < limit
             and figures["max_rel_weight_diff"] < limit
             and aware < LIMITS["awareness"]
-            and figures["steps"] == STEPS
+            and figures["steps"] == job.steps
             and (not job.clip or figures["least_grad_norm"] > job.clip)
         )
         grid = job.grid
@@ -320,6 +320,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="one family, two ranks, clipping on, and a smaller model to watch loading",
     )
+    add("--steps", default=STEPS, type=int, help="of every training (%(default)s)")
     add(
         "--timeout",
         default=60.0,
@@ -339,7 +340,9 @@ def run(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     started = time.monotonic()
     families = tuple(dict.fromkeys(options.families.split(",")))[: 1 if options.quick else None]
     grids = QUICK_GRIDS if options.quick else GRIDS
-    jobs = list(jobs_of(families, grids, clips=(CLIP,) if options.quick else (0.0, CLIP)))
+    jobs = list(
+        jobs_of(families, grids, clips=(CLIP,) if options.quick else (0.0, CLIP), steps=options.steps)
+    )
     loads = QUICK_GRIDS if options.quick else LOAD_GRIDS
     jobs += [Job("load", LARGE, grid) for grid in loads]
     workspace = Workspace(path)
@@ -355,7 +358,7 @@ def run(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     return {
         **results(workspace, jobs, LARGE_LAYERS),
         "families": list(families),
-        "steps": STEPS,
+        "steps": options.steps,
         "seconds": round(time.monotonic() - started, 1),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "versions": versions()},
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -167,6 +167,8 @@ class Job:
     grid: Grid
     optimizer: Literal["adamw", "sgd"] = "adamw"
     clip: float = 0.0
+    steps: int = STEPS
+    """Of a training."""
 
     @property
     def name(self) -> str:
@@ -181,7 +183,7 @@ class Job:
     @property
     def reference(self) -> Job:
         """The same on one rank."""
-        return Job(self.what, self.model, REFERENCE, self.optimizer, self.clip)
+        return replace(self, grid=REFERENCE)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -193,14 +195,16 @@ class Job:
         return Job(**{**actual, "grid": Grid(**actual["grid"])})
 
 
-def jobs_of(families: tuple[str, ...], grids: tuple[Grid, ...], clips: tuple[float, ...]) -> Iterator[Job]:
+def jobs_of(
+    families: tuple[str, ...], grids: tuple[Grid, ...], clips: tuple[float, ...], steps: int = STEPS
+) -> Iterator[Job]:
     """References first, then every grid: detection, trainings with both optimizers and every clipping, bytes."""
     for grid in (REFERENCE, *grids):
         for family in families:
             yield Job("detect", family, grid)
             for clip in clips:
-                yield Job("train", family, grid, "sgd", clip)
-                yield Job("train", family, grid, "adamw", clip)
+                yield Job("train", family, grid, "sgd", clip, steps)
+                yield Job("train", family, grid, "adamw", clip, steps)
             if grid != REFERENCE:
                 yield Job("hold", family, grid)
 
@@ -236,7 +240,7 @@ class Workspace:
             detect=DetectConfig(batch_tokens=256),
             routing=RoutingConfig(hidden=GATE_WIDTH, alpha_max=1.0, budget_weight=0.3, budget=0.3),
             train=TrainConfig(
-                steps=STEPS,
+                steps=job.steps,
                 batch_tokens=384,
                 pack_tokens=96,
                 optimizer=job.optimizer,

@@ -198,7 +198,7 @@ def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
     }
     processes = [
         context.Process(target=rank_process, args=(rank, environment, tuple(jobs), root), daemon=True)

@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.config.recipe import ModelConfig
@@ -112,13 +113,15 @@ def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[P
 
     def on_meta() -> PreTrainedModel:
         try:
-            with init_empty_weights(include_buffers=False):
+            # Drawing values for tensors without memory would take most of the time.
+            with init_empty_weights(include_buffers=False), no_init_weights():
                 built = AutoModelForCausalLM.from_config(
                     config, trust_remote_code=model.trust_remote_code, **arguments
                 )
         except Exception as error:  # sizes that do not divide, unknown activations, ...
             raise _unusable(model.path, error) from error
         assert isinstance(built, PreTrainedModel)
+        built.tie_weights()
         return built
 
     built = on_meta()

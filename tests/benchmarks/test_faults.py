@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import is_good, parse, table
+from faults import is_good, main, parse, table
 from injected import FAULTS, FILES
 from miniature import RANKS, arguments, being_saved, differences, last_step, whole
+from support.scripts import run_script
 from support.tiny_run import TinyRun
 
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
 from lander_ds.common.run_directory import RunDirectory
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 KEYS = [
     "kills",
     "kills_inside_save",
@@ -117,22 +115,13 @@ def test_the_command_line_of_a_stage(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.distributed
-def test_a_small_run(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--kills",
-        "2",
-        "--launched",
-        "0",
-        "--json",
-        "--keep",
-        str(tmp_path / "kept"),
-    ]
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kills", "2", "--launched", "0", "--json", "--keep", str(tmp_path / "kept")]
     chosen = ["--faults", "SIGTERM to one rank,a flipped byte in state.json,another base"]
-    done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    actual = json.loads(done.stdout)
+    code = run_script(main, *options, *chosen)
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    actual = json.loads(shown.out)
     assert list(actual) == KEYS
     assert (actual["kills"], actual["checkpoints_lost"], actual["half_read"]) == (2, 0, 0)
     assert actual["kills_inside_save"] >= 1

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parity import LARGE, LARGE_LAYERS, LIMITS, relative, results, table
+from parity import LARGE, LARGE_LAYERS, LIMITS, main, relative, results, table
 from parity_cases import (
     CLIP,
     FAMILIES,
@@ -27,13 +25,15 @@ from parity_cases import (
     jobs_of,
 )
 from parity_ranks import PeakMemory
+from support.scripts import run_script
 from transformers import AutoModelForCausalLM
 
 from lander_ds.config.recipe import ModelConfig
 from lander_ds.models.loading import build
 from lander_ds.models.span import spans, units
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parity.py"
+STEPS = 8
+"""Of the quick run: enough for moments, clipping and gates to be at work in each."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,12 +92,9 @@ def test_every_case_is_there_once() -> None:
     ("arguments", "message"),
     [(["--families", "gemma3,gpt5"], "unknown gpt5"), (["--keep", "."], "exists already")],
 )
-def test_refuses(arguments: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(main, *arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def _not_ok(actual: dict[str, Any]) -> list[str]:
@@ -109,12 +106,14 @@ LISTS = ("cases", "weight_bytes", "load_peaks")
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_a_quick_run(tmp_path: Path) -> None:
+def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    command = [sys.executable, str(SCRIPT), "--quick", "--json", "--keep", str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=570, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    actual = json.loads(done.stdout)
+    code = run_script(
+        main, "--quick", "--steps", str(STEPS), "--timeout", "180", "--json", "--keep", str(work)
+    )
+    shown = capsys.readouterr()
+    assert code == 0, shown.out + shown.err
+    actual = json.loads(shown.out)
     assert actual["ok"]
     assert actual["limits"] == LIMITS
     assert [case["name"] for case in actual["cases"]] == [
@@ -123,7 +122,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
         for optimizer in ("sgd", "adamw")
     ]
     for case in actual["cases"]:
-        assert case["steps"] == 20
+        assert case["steps"] == STEPS
         assert case["least_grad_norm"] > CLIP
         assert case["last_loss"] < case["first_loss"]
         assert case["max_rel_loss_diff"] < case["limit"]
@@ -136,12 +135,12 @@ def test_a_quick_run(tmp_path: Path) -> None:
 
     # The same files with one loss, one shard and one peak changed.
     workspace = Workspace(work)
-    jobs = [*jobs_of(("gemma3",), QUICK_GRIDS, (CLIP,)), *(Job("load", LARGE, g) for g in QUICK_GRIDS)]
+    jobs = [*jobs_of(("gemma3",), QUICK_GRIDS, (CLIP,), STEPS), *(Job("load", LARGE, g) for g in QUICK_GRIDS)]
     assert not _not_ok(results(workspace, jobs, LARGE_LAYERS))
-    changed = Job("train", "gemma3", QUICK_GRIDS[1], "sgd", CLIP)
+    changed = Job("train", "gemma3", QUICK_GRIDS[1], "sgd", CLIP, STEPS)
     metrics = workspace.run(changed).metrics
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    records[7]["loss"] *= 1 + 2e-5
+    records[5]["loss"] *= 1 + 2e-5
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     for what, model, key in (("hold", "gemma3", "weights"), ("load", LARGE, "peak")):
         path = workspace.run(Job(what, model, QUICK_GRIDS[0])).path / "rank-1.json"  # type: ignore[arg-type]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import resume
 from resume import LIMITS, PLACES, breaches, parse, table
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "resume.py"
+from support import worlds
+from support.scripts import run_script
 
 
 def case(saved: str, resumed: str, optimizer: str, loss: float, bitwise: bool) -> dict[str, Any]:
@@ -80,13 +78,17 @@ def test_the_table() -> None:
 
 
 @pytest.mark.distributed
-def test_a_small_run() -> None:
+def test_a_small_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"SAVED_AT": 4, "STEPS": 8, "WIDTH": 64, "NEURONS": 512, "BATCH_TOKENS": 192}
+    for name, value in small.items():
+        monkeypatch.setattr(resume, name, value)
+    # The benchmark sets it.
+    monkeypatch.setattr(worlds, "TIMEOUT_SECONDS", worlds.TIMEOUT_SECONDS)
     places = ["--places", "zero3 x1,pipeline 2x1", "--optimizers", "adamw", "--rounds", "1", "--json"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *places], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.stdout, done.stderr
-    actual = json.loads(done.stdout)
+    code = run_script(resume.main, *places)
+    shown = capsys.readouterr()
+    assert shown.out, shown.err
+    actual = json.loads(shown.out)
     cases = {(c["saved"], c["resumed"]): c for c in actual["cases"]}
     assert len(cases) == 4
     # One round on a busy machine says nothing about the time of a save.
@@ -94,4 +96,4 @@ def test_a_small_run() -> None:
     assert actual["save_overhead"] > 0.0
     assert actual["save_overhead_foreground"] > 0.0
     assert actual["checkpoint_bytes"] > 1_000_000
-    assert done.returncode == (1 if breaches(actual) else 0)
+    assert code == (1 if breaches(actual) else 0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.commands import Command
 from support.tiny_run import TinyRun
 from support.workspace import Workspace
 
@@ -18,62 +21,39 @@ from lander_ds.distributed.start import Start
 from lander_ds.stages.catalogue import STAGES
 from lander_ds.stages.stage import Stage
 
-ROOT = Path(__file__).parents[2]
 READERS = {
     "lander_ds.config.deepspeed_strict": "read_deepspeed_json",
     "lander_ds.models.weights": "base_fingerprint",
 }
-PROGRAM = """\
-import sys
-from importlib import import_module
+NOTES = "READERS_NOTES"
 
-def note_calls(module, name):
-    function = getattr(module, name)
 
-    def noted(*arguments):
-        with open(sys.argv[1], "a") as calls:
-            calls.write(f"{name}\\n")
+def note_calls() -> None:
+    """Let the readers note that they are called, under whatever name a module of this package knows them."""
+    for module, name in READERS.items():
+        _note_calls_of(getattr(import_module(module), name))
+
+
+def _note_calls_of(function: Callable[..., Any]) -> None:
+    def noted(*arguments: Any) -> Any:
+        with Path(os.environ[NOTES]).open("a") as calls:
+            calls.write(f"{function.__name__}\n")
         return function(*arguments)
 
-    setattr(module, name, noted)
-
-# Before anything else imports them by name.
-for module, name in READERS.items():
-    note_calls(import_module(module), name)
-
-from lander_ds.cli.main import main
-
-sys.exit(main(sys.argv[2:]))
-"""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lander_ds."):
+            for key, value in list(vars(module).items()):
+                if value is function:
+                    setattr(module, key, noted)
 
 
 def calls(run: TinyRun, name: str, command: str, *overrides: str) -> dict[str, int]:
     """How often one process, `lander COMMAND`, reads what."""
     notes = run.root / f"{name}-{command}-calls"
-    notes.unlink(missing_ok=True)
     sets = [f"--set={override}" for override in (f"run_dir={run.root / name}", *overrides)]
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"READERS = {READERS}\n{PROGRAM}",
-            notes,
-            command,
-            "--recipe",
-            run.recipe_path,
-            *sets,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={
-            **{key: value for key, value in os.environ.items() if key not in launched},
-            "PYTHONPATH": str(ROOT),
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = [command, "--recipe", str(run.recipe_path), *sets]
+    ended = Command(arguments, run.root, {NOTES: str(notes)}, before=note_calls).wait()
+    assert ended.code == 0, ended.errors
     return dict(Counter(notes.read_text().split()))
 
 

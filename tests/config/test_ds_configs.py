@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cpu_adam import COMPILE_SECONDS, compile_cpu_adam
 from support.narrow_models import ARITHMETIC, CONFIGS, DATA_RANKS, make_narrow
 from support.tiny_run import TinyRun
-from support.worlds import Job, run_world, search_path
+from support.worlds import Job, run_world
 
 from lander_ds.config.deepspeed_json import check_deepspeed_json
 from lander_ds.config.loading import load_recipe, read_recipe
@@ -33,8 +31,6 @@ KINDS = ("replicated", "zero3", "zero3_offload", "pipeline", "pipeline_zero3")
 JSONS = sorted(FOLDER.rglob("*.json"))
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 TRAIN = "support.narrow_models:train_narrow"
-COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
-COMPILE_SECONDS = 900
 
 
 def topology(path: Path) -> str:
@@ -114,43 +110,36 @@ def test_a_recipe_names_a_json_of_its_size(size: str) -> None:
     assert recipe.train.activation_checkpointing is sharded
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def trained(request: pytest.FixtureRequest, tiny_run: TinyRun) -> tuple[str, TinyRun]:
-    """All JSONs of a size have trained a narrow model for two steps on two ranks."""
-    size = request.param
-    make_narrow(tiny_run, size)
+@pytest.fixture(scope="module")
+def trained(tiny_run: TinyRun) -> TinyRun:
+    """Every JSON has trained a narrow model of its size for two steps on two ranks."""
+    offload_works = shutil.which("c++") is not None
+    if offload_works:
+        compile_cpu_adam()
+    for size in SIZES:
+        make_narrow(tiny_run, size)
     jobs = []
     # zero3 first: DeepSpeed numbers modules by process, and after a pipeline the ranks' numbers differ.
     for path in sorted(JSONS, key=lambda path: (topology(path) != "zero3", path)):
-        if path.parent.name != size or ("offload" in path.stem and not _offload_works()):
+        if "offload" in path.stem and not offload_works:
             continue
-        kind = topology(path)
+        size, kind = path.parent.name, topology(path)
         stages = overrides_of(kind)
         common = (f"model.path=$root/{size}", f"deepspeed={path}", "model.dtype=bfloat16")
         short = ("train.steps=2", "train.batch_tokens=192", "train.valid_examples=1")
         jobs.append(Job(f"{size}-{path.stem}", (*common, *short, *stages), TRAIN))
     run_world(tiny_run.root, 2, jobs)
-    return size, tiny_run
-
-
-def _offload_works() -> bool:
-    """Compile DeepSpeed's CPU Adam before ranks do, since that takes minutes the first time."""
-    if shutil.which("c++") is None:
-        return False
-    environment = {**os.environ, "PATH": search_path()}
-    compiled = [sys.executable, "-c", COMPILE]
-    subprocess.run(compiled, check=True, timeout=COMPILE_SECONDS, env=environment)
-    return True
+    return tiny_run
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(COMPILE_SECONDS + 300)
 @pytest.mark.parametrize("name", KINDS)
-def test_a_narrow_model_of_the_same_depth_trains(trained: tuple[str, TinyRun], name: str) -> None:
-    size, runs = trained
+@pytest.mark.parametrize("size", SIZES)
+def test_a_narrow_model_of_the_same_depth_trains(trained: TinyRun, size: str, name: str) -> None:
     if not (FOLDER / size / f"{name}.json").exists():
         pytest.skip("there is no such JSON for this size; ds_configs/README.md says why")
-    run = runs.run(f"{size}-{name}-2")
+    run = trained.run(f"{size}-{name}-2")
     if not run.training_summary.exists():
         pytest.skip("DeepSpeed compiles its CPU Adam with a C++ compiler, and there is none")
     actual = json.loads(run.training_summary.read_text())
@@ -174,11 +163,11 @@ def test_a_narrow_model_of_the_same_depth_trains(trained: tuple[str, TinyRun], n
 
 @pytest.mark.distributed
 @pytest.mark.timeout(COMPILE_SECONDS + 300)
-def test_batches_add_up_in_every_world(trained: tuple[str, TinyRun]) -> None:
-    size, runs = trained
+@pytest.mark.parametrize("size", SIZES)
+def test_batches_add_up_in_every_world(trained: TinyRun, size: str) -> None:
     capacity, budget = 96, 192
     for path in JSONS:
-        file = runs.root / f"{size}-{path.stem}-2" / ARITHMETIC
+        file = trained.root / f"{size}-{path.stem}-2" / ARITHMETIC
         if path.parent.name != size or not file.exists():
             continue
         worlds = json.loads(file.read_text())

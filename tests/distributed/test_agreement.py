@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.commands import Command, Ended
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lander_ds.common.errors import ConfigError
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
     from support.tiny_run import TinyRun
 
     from lander_ds.config.recipe import Recipe
-
-ROOT = Path(__file__).parents[2]
-LIMIT_SECONDS = 120.0
 
 
 def report(host: str = "node-a", **facts: Mapping[str, str]) -> Report:
@@ -201,44 +195,17 @@ class RankStart:
     """Searched for packages before anything else."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a rank ended."""
-
-    code: int
-    errors: str
-
-
 def launch(stage: str, starts: Mapping[int, RankStart], ranks: int) -> list[Ended]:
     """`lander STAGE` as some of `ranks` ranks, by hand; all must end by themselves."""
     gathering = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
+    commands = []
     for rank, start in starts.items():
-        own = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "PYTHONPATH": os.pathsep.join(filter(None, [start.path, str(ROOT)])),
-            "OMP_NUM_THREADS": "1",
-        }
+        own = {**gathering, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         sets = [part for override in start.overrides for part in ("--set", override)]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "lander_ds", stage, "--recipe", "recipe.yaml", *sets],
-                cwd=start.placement,
-                env={**os.environ, **gathering, **own},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+        commands.append(
+            Command([stage, "--recipe", "recipe.yaml", *sets], start.placement, own, search=start.path)
         )
-    # Whatever happens, no process outlives the test.
-    timer = threading.Timer(LIMIT_SECONDS, lambda: [process.kill() for process in processes])
-    timer.start()
-    try:
-        errors = [process.communicate()[1] for process in processes]
-    finally:
-        timer.cancel()
-    return [Ended(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+    return [command.wait() for command in commands]
 
 
 def own_directory(tiny_run: TinyRun, placement: Path) -> Path:

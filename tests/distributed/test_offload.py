@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from support.compare import distance, metrics, relative, trained
+from support.cpu_adam import COMPILE_SECONDS, compile_cpu_adam
 from support.stage_runs import PIPELINE, REPLICATED, ZERO3, staged
 from support.tiny_run import JSONS, TinyRun
 from support.training_runs import ADAMW
-from support.worlds import Job, run_world, search_path
-
-COMPILE_SECONDS = 900
-COMPILE = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
+from support.worlds import Job, run_world
 
 
 @pytest.fixture(scope="module")
 def offloaded(world_2: TinyRun) -> TinyRun:
     """The job `adamw` again, on two ranks and in every topology, with an offloaded optimizer."""
-    # Compiled before the ranks start, since it takes minutes where it was never compiled before.
-    compiled = [sys.executable, "-c", COMPILE]
-    subprocess.run(compiled, check=True, timeout=COMPILE_SECONDS, env={**os.environ, "PATH": search_path()})
+    compile_cpu_adam()
     jobs = [
         Job("zero3-offload", ADAMW),
         staged(REPLICATED, 1, 2, "offload", ADAMW),

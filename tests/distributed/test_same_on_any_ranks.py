@@ -11,7 +11,7 @@ from support.compare import (
     trained,
     validations,
 )
-from support.tiny_run import PAIRS, TinyRun
+from support.tiny_run import PAIRS, STEPS, TinyRun
 
 pytestmark = pytest.mark.distributed
 
@@ -37,12 +37,12 @@ def assert_same(runs: TinyRun, name: str, reference: str, steps: int, tolerance:
 
 @pytest.mark.parametrize("name", SGD)
 def test_sgd_without_clipping(runs: TinyRun, name: str) -> None:
-    assert_same(runs, name, "sgd-1", 20, 1e-5)
+    assert_same(runs, name, "sgd-1", STEPS, 1e-5)
 
 
 @pytest.mark.parametrize("name", ADAMW)
 def test_adamw_with_clipping_that_bites(runs: TinyRun, name: str) -> None:
-    assert_same(runs, name, "adamw-1", 20, 1e-4)
+    assert_same(runs, name, "adamw-1", STEPS, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["few-4"])
@@ -72,12 +72,12 @@ def test_these_trainings_are_worth_comparing(world_1: TinyRun) -> None:
 
 @pytest.mark.parametrize("name", ["lora-2", "shira-2"])
 def test_adapters_too(runs: TinyRun, name: str) -> None:
-    assert_same(runs, name, name.replace("2", "1"), 6, 1e-5)
+    assert_same(runs, name, name.replace("2", "1"), 4, 1e-5)
 
 
 def test_validating_on_the_way_changes_nothing(world_2: TinyRun) -> None:
     """sgd-2, which agrees with sgd-1, has validated in between and sgd-1 has not."""
-    assert [record["step"] for record in validations(world_2.run("sgd-2"))] == [7, 14, 20]
+    assert [record["step"] for record in validations(world_2.run("sgd-2"))] == [4, 8, STEPS]
 
 
 @pytest.mark.parametrize("name", ["detect-large-1", "detect-2", "detect-4"])

@@ -19,7 +19,7 @@ from support.compare import (
     validations,
 )
 from support.jobs import NOTES, WATCHED, gathered
-from support.tiny_run import NEURONS, PAIRS, SELECTED, WIDTH, TinyRun
+from support.tiny_run import NEURONS, PAIRS, SELECTED, STEPS, WIDTH, TinyRun
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.method.awareness import Awareness
@@ -120,7 +120,7 @@ def test_awareness(runs: TinyRun, topology: str, grid: str) -> None:
 @on_two_ranks
 def test_validating_on_the_way(runs: TinyRun, topology: str, grid: str) -> None:
     run = runs.run(name_of(topology, grid, "sgd"))
-    assert [record["step"] for record in validations(run)] == [7, 14, 20]
+    assert [record["step"] for record in validations(run)] == [4, 8, STEPS]
 
 
 @every_grid

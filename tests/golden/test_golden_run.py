@@ -7,10 +7,7 @@ threads all is equal to the bit; tolerances are a few times what one thread chan
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.commands import lander
 
 from lander_ds.checkpoint.checkpoint import DIGEST, STATE
 from lander_ds.common.files import json_hash
@@ -33,23 +31,9 @@ SYSTEMS = ("base", "fewshot", "trained")
 TIMES = {"seconds", "eta_seconds", "tokens_per_second"}
 
 
-def lander(directory: Path, *arguments: str) -> None:
-    """The command line, as a user calls it in `directory`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lander_ds", *arguments],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
 def run_stage(directory: Path, stage: str, *arguments: str) -> None:
     """A stage of the golden recipe."""
-    lander(directory, stage, "--recipe", "recipe.yaml", *arguments)
+    lander(stage, "--recipe", "recipe.yaml", *arguments, directory=directory, seconds=500.0)
 
 
 @pytest.fixture(scope="module")
@@ -167,5 +151,5 @@ def test_old_files_are_read(tmp_path: Path) -> None:
     adopt_new_data_hash(tmp_path)
     run_stage(tmp_path, "train", "--auto-resume")
     assert_close(records(run), records(THEN), 1e-6)
-    lander(tmp_path, "delta", "apply", "base", "run/export/delta", "applied")
+    lander("delta", "apply", "base", "run/export/delta", "applied", directory=tmp_path)
     assert (tmp_path / "applied" / "routed_ffn.py").is_file()

@@ -6,12 +6,11 @@ import os
 import sys
 import uuid
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from support.worlds import PRELOADED
+from support.worlds import server
 
 TIMEOUT_SECONDS = 60.0
 
@@ -23,9 +22,7 @@ class PlainRanks:
         self, directory: Path, function: Callable[..., object], *arguments: Any, ranks: int = 2
     ) -> None:
         """Start them; `directory` is for the output and for finding one another."""
-        # The same server as that of the worlds, so that everything is imported once.
-        context = get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        context = server()
         name = uuid.uuid4().hex
         self._log = directory / f"output-{name}.txt"
         gathering = directory / f"meeting-{name}"

@@ -68,7 +68,7 @@ def _two(topology: str) -> tuple[Job, ...]:
     )
     cut = () if topology == REPLICATED else ("pipeline_cut=[2]",)
     return (
-        job("sgd", (*SGD, *other, "train.valid_every=7")),
+        job("sgd", (*SGD, *other, "train.valid_every=4")),
         job("adamw", ADAMW),
         job("recompute", (*ADAMW, "train.activation_checkpointing=true")),
         job("detect", (), DETECT),

@@ -23,7 +23,8 @@ from support.selections import random_selection
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
 PAIRS = ("en-de", "en-fr", "en-es")
-SENTENCES = {"train": 100, "valid": 12, "test": 6}
+SENTENCES = {"train": 100, "valid": 4, "test": 6}
+STEPS = 10
 VOCABULARY = 480
 WIDTH, NEURONS = 32, 64
 SELECTED = (1, 3)
@@ -47,7 +48,7 @@ data:
 detect: {{batch_tokens: 256}}
 routing: {{hidden: 8}}
 train:
-  steps: 20
+  steps: {steps}
   batch_tokens: 384
   pack_tokens: 96
   optimizer: adamw
@@ -120,7 +121,7 @@ def make_tiny_run(root: Path) -> TinyRun:
         for pair in PAIRS:
             lines = list(_short_lines(SAMPLE / f"{split}.{pair}.jsonl", count))
             (root / f"{split}.{pair}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (root / "recipe.yaml").write_text(RECIPE.format(root=root), encoding="utf-8")
+    (root / "recipe.yaml").write_text(RECIPE.format(root=root, steps=STEPS), encoding="utf-8")
     for topology, config in JSONS.items():
         (root / f"{topology}.json").write_text(json.dumps(config), encoding="utf-8")
     corpora = (CorpusConfig(str(root / "train.{pair}.jsonl")),)

@@ -40,17 +40,17 @@ FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 ABSENT = sets(
     routing__gate="none", train__batch_tokens=96, train__steps=12, train__clip=0.2, train__weight_decay=0.1
 )
-LORA = sets(train__method="lora", train__steps=6, train__lora__r=4)
-SHIRA = sets(train__method="shira", train__steps=6, train__shira__r=3, train__lr__shira=3e-3)
-LAYERS = sets(train__method="layers", train__steps=6, train__clip=0.2)
+LORA = sets(train__method="lora", train__steps=4, train__lora__r=4)
+SHIRA = sets(train__method="shira", train__steps=4, train__shira__r=3, train__lr__shira=3e-3)
+LAYERS = sets(train__method="layers", train__steps=4, train__clip=0.2)
 OUTPUT = (
     *sets(routing__gate="output", routing__gate_init="paper", routing__other_pairs="mask"),
     *sets(train__optimizer="sgd", train__steps=6, train__schedule="constant"),
     "train.banks=[specific]",
     "train.lr={specific: 1.0, gates: 1.0}",
 )
-FULL = (*sets(train__method="full", train__steps=6, train__clip=0.5), "model.path=$root/untied")
-LOWER = (*NOISY, *sets(train__steps=6, train__clip=0.2))
+FULL = (*sets(train__method="full", train__steps=4, train__clip=0.5), "model.path=$root/untied")
+LOWER = (*NOISY, *sets(train__steps=4, train__clip=0.2))
 AVERAGED = (*ADAMW, *sets(train__steps=4, train__save_every=1, train__average__last=3))
 BFLOAT16 = sets(model__dtype="bfloat16", train__steps=4)
 WHOLE = (
@@ -61,7 +61,10 @@ WHOLE = (
 )
 RELAYED = (*ADAMW, *sets(train__steps=8, train__schedule="constant", routing__alpha_max=0.0))
 """Nothing in a step depends on how many there will be."""
-DIVERGED = (*sets(train__optimizer="sgd", train__save_every=1), "train.lr={general: 1.0e+30}")
+DIVERGED = (
+    *sets(train__optimizer="sgd", train__save_every=1, train__steps=20, train__batch_tokens=192),
+    "train.lr={general: 1.0e+30}",
+)
 
 PATIENCE = (
     *sets(train__valid_every=2, train__patience=1, train__save_every=3, train__log_every=2),
@@ -93,7 +96,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("detect-large", ("detect.batch_tokens=4096",), DETECT),
     ),
     2: (
-        Job("sgd", (*SGD, "train.micro_batch=2", "train.valid_every=7")),
+        Job("sgd", (*SGD, "train.micro_batch=2", "train.valid_every=4")),
         Job("adamw", ADAMW),
         Job("none", ABSENT, GATHER),
         Job(

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from lander_ds.distributed.process_group import free_port
+from lander_ds.stages.catalogue import STAGES
 
 TIMEOUT_SECONDS = 120.0
 """For the start and one job: a world of many jobs takes longer on a busy machine."""
@@ -23,8 +25,9 @@ PRELOADED = (
     "peft",
     "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
-    "lander_ds.stages.detect",
-    "lander_ds.stages.train",
+    "lander_ds.cli.main",
+    "lander_ds.cli.stages",
+    *(f"lander_ds.stages.{name}" for name in STAGES),
 )
 """What every rank would import by itself otherwise, in seconds each."""
 
@@ -41,15 +44,20 @@ class Job:
     """`module:function` with the arguments (recipe, run directory)."""
 
 
+def server() -> ForkServerContext:
+    """Starts processes by forking a server that has imported everything once: in milliseconds."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
 def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
     """Run the jobs one after another in a world of `ranks` processes.
 
     Raises:
         RuntimeError: a rank failed or did not end in time; the message holds its traceback.
     """
-    # Forked from a server that has imported everything once: processes start in milliseconds.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context = server()
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     port = free_port()
@@ -102,6 +110,8 @@ def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -
     # What the server has imported stays shared, and out of every collection.
     gc.freeze()
     torch.set_num_threads(1)
+    # In bfloat16 it compiles a kernel for every new shape, which takes longer than all that these ranks compute.
+    torch.backends.mkldnn.set_flags(False)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

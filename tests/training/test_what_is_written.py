@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.compare import metrics, validations
 from support.jobs import NOTES
-from support.tiny_run import PAIRS, SELECTED, TinyRun
+from support.tiny_run import PAIRS, SELECTED, STEPS, TinyRun
 from support.training_runs import ADAMW
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.distributed
 
 def test_a_record_of_every_step(world_1: TinyRun) -> None:
     records = metrics(world_1.run("adamw-1"))
-    assert [record["step"] for record in records] == list(range(1, 21))
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     groups = json.loads(world_1.run("adamw-1").training_summary.read_text())["groups"]
     for number, record in enumerate(records):
         assert set(record) >= {
@@ -41,11 +41,11 @@ def test_a_record_of_every_step(world_1: TinyRun) -> None:
         assert set(record["lr"]) == set(groups)
         assert set(record["gates"]) == {str(layer) for layer in SELECTED}
         assert all(0 < c < 1 for gates in record["gates"].values() for c in gates.values())
-        assert record["alpha"] == pytest.approx(number / 19)
+        assert record["alpha"] == pytest.approx(number / (STEPS - 1))
         assert 0 < record["target_tokens"] < record["tokens"] <= 384
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
     assert records[-1]["eta_seconds"] == 0.0
-    factor = 0.5 * (1 + math.cos(math.pi * 5 / 20))
+    factor = 0.5 * (1 + math.cos(math.pi * 5 / STEPS))
     assert records[5]["lr"]["general"] == pytest.approx(0.01 * factor)
     assert records[5]["lr"]["specific:en-de"] == pytest.approx(0.02 * factor)
     assert records[5]["lr"]["gates"] == pytest.approx(0.04 * factor)
@@ -58,14 +58,14 @@ def test_the_summary_of_a_training(world_2: TinyRun) -> None:
         *("weight_bytes_per_rank", "gradient_bytes_per_rank", "optimizer_bytes_per_rank"),
         *("frozen_unchanged", "groups", "checkpoint"),
     }
-    assert (actual["method"], actual["ranks"], actual["steps"]) == ("lander", 2, 20)
-    assert actual["checkpoint"] == "checkpoints/step-20"
+    assert (actual["method"], actual["ranks"], actual["steps"]) == ("lander", 2, STEPS)
+    assert actual["checkpoint"] == f"checkpoints/step-{STEPS}"
     assert not actual["stopped_early"]
 
 
 def test_validation_is_the_mean_over_pairs(world_1: TinyRun) -> None:
     [record] = validations(world_1.run("adamw-1"))
-    assert record["step"] == 20
+    assert record["step"] == STEPS
     assert record["valid_loss_mean"] == pytest.approx(sum(record["valid_loss"].values()) / 3)
     assert all(0 < value < 20 for value in record["valid_loss"].values())
 
