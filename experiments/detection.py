@@ -40,7 +40,7 @@ from lander_ds.distributed import process_group
 from lander_ds.distributed.start import Start
 from lander_ds.inference.open import open_for_inference
 from lander_ds.method.awareness import STATISTICS, Awareness, AwarenessMetadata
-from lander_ds.models.loading import family_of
+from lander_ds.models.catalogue import family_of
 from lander_ds.preflight.recipe import load_checked
 from lander_ds.stages import prepare
 from lander_ds.training.detection import collect
@@ -124,9 +124,9 @@ class Base:
     def without(self, neurons: torch.Tensor) -> Iterator[None]:
         """Within this context, `neurons` ([n, 2]: layer, number) contribute nothing."""
         saved: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
-        for layer in neurons[:, 0].unique().tolist():
+        for layer in sorted(set(neurons[:, 0].tolist())):
             columns = neurons[neurons[:, 0] == layer, 1]
-            weight: nn.Parameter = self.down[layer].weight  # type: ignore[assignment]
+            weight: nn.Parameter = self.down[layer].weight
             saved.append((weight, columns, weight.data[:, columns].clone()))
             weight.data[:, columns] = 0
         try:

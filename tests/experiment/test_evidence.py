@@ -1,0 +1,57 @@
+"""The published results follow from the published translations, and the page from the results."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import evidence
+import pytest
+from sacrebleu.metrics import BLEU, CHRF
+
+from lander_ds.common.files import read_json
+from lander_ds.data.tokens.languages import split_pair
+from lander_ds.evaluation.metrics import bleu_tokenizer
+from lander_ds.experiment.grid import load_experiment
+from lander_ds.experiment.outcome import Figures, hypotheses, published, references
+from lander_ds.experiment.results import RESULTS_FILE, assemble
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
+COMPARED = [
+    pytest.param(out, figures, id=f"{out.name}-{figures['kind']}-{figures['method']}-{figures['seed']}")
+    for out in sorted(RESULTS.iterdir())
+    if (out / "cells").is_dir()
+    for figures in published(out)
+    if figures["kind"] != "trial"
+]
+
+
+@pytest.mark.parametrize(("out", "figures"), COMPARED)
+def test_scores_follow_from_the_translations(out: Path, figures: Figures) -> None:
+    sources = references(out, figures["variant"])
+    for system, texts in hypotheses(out, figures).items():
+        by_pair: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for key, text in texts.items():
+            by_pair[key[0]].append((text, sources[key]["ref"]))
+        for pair, lines in by_pair.items():
+            name, _, direction = pair.rpartition(":")
+            where = figures["sets"][name]["systems"] if name else figures["systems"]
+            hyps, refs = (list(side) for side in zip(*lines, strict=True))
+            scores = where[system][direction]
+            tokenizer = bleu_tokenizer(split_pair(direction)[1], {})
+            assert CHRF().corpus_score(hyps, [refs]).score == pytest.approx(scores["chrf"])
+            assert CHRF(word_order=2).corpus_score(hyps, [refs]).score == pytest.approx(scores["chrfpp"])
+            assert BLEU(tokenize=tokenizer).corpus_score(hyps, [refs]).score == pytest.approx(scores["bleu"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in evidence.EXPERIMENTS if (RESULTS / name / RESULTS_FILE).exists()]
+)
+def test_comparisons_follow_from_the_translations(name: str) -> None:
+    experiment = load_experiment(ROOT / "experiments" / f"{name}.yaml")
+    assert assemble(experiment, name, RESULTS / name) == read_json(RESULTS / name / RESULTS_FILE, "")
+
+
+def test_the_page_follows_from_the_results() -> None:
+    assert (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8") == evidence.render()
