@@ -43,6 +43,7 @@ examples:
   lander config --recipe recipes/demo.yaml --dump            the recipe with all its defaults
   lander config --explain train.lr                           what a key means
   lander summary runs/demo --json                            the figures of a run
+  lander translate --run runs/demo --pair en-de --input -    text, line by line
 
 {exit_codes}"""
 

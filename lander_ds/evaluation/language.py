@@ -7,8 +7,8 @@ references is reported next to the rates of the systems: that is what it makes o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from copy import copy
 from functools import cache
 from typing import Any
 
@@ -36,8 +36,8 @@ class LanguageIdentifier:
         known = known_languages()
         wanted = {code for code in map(identifier_code, languages) if code is not None}
         self._candidates = sorted(wanted | (set(LARGE_LANGUAGES) & known))
-        # Its choice of languages is its own, its tables are not.
-        self._identifier = copy(_load())
+        # Its tables are shared: to choose languages puts parts of them beside them.
+        self._identifier = copy.copy(_load())
         self._identifier.set_languages(self._candidates)
 
     def off_target(self, texts: Sequence[str], target_language: str) -> float | None:
@@ -80,5 +80,4 @@ def known_languages() -> frozenset[str]:
 
 @cache
 def _load() -> Any:
-    # Unpacking it takes a second.
     return Identifier.from_model_file(MODEL_FILE)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.tiny_translator import WORDS, TinyTranslator, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch.nn import functional
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.distributed import collectives, process_group
@@ -73,6 +76,18 @@ def test_ranks_read_different_texts(monkeypatch: pytest.MonkeyPatch, sharded: bo
         assert all(part[language].tokens == loss.tokens for part in parts)
     # All ranks must be in every call of a model that is spread over them.
     assert (len(set(calls)) == 1) is sharded
+
+
+def test_a_beginning_of_sequence_is_given_and_not_counted() -> None:
+    tokenizer, model = tiny_tokenizer(), TinyTranslator()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    loss = text_losses(model, tokenizer, {"de": ["w5 w6 w7"]}, sharded=False)["de"]
+    ids = torch.tensor([tokenizer("w5 w6 w7")["input_ids"]])
+    assert ids[0, 0] == 1
+    with torch.no_grad():
+        wanted = functional.cross_entropy(model.model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+    assert loss.tokens == 3
+    assert loss.nats == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
