@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from lander_ds.common import launch
 from lander_ds.common.lazy import load
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.distributed import agreement, process_group
+from lander_ds.distributed import accelerator, agreement, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
 from lander_ds.preflight.recipe import load_checked
@@ -59,4 +59,4 @@ def _run(start: Start, command: str) -> None:
         for name in catalogue.names(command):
             # A stage brings its libraries with it; those of the others stay away.
             load(f"lander_ds.stages.{name}:STAGE").perform(start)
-            process_group.free_memory()
+            accelerator.free_memory()

@@ -18,7 +18,7 @@ from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_inference_config
 from lander_ds.config.recipe import Recipe
-from lander_ds.distributed import process_group
+from lander_ds.distributed import accelerator, process_group
 from lander_ds.distributed.engines.zero3 import Zero3
 from lander_ds.inference.decoding import as_list
 from lander_ds.models.family import Family
@@ -48,7 +48,7 @@ class InferenceModel:
         if not self._pairs:
             yield
             return
-        with routed(Routing(torch.tensor(self._pairs.index(pair), device=process_group.device()))):
+        with routed(Routing(torch.tensor(self._pairs.index(pair), device=accelerator.device()))):
             yield
 
 
@@ -77,7 +77,7 @@ def open_for_inference(
         model = engine.shard(model).module
     else:
         fill(model, family, weights, _to_device, trained)
-        model.to(process_group.device())
+        model.to(accelerator.device())
     model.eval()
     # With a head that requires no gradient, torch multiplies the last hidden state of a prompt by a copy of the head
     # per sentence (gigabytes) instead of by the head.
@@ -131,4 +131,4 @@ def _check_pairs(model: PreTrainedModel, recipe: Recipe, trained: Checkpoint) ->
 
 
 def _to_device(unit: nn.Module) -> None:
-    unit.to(process_group.device())
+    unit.to(accelerator.device())

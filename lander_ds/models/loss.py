@@ -55,7 +55,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def _blocks(weight: torch.Tensor) -> list[slice]:
     """Parts of the vocabulary that are multiplied at once."""
     vocabulary = weight.shape[0]
-    width = vocabulary if weight.is_cuda else CPU_VOCABULARY_BLOCK
+    width = CPU_VOCABULARY_BLOCK if weight.device.type == "cpu" else vocabulary
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 

@@ -13,6 +13,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from lander_ds.config.recipe import TrainConfig
+from lander_ds.distributed import accelerator
 
 
 class _ActiveGroups(torch.optim.Optimizer):
@@ -89,7 +90,7 @@ def build_optimizer(
     }
     if offload:
         return SelectiveCPUAdam(described, **options)
-    return SelectiveAdamW(described, **options, fused=torch.cuda.is_available())
+    return SelectiveAdamW(described, **options, fused=not accelerator.is_cpu())
 
 
 def learning_rate(group: str, train: TrainConfig) -> float:

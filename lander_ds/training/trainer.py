@@ -16,7 +16,7 @@ from lander_ds.common.errors import LanderError
 from lander_ds.data.batching.micro_batches import packed
 from lander_ds.data.batching.plan import BatchPlan, GlobalBatch
 from lander_ds.data.prepared import PreparedData, PreparedSplit
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.watchdog import Watchdog
 from lander_ds.models.parameter_groups import active_groups
 from lander_ds.models.translation_model import BatchTotals, GateStatistics
@@ -154,7 +154,7 @@ class Trainer:
             dims.data_parallel_rank,
             dims.data_parallel_ranks,
             session.micro_batches,
-            process_group.device(),
+            accelerator.device(),
         )
         totals = BatchTotals(batch.target_tokens, len(batch.indices))
         figures = session.engine.train_step(list(micro), totals, alpha, gates)

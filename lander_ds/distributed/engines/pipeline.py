@@ -11,7 +11,7 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_st
 from torch import nn
 
 from lander_ds.data.batching.packing import PackedBatch
-from lander_ds.distributed import process_group
+from lander_ds.distributed import accelerator
 from lander_ds.distributed.engines.deepspeed_internals import (
     PipelineStageEngine,
     PipelineStageModule,
@@ -113,4 +113,4 @@ class Pipeline(Engine):
 
 
 def _to_device(unit: nn.Module) -> None:
-    unit.to(process_group.device())
+    unit.to(accelerator.device())
