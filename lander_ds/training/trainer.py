@@ -158,9 +158,10 @@ class Trainer:
         )
         totals = BatchTotals(batch.target_tokens, len(batch.indices))
         figures = session.engine.train_step(list(micro), totals, alpha, gates)
-        # One reduction for everything.
-        mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), torch.tensor([float(stop)])])
-        *sums, budget, asked = collectives.sum_over_ranks(mine.double()).tolist()
+        # One reduction for everything, and the first time in a step that the host waits for the device.
+        asked_here = figures.budget.new_full((1,), float(stop))
+        mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), asked_here])
+        *sums, budget, asked = collectives.sum_over_ranks(mine).tolist()
         losses, tokens = sums[: len(self.pairs)], sums[len(self.pairs) :]
         seconds = time.monotonic() - begun
         present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
@@ -199,11 +200,12 @@ class Trainer:
         if not self.session.model.gated:
             return {}
         layers = self.session.model.routed_layers
-        sums = torch.zeros(len(layers), 2, len(self.pairs), dtype=torch.float64)
+        shape = (len(layers), 2, len(self.pairs))
+        here = torch.zeros(shape, dtype=torch.float64, device=accelerator.device())
         for i, layer in enumerate(layers):
             if layer in gates.sums:
-                sums[i] = gates.sums[layer].cpu()
-        collectives.sum_over_ranks(sums)
+                here[i] = gates.sums[layer]
+        sums = collectives.sum_over_ranks(here).cpu()
         return {
             str(layer): {
                 pair: float(sums[i, 0, m] / sums[i, 1, m])

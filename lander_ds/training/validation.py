@@ -24,5 +24,7 @@ def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> di
     count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), ranks)
     micro = packed(batch, splits, rank, ranks, count, accelerator.device())
     totals = BatchTotals(batch.target_tokens, len(batch.indices))
-    sums = collectives.sum_over_ranks(session.engine.evaluate(list(micro), totals).per_pair)
-    return {recipe.data.pairs[i]: float(sums[0, i] / sums[1, i]) for i in splits}
+    losses, tokens = collectives.sum_over_ranks(
+        session.engine.evaluate(list(micro), totals).per_pair
+    ).tolist()
+    return {recipe.data.pairs[i]: losses[i] / tokens[i] for i in splits}

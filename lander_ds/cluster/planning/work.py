@@ -44,9 +44,7 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
         forward += once
         if index < model.first_trained:
             continue
-        backward += (
-            PRODUCT * batch.tokens * sum(_owned(model, tensor) for tensor in tensors if tensor.trained)
-        )
+        backward += PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors if tensor.trained)
         if index > model.first_trained or (model.first_trained == 0 and _below_layers(model)):
             # Each of attention's two products has two gradients.
             inputs = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + 2 * attention
@@ -59,12 +57,6 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
         forward += head
         backward += head * ((span.stop > model.first_trained or not span.first) + model.head.requires_grad)
     return Operations(forward, backward, recompute)
-
-
-def _owned(model: Anatomy, tensor: Tensor) -> float:
-    """Elements of a trained matrix times the share of the tokens that its pairs have (pairs alike)."""
-    _, _, owners = (tensor.group or "").partition(":")
-    return tensor.elements * (len(owners.split("+")) / len(model.recipe.data.pairs) if owners else 1.0)
 
 
 def _below_layers(model: Anatomy) -> bool:
