@@ -47,7 +47,7 @@ def _open_process_group(start: Start, command: str) -> None:
     words = {"stage": command, "force": start.force, "auto_resume": start.auto_resume, "ranks": ranks}
     with agreement.alike(collect(start, words) if ranks > 1 else {}, ranks):
         if catalogue.is_collective(command):
-            process_group.start()
+            process_group.start(process_group.patience(start.recipe.train.stall_seconds))
         elif ranks > 1:
             process_group.start_on_cpu()
 

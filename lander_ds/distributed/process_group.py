@@ -17,7 +17,10 @@ from lander_ds.common import launch
 from lander_ds.distributed import accelerator, discovery
 
 COLLECTIVE_SECONDS = 1800.0
-"""How long one collective may take."""
+"""How long one collective may take, unless the watchdog is more patient."""
+
+AFTER_WATCHDOG_SECONDS = 120.0
+"""How much longer than the watchdog waits: NCCL ends the process at its time-out, and the verdict needs a while."""
 
 WAIT_SECONDS = 24 * 3600.0
 """How long ranks wait for rank 0 where it works alone, such as on reading large corpora."""
@@ -55,6 +58,15 @@ def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
     if world_size() > 1:
         _waiting = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+
+
+def patience(stall_seconds: float) -> float:
+    """Time limit of collectives that lets a watchdog of `stall_seconds` speak first; 0: there is none."""
+    return (
+        max(COLLECTIVE_SECONDS, stall_seconds + AFTER_WATCHDOG_SECONDS)
+        if stall_seconds
+        else COLLECTIVE_SECONDS
+    )
 
 
 def start_on_cpu() -> None:

@@ -276,9 +276,7 @@ class _Scaled(torch.autograd.Function):
         return scaled
 
 
-def _joined_linear(
-    x: torch.Tensor, owned: _Owned, dim: int, weights: Sequence[torch.Tensor]
-) -> torch.Tensor:
+def _joined_linear(x: torch.Tensor, owned: _Owned, dim: int, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return _JoinedLinear.apply(x, owned, dim, *weights)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -426,7 +424,7 @@ class RoutedFFN(nn.Module):
         self.router = gate
         self.options = dict(options)
         self.pairs = tuple(pairs)
-        self._runs: dict[torch.device, tuple[_Run, ...]] = {}
+        self._runs_by_device: dict[torch.device, tuple[_Run, ...]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """FFN output, same shape as `x` [..., d], inside `routed`."""
@@ -457,9 +455,9 @@ class RoutedFFN(nn.Module):
 
     def _runs_on(self, device: torch.device) -> tuple[_Run, ...]:
         """The runs, with tables on a device; made once."""
-        if device not in self._runs:
-            self._runs[device] = _runs(self._banks, len(self.pairs), device)
-        return self._runs[device]
+        if device not in self._runs_by_device:
+            self._runs_by_device[device] = _runs(self._banks, len(self.pairs), device)
+        return self._runs_by_device[device]
 
     def _output(
         self, owned: _Owned, scales: tuple[torch.Tensor | None, torch.Tensor | None], x: torch.Tensor

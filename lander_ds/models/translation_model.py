@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.models.attention import Segments
 from lander_ds.models.family import Family
 from lander_ds.models.loss import LossHead
 from lander_ds.models.routed_ffn import Routing
@@ -228,7 +229,8 @@ class TranslationModel(nn.Module):
         share: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         decoder, positions = self.family.decoder_of(self.model), batch.positions.unsqueeze(0)
-        arguments = self.family.layer_arguments(decoder, hidden, positions, batch.segment_lengths)
+        segments = Segments(batch.segment_lengths, batch.boundaries)
+        arguments = self.family.layer_arguments(decoder, hidden, positions, segments)
         for index in range(self.span.start, self.span.stop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.first_trained):
                 run = partial(self._layer, index, arguments(index), batch, routing, gates is not None)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import AttentionInterface
 
@@ -22,7 +22,6 @@ from lander_ds.cluster.planning.workload import MicroBatch
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.attention import packed_attention
-from lander_ds.models.family import Family, LayerArguments
 from lander_ds.models.translation_model import BatchTotals, Objective, TranslationModel
 
 FUSED = "lander_planned_fused"
@@ -67,8 +66,6 @@ def trace(recipe: Recipe, batch: MicroBatch, sharded: bool, fused: bool) -> Acti
         model, family = whole.model, whole.family
         model.to_empty(device="cpu")
         objective = Objective(recipe.routing.budget_weight, recipe.routing.budget)
-        if not family.packed_attention:
-            family = _with_real_masks(family)
         span = TranslationModel(model, family, len(recipe.data.pairs), objective)
         # The loss of a trained head looks at values, which are fake here; it keeps about as much.
         whole.head.requires_grad_(False)
@@ -149,20 +146,6 @@ def _linear(sharded: bool) -> Iterator[None]:
         yield
     finally:
         functional.linear = before
-
-
-def _with_real_masks(family: Family) -> Family:
-    """The family with masks of real tensors: their making depends on values."""
-
-    def arguments(
-        decoder: torch.nn.Module, hidden: torch.Tensor, positions: torch.Tensor, lengths: tuple[int, ...]
-    ) -> LayerArguments:
-        with unset_fake_temporarily():
-            like = torch.zeros((), dtype=hidden.dtype).expand(hidden.shape)
-            real = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-            return family.layer_arguments(decoder, like, real, lengths)
-
-    return replace(family, layer_arguments=arguments)
 
 
 def _packed(batch: MicroBatch, targets: int) -> PackedBatch:

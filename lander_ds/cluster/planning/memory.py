@@ -165,10 +165,15 @@ def _whole_weights(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> 
     zero = sharding.zero
     threshold = zero.param_persistence_threshold
     small = sum(tensor.elements for tensor in tensors if tensor.elements <= threshold)
-    large = [tensor.elements for tensor in tensors if tensor.elements > threshold]
+    together: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.elements > threshold:
+            # The banks of a routed FFN come at once.
+            module = tensor.name.partition(".banks.")[0]
+            together[module] = together.get(module, 0) + tensor.elements
     ahead = zero.max_reuse_distance or zero.prefetch_bucket_size
-    live = max(zero.max_live_parameters if ahead else 0, max(large, default=0))
-    return item * small, item * min(sum(large), live)
+    live = max(zero.max_live_parameters if ahead else 0, max(together.values(), default=0))
+    return item * small, item * min(sum(together.values()), live)
 
 
 def _bucket_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> int:
