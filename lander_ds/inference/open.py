@@ -78,6 +78,8 @@ def open_for_inference(
     else:
         fill(model, family, weights, _to_device, trained)
         model.to(accelerator.device())
+        for _, ffn in routed_ffns(model):
+            ffn.join()
     model.eval()
     # With a head that requires no gradient, torch multiplies the last hidden state of a prompt by a copy of the head
     # per sentence (gigabytes) instead of by the head.

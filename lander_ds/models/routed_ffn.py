@@ -143,8 +143,18 @@ class _Owned:
 
 
 def _joined(weights: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """Bank after bank. Made anew for every pass, because training changes the banks, and ZeRO-3 takes them away."""
-    return weights[0] if len(weights) == 1 else torch.cat(weights, dim)
+    """Bank after bank: what `RoutedFFN.join` has laid side by side as it lies there, else a copy for this pass alone,
+    because training changes the banks, and ZeRO-3 takes them away."""
+    first = weights[0]
+    end = first.storage_offset()
+    for weight in weights:
+        here = (weight.untyped_storage()._cdata, weight.storage_offset(), weight.stride())
+        if here != (first.untyped_storage()._cdata, end, first.stride()):
+            return torch.cat(weights, dim)
+        end += weight.shape[dim] * weight.stride(dim)
+    shape = list(first.shape)
+    shape[dim] = sum(weight.shape[dim] for weight in weights)
+    return first.as_strided(shape, first.stride())
 
 
 def _by_bank(
@@ -448,6 +458,17 @@ class RoutedFFN(nn.Module):
         if self.output_bias is not None:
             output = output + self.output_bias
         return output.reshape(shape)
+
+    def join(self) -> None:
+        """Lay the weights of the banks side by side once, so that no pass copies them: for inference, where they stay as
+        and where they are. The banks' parameters become parts of the joined ones."""
+        for role, dim in (("up", 0), ("gate", 0), ("bias", 0), ("down", 1)):
+            weights = [weight for bank in self._banks if (weight := getattr(bank, role)) is not None]
+            if weights:
+                joined = torch.cat([weight.data for weight in weights], dim)
+                sizes = [weight.shape[dim] for weight in weights]
+                for weight, part in zip(weights, joined.split(sizes, dim), strict=True):
+                    weight.data = part
 
     @property
     def _banks(self) -> list[BankFFN]:

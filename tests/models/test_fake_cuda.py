@@ -57,6 +57,11 @@ def test_kernels_do_not_grow_with_the_examples(figures: dict[str, Any], model: s
     assert many["kernels"] <= MORE_KERNELS * one["kernels"]
 
 
+def test_a_large_vocabulary_takes_few_kernels(figures: dict[str, Any]) -> None:
+    """In blocks that fit a processor's cache there would be thousands."""
+    assert figures["head"] <= 500
+
+
 def test_the_counter_sees_what_waits(figures: dict[str, Any]) -> None:
     """Each of these makes the host wait on a real card; what does not is not counted."""
     assert figures["waiting"] == {

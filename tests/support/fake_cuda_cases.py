@@ -25,6 +25,7 @@ from lander_ds.distributed import accelerator
 from lander_ds.distributed.engines.zero3 import Zero3
 from lander_ds.models import attention
 from lander_ds.models.catalogue import family_of
+from lander_ds.models.loss import LossHead
 from lander_ds.models.parameter_groups import mark_trained
 from lander_ds.models.surgery import install, routed_ffns
 from lander_ds.models.translation_model import BatchTotals, GateStatistics, Objective, TranslationModel
@@ -148,6 +149,19 @@ def operated(case: Case, model: PreTrainedModel) -> TranslationModel:
     return TranslationModel(model, family, case.pairs, Objective(0.1, 0.5, 1))
 
 
+def head() -> int:
+    """Kernels of the loss, with its gradient, of 2,048 target tokens with a vocabulary of 262,144."""
+    counts = Counts()
+    with fake_tensors(), counts:
+        weight = torch.empty(262_144, 640, dtype=torch.bfloat16, device=CUDA)
+        hidden = torch.empty(2048, 640, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
+        targets = torch.empty(2048, dtype=torch.int64, device=CUDA)
+        layer = torch.nn.Linear(1, 1, bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        LossHead(layer, None)(hidden, targets).sum().backward()
+    return sum(counts.kernels.values())
+
+
 def waiting() -> dict[str, int]:
     """How often the counter says that the host waits in small known cases."""
     with fake_tensors():
@@ -179,7 +193,7 @@ def waiting() -> dict[str, int]:
 def main(library: Path, output: Path) -> None:
     """Run every case once."""
     load(library)
-    figures: dict[str, Any] = {"waiting": waiting()}
+    figures: dict[str, Any] = {"waiting": waiting(), "head": head()}
     # What a card would answer.
     accelerator.device = lambda: CUDA
     attention.has_varlen = lambda query: query.dtype == torch.bfloat16

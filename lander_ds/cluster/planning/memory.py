@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lander_ds.cluster.planning.anatomy import Anatomy, Tensor
-from lander_ds.models.loss import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
+from lander_ds.models.loss import CHUNK_ELEMENTS, DEVICE_SOFTMAX_ELEMENTS
 from lander_ds.models.span import Span
 
 MASTER, MOMENTS = 4, 8
@@ -191,12 +191,12 @@ def _bucket_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> i
 
 
 def _loss_bytes(model: Anatomy, targets: int) -> int:
-    """Logits of a chunk in the model's type, their softmax in float32 in small parts, the gradient of the chunk."""
+    """Logits of a chunk in the model's type, their softmax in float32 in parts, the gradient of the chunk."""
     vocabulary, width = model.head.shape
     rows = min(targets, max(1, CHUNK_ELEMENTS // vocabulary))
     return (
         rows * vocabulary * model.item_bytes
-        + 3 * 4 * min(SOFTMAX_ELEMENTS, rows * vocabulary)
+        + 3 * 4 * min(DEVICE_SOFTMAX_ELEMENTS, rows * vocabulary)
         + 4 * rows * width
     )
 
