@@ -22,7 +22,7 @@ from parity_cases import Job, Workspace
 
 from lander_ds.common import console
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.training.session import Session, open_session
 
@@ -103,7 +103,7 @@ def work(workspace: Workspace, job: Job) -> None:
     else:
         facts = hold(workspace, job, run)
         (run.path / f"rank-{process_group.rank()}.json").write_text(json.dumps(facts))
-    process_group.free_memory()
+    accelerator.free_memory()
     collectives.barrier()
 
 

@@ -20,7 +20,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.data.batching.micro_batches import packed
 from lander_ds.data.batching.plan import BatchPlan
 from lander_ds.data.prepared import PreparedData, PreparedSplit
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.models.translation_model import BatchTotals
 from lander_ds.training.metrics_logger import MetricsLogger
@@ -117,7 +117,7 @@ def _activations(session: Session, data: PreparedData) -> int:
         temperature=1.0,
         seed=recipe.seed,
     )
-    batch = next(packed(plan.batch(0), splits, 0, 1, session.micro_batches, process_group.device()))
+    batch = next(packed(plan.batch(0), splits, 0, 1, session.micro_batches, accelerator.device()))
     return saved_bytes(session.model, batch)
 
 

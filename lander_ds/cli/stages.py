@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from lander_ds.common import launch
 from lander_ds.common.lazy import load
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.distributed import agreement, process_group
+from lander_ds.distributed import accelerator, agreement, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
 from lander_ds.preflight.recipe import load_checked
@@ -60,7 +60,7 @@ def _open_process_group(start: Start, command: str, words: Mapping[str, object])
     ranks = launch.world_size()
     with agreement.alike(collect(start, {**words, "ranks": ranks}) if ranks > 1 else {}, ranks):
         if catalogue.is_collective(command):
-            process_group.start()
+            process_group.start(process_group.patience(start.recipe.train.stall_seconds))
         elif ranks > 1:
             process_group.start_on_cpu()
 
@@ -72,4 +72,4 @@ def _run(start: Start, command: str, stages: Sequence[str]) -> None:
         for name in stages:
             # A stage brings its libraries with it; those of the others stay away.
             load(f"lander_ds.stages.{name}:STAGE").perform(start)
-            process_group.free_memory()
+            accelerator.free_memory()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lander_ds.distributed import process_group
+from lander_ds.distributed import accelerator, process_group
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def barrier() -> None:
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all ranks, on every rank (in place; same shape)."""
     if process_group.world_size() > 1:
-        moved = tensor.to(process_group.device())
+        moved = tensor.to(accelerator.device())
         dist.all_reduce(moved)
         tensor.copy_(moved)
     return tensor

@@ -6,19 +6,21 @@ One process without a launcher is a world of size 1 and needs no process group f
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 from datetime import timedelta
 
-import torch
+import deepspeed
 import torch.distributed as dist
 
 from lander_ds.common import launch
-from lander_ds.distributed import discovery
+from lander_ds.distributed import accelerator, discovery
 
 COLLECTIVE_SECONDS = 1800.0
-"""How long one collective may take."""
+"""How long one collective may take, unless the watchdog is more patient."""
+
+AFTER_WATCHDOG_SECONDS = 120.0
+"""How much longer than the watchdog waits: NCCL ends the process at its time-out, and the verdict needs a while."""
 
 WAIT_SECONDS = 24 * 3600.0
 """How long ranks wait for rank 0 where it works alone, such as on reading large corpora."""
@@ -28,19 +30,18 @@ _waiting: dist.ProcessGroup | None = None
 
 
 def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
-    """Initialise torch.distributed through DeepSpeed (gloo on CPU, NCCL on GPU); does nothing when it already is.
+    """Bind this rank's device and initialise torch.distributed through DeepSpeed (gloo on CPU, NCCL on GPU); does nothing
+    when it already is.
 
     Without a launcher (no RANK and no MPI in the environment) a world of one process is made on a free port.
 
     Raises:
-        ConfigError: the network that the ranks are to use is not there, or not clear; see discovery.py.
+        ConfigError: the network that the ranks are to use is not there, or not clear (see discovery.py); or this host has
+            more ranks than devices.
     """
     global _waiting  # noqa: PLW0603
     if dist.is_initialized():
         return
-    # Stages that need no such group are spared the seconds that importing it takes.
-    import deepspeed  # noqa: PLC0415
-
     if "RANK" not in os.environ and launch.mpi_size() is None:
         os.environ.update(
             {
@@ -52,10 +53,20 @@ def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
             }
         )
     _find_others()
+    accelerator.bind()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
     if world_size() > 1:
         _waiting = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+
+
+def patience(stall_seconds: float) -> float:
+    """Time limit of collectives that lets a watchdog of `stall_seconds` speak first; 0: there is none."""
+    return (
+        max(COLLECTIVE_SECONDS, stall_seconds + AFTER_WATCHDOG_SECONDS)
+        if stall_seconds
+        else COLLECTIVE_SECONDS
+    )
 
 
 def start_on_cpu() -> None:
@@ -71,7 +82,7 @@ def start_on_cpu() -> None:
 
 def _find_others() -> None:
     discovery.check_interfaces(
-        "GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if torch.cuda.is_available() else [])
+        "GLOO_SOCKET_IFNAME", *([] if accelerator.is_cpu() else ["NCCL_SOCKET_IFNAME"])
     )
     discovery.discover()
     discovery.choose_interface()
@@ -109,17 +120,3 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def device() -> torch.device:
-    """The device this rank computes on."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", launch.local_rank())
-    return torch.device("cpu")
-
-
-def free_memory() -> None:
-    """Let go of models that only reference cycles still hold, as DeepSpeed's engines do after their end."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_inference_config
 from lander_ds.config.recipe import ModelConfig, Recipe
-from lander_ds.distributed import process_group
+from lander_ds.distributed import accelerator, process_group
 from lander_ds.distributed.engines.zero3 import Zero3
 from lander_ds.inference.decoding import as_list
 from lander_ds.models.family import Family
@@ -52,7 +52,7 @@ class InferenceModel:
             yield
             return
         known = pair_id(pair if pair in self._pairs else NONE, self._pairs)
-        with routed(Routing(torch.tensor(known, device=process_group.device()))):
+        with routed(Routing(torch.tensor(known, device=accelerator.device()))):
             yield
 
 
@@ -82,7 +82,7 @@ def open_for_inference(
     else:
         fill(model, family, weights, _to_device, trained)
         fold_shira(model)
-        model.to(process_group.device())
+        model.to(accelerator.device())
     model.eval()
     # With a head that requires no gradient, torch multiplies the last hidden state of a prompt by a copy of the head
     # per sentence (gigabytes) instead of by the head.
@@ -109,7 +109,7 @@ def open_directory(config: ModelConfig) -> InferenceModel:
         ) from None
     model: PreTrainedModel = opened.model if routed_export else opened
     model.generation_config = generation_config(directory)
-    model.to(process_group.device())
+    model.to(accelerator.device())
     return InferenceModel(model.eval(), directory.name)
 
 
@@ -179,4 +179,4 @@ def _check_pairs(model: PreTrainedModel, recipe: Recipe, trained: Checkpoint) ->
 
 
 def _to_device(unit: nn.Module) -> None:
-    unit.to(process_group.device())
+    unit.to(accelerator.device())

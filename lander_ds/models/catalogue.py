@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lander_ds.common.errors import ModelError
+from lander_ds.models.attention import Segments
 from lander_ds.models.family import Family, FFNPaths, LayerArguments
 
 GATED = FFNPaths(
@@ -21,20 +22,20 @@ def _embed_tokens(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.
 
 
 def _rotary(
-    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segments: Segments
 ) -> LayerArguments:
     """One rotary embedding for all layers. Each layer knows its own sliding window."""
     shared = {
         "attention_mask": None,
         "position_ids": positions,
         "position_embeddings": decoder.rotary_emb(hidden, positions),  # type: ignore[operator]
-        "segment_lengths": segment_lengths,
+        "segments": segments,
     }
     return lambda layer: shared
 
 
 def _rotary_per_type(
-    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segments: Segments
 ) -> LayerArguments:
     """Gemma 3: sliding and full layers have rotary embeddings of their own."""
     types: list[str] = decoder.config.layer_types  # type: ignore[union-attr, assignment]
@@ -42,7 +43,7 @@ def _rotary_per_type(
         kind: decoder.rotary_emb(hidden, positions, kind)  # type: ignore[operator]
         for kind in sorted(set(types))
     }
-    shared = {"attention_mask": None, "position_ids": positions, "segment_lengths": segment_lengths}
+    shared = {"attention_mask": None, "position_ids": positions, "segments": segments}
     return lambda layer: {**shared, "position_embeddings": embeddings[types[layer]]}
 
 
@@ -51,22 +52,18 @@ def _embed_bloom(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.T
 
 
 def _alibi(
-    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segments: Segments
 ) -> LayerArguments:
     """BLOOM: ALiBi from the position inside the example, and an additive mask that keeps examples apart.
 
     Its layers compute attention themselves, over the whole row: the cost grows with the square of T.
     """
-    ones = torch.ones(1, max(segment_lengths), device=hidden.device)
+    ones = torch.ones(1, max(segments.lengths), device=hidden.device)
     slopes = decoder.build_alibi_tensor(ones, decoder.num_heads, hidden.dtype)  # type: ignore[operator]
-    lengths = torch.tensor(segment_lengths, device=hidden.device)
     total = hidden.shape[1]
-    numbers = torch.arange(len(segment_lengths), device=hidden.device)
-    # The size is known: without it a GPU would have to tell it.
-    segments = torch.repeat_interleave(numbers, lengths, output_size=total)
-    seen = (segments[:, None] == segments[None, :]) & torch.ones(
-        total, total, dtype=torch.bool, device=hidden.device
-    ).tril()
+    places = torch.arange(total, device=hidden.device)
+    # From where its example begins up to the token itself.
+    seen = (places[None, :] >= (places - positions[0])[:, None]) & (places[None, :] <= places[:, None])
     mask = torch.zeros(1, 1, total, total, dtype=hidden.dtype, device=hidden.device)
     mask.masked_fill_(~seen, torch.finfo(hidden.dtype).min)
     shared = {"alibi": slopes[:, :, positions[0]], "attention_mask": mask}
@@ -86,10 +83,10 @@ def _embed_opt(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Ten
 
 
 def _learned_positions(
-    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segment_lengths: tuple[int, ...]
+    decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segments: Segments
 ) -> LayerArguments:
     """OPT: positions are in the embedding already."""
-    shared = {"attention_mask": None, "segment_lengths": segment_lengths}
+    shared = {"attention_mask": None, "segments": segments}
     return lambda layer: shared
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lander_ds.models.attention import Segments
 from lander_ds.models.routed_ffn import GateSink, Routing, routed
 
 LayerArguments = Callable[[int], dict[str, Any]]
@@ -62,8 +63,8 @@ class Family:
     """The FFN inside a layer."""
     embed: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
     """(decoder, input_ids [1, T], positions [1, T]) -> hidden [1, T, d]."""
-    layer_arguments: Callable[[nn.Module, torch.Tensor, torch.Tensor, tuple[int, ...]], LayerArguments]
-    """(decoder, hidden, positions, segment lengths) -> arguments per layer."""
+    layer_arguments: Callable[[nn.Module, torch.Tensor, torch.Tensor, Segments], LayerArguments]
+    """(decoder, hidden, positions, examples of the row) -> arguments per layer."""
     packed_attention: bool = True
     """The layers take their attention from transformers' attention interface; False: they compute it
     themselves from the masks in `layer_arguments` (BLOOM)."""

@@ -21,7 +21,9 @@ CHUNK_ELEMENTS = 1 << 27
 CPU_VOCABULARY_BLOCK = 4096
 """Columns of one product on CPU, where many narrow products are about 1.5 times as fast as a wide one."""
 SOFTMAX_ELEMENTS = 1 << 21
-"""Logits that are turned into float32 at one time: they stay in the processor's cache."""
+"""Logits that are turned into float32 at one time on a CPU: they stay in its cache."""
+DEVICE_SOFTMAX_ELEMENTS = 1 << 24
+"""The same on other devices: enough to keep one busy, and few kernels for a large vocabulary; 64 MiB each of three."""
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -55,7 +57,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def _blocks(weight: torch.Tensor) -> list[slice]:
     """Parts of the vocabulary that are multiplied at once."""
     vocabulary = weight.shape[0]
-    width = vocabulary if weight.is_cuda else CPU_VOCABULARY_BLOCK
+    width = CPU_VOCABULARY_BLOCK if weight.device.type == "cpu" else vocabulary
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 
@@ -70,7 +72,8 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 def _losses_and_slopes(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Losses [rows] in float32; overwrites `logits` with d loss / d logits = softmax - onehot."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    rows = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
+    at_once = SOFTMAX_ELEMENTS if logits.device.type == "cpu" else DEVICE_SOFTMAX_ELEMENTS
+    rows = max(1, at_once // logits.shape[1])
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         index = targets[part].unsqueeze(-1)

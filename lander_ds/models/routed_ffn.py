@@ -2,9 +2,13 @@
 
     out = FFN_G(c_G x) + FFN_S(m)(c_S x) + FFN_rest(x)          (P eq. 7 for G; partner and sum inferred)
 
+The weights of all banks are joined for one product per projection: the sum over banks is then the sum over neurons, and
+neither the number of products nor their alignment depends on the number of pairs. Gates and ownership are factors and
+masks per token and neuron, looked up by pair id, so that the host never waits for a device.
+
 This module needs torch alone: routed exports carry a copy of it, so that they compute what was trained.
 
-Shapes: T tokens (leading dimensions flattened), d hidden width, n neurons of one bank.
+Shapes: T tokens (leading dimensions flattened), d hidden width, n neurons of one bank, f neurons of all, M pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,8 +63,6 @@ class Routing:
     """[T] int64, unique per (step, sample, position); the layer is added by the FFN."""
     alpha: float = 0.0
     """Weight of the gate noise."""
-    _owned: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    """What `owned_tokens` has computed: the same for all layers."""
 
     def tokens(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
         """Pair ids [T] on a device, for an input there of leading dimensions `shape` (T = their product).
@@ -74,17 +78,6 @@ class Routing:
                 "token of this very forward pass"
             )
         return rows.expand(-1, tokens // len(rows)).reshape(-1)
-
-    def owned_tokens(self, pair_ids: torch.Tensor, owners: tuple[int, ...], pairs: int) -> torch.Tensor:
-        """Indices (int64) of the tokens whose pair is among `owners`, of `pairs` pairs in all."""
-        # The length belongs to the key, because one routing serves prefill and every step of a generation.
-        key = (owners, len(pair_ids), pair_ids.device)
-        if key not in self._owned:
-            # One entry more than there are pairs: `NO_PAIR` finds it.
-            table = torch.zeros(pairs + 1, dtype=torch.bool, device=pair_ids.device)
-            table[list(owners)] = True
-            self._owned[key] = table[pair_ids].nonzero().squeeze(-1)
-        return self._owned[key]
 
 
 GateSink = Callable[[torch.Tensor], None]
@@ -123,49 +116,218 @@ def carrying(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class _OwnedLinear(torch.autograd.Function):
-    """x W^T whose weight gradient comes from the owning tokens alone; the gradient of x from all."""
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Neurons of neighbouring banks that are treated alike, in the order of the joined banks. How many runs there are does
+    not depend on the number of pairs."""
+
+    kind: str
+    """Of the banks: general, specific or frozen."""
+    banks: int
+    """How many."""
+    begin: int
+    end: int
+    """Neurons `begin` to `end` (not included) of all."""
+    owners: torch.Tensor | None
+    """[M + 1, end - begin] bool: whether a pair owns a neuron. The last row is of padding (id -1), which owns none. None
+    where all pairs own all of them, or none owns any."""
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """The run's columns of values [T, f]."""
+        return values[:, self.begin : self.end]
+
+
+def _is_partly_owned(bank: BankFFN, pairs: int) -> bool:
+    """Whether tokens differ in owning a bank. Those of no pair own general banks, but not a single pair's specific ones."""
+    return bank.kind == "specific" or 0 < len(bank.owners) < pairs
+
+
+def _runs(banks: Sequence[BankFFN], pairs: int, device: torch.device) -> tuple[_Run, ...]:
+    """The runs of banks for M = `pairs` pairs."""
+    runs, begin = [], 0
+    for (kind, partly), members in groupby(banks, lambda bank: (bank.kind, _is_partly_owned(bank, pairs))):
+        group = list(members)
+        sizes = [bank.size for bank in group]
+        owners = None
+        if partly:
+            rows = [[pair in bank.owners for bank in group] for pair in range(pairs)]
+            table = torch.tensor([*rows, [False] * len(group)])
+            spread = table.repeat_interleave(torch.tensor(sizes), dim=1, output_size=sum(sizes))
+            owners = spread.to(device)
+        runs.append(_Run(kind, len(group), begin, begin + sum(sizes), owners))
+        begin += sum(sizes)
+    return tuple(runs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Owned:
+    """The runs of a layer, and which tokens own which of their neurons."""
+
+    runs: tuple[_Run, ...]
+    masks: tuple[torch.Tensor | None, ...]
+    """Per run: [T, n] bool; None where all tokens own its neurons, or none does."""
+
+
+def _joined(weights: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Bank after bank: what `RoutedFFN.join` has laid side by side as it lies there, else a copy for this pass alone,
+    because training changes the banks, and ZeRO-3 takes them away."""
+    first = weights[0]
+    end = first.storage_offset()
+    for weight in weights:
+        here = (weight.untyped_storage()._cdata, weight.storage_offset(), weight.stride())
+        if here != (first.untyped_storage()._cdata, end, first.stride()):
+            return torch.cat(weights, dim)
+        end += weight.shape[dim] * weight.stride(dim)
+    shape = list(first.shape)
+    shape[dim] = sum(weight.shape[dim] for weight in weights)
+    return first.as_strided(shape, first.stride())
+
+
+def _by_bank(
+    owned: _Owned,
+    neurons: torch.Tensor,
+    product: Callable[[torch.Tensor], torch.Tensor],
+    sizes: Sequence[int],
+    needed: Sequence[bool],
+    dim: int,
+) -> list[torch.Tensor | None]:
+    """Gradients of the banks' weights; None where none is needed.
+
+    Args:
+        owned: runs and masks.
+        neurons: [T, f], what the neurons contribute to the gradient.
+        product: from those of a run [T, n] to the gradient of its joined weights.
+        sizes: n of every bank.
+        needed: whether a bank's gradient is.
+        dim: that of the neurons in the weights.
+    """
+    grads: list[torch.Tensor | None] = []
+    for run, mask in zip(owned.runs, owned.masks, strict=True):
+        banks = slice(len(grads), len(grads) + run.banks)
+        if not any(needed[banks]):
+            grads += [None] * run.banks
+            continue
+        own = run.of(neurons)
+        if mask is not None:
+            # Not times 0, which infinity would survive.
+            own = own.masked_fill(~mask, 0.0)
+        parts = torch.split(product(own), list(sizes[banks]), dim)
+        grads += [part if want else None for part, want in zip(parts, needed[banks], strict=True)]
+    return grads
+
+
+class _JoinedLinear(torch.autograd.Function):
+    """x W^T for the joined W of all banks. The weight gradient of a neuron comes from the tokens that own it alone, the
+    gradient of x from all. `dim` is that of the neurons in W: 0 where they come out, 1 where they go in."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, owned: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight, owned)
-        return x @ weight.t()
+    def forward(ctx: Any, x: torch.Tensor, owned: _Owned, dim: int, *weights: torch.Tensor) -> torch.Tensor:
+        trained = any(weight.requires_grad for weight in weights)
+        ctx.runs, ctx.dim = owned.runs, dim
+        # The banks themselves, not the joined copy: ZeRO-3 gathers them again for the backward pass.
+        ctx.save_for_backward(x if trained else None, *(owned.masks if trained else ()), *weights)
+        return x @ _joined(weights, dim).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        x, weight, owned = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad.t() @ x if owned is None else grad[owned].t() @ x[owned]
-        return grad_x, grad_weight, None
+        (grad,), dim, needed = grads, ctx.dim, ctx.needs_input_grad[3:]
+        x, *saved = ctx.saved_tensors
+        masks, weights = saved[: -len(needed)], saved[-len(needed) :]
+        grad_x = grad @ _joined(weights, dim) if ctx.needs_input_grad[0] else None
+        if not any(needed):
+            return grad_x, None, None, *([None] * len(needed))
+        sizes = [weight.shape[dim] for weight in weights]
+        owned = _Owned(ctx.runs, tuple(masks))
+        if dim == 0:
+            by_bank = _by_bank(owned, grad, lambda own: own.t() @ x, sizes, needed, dim)
+        else:
+            by_bank = _by_bank(owned, x, lambda own: grad.t() @ own, sizes, needed, dim)
+        return grad_x, None, None, *by_bank
 
 
-class _OwnedBias(torch.autograd.Function):
-    """z + b whose bias gradient comes from the owning tokens alone."""
+class _JoinedBias(torch.autograd.Function):
+    """z + b for the joined b of all banks, whose gradient comes from the owning tokens alone."""
 
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, bias: torch.Tensor, owned: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(owned)
-        return z + bias
+    def forward(ctx: Any, z: torch.Tensor, owned: _Owned, *biases: torch.Tensor) -> torch.Tensor:
+        ctx.runs, ctx.sizes = owned.runs, [len(bias) for bias in biases]
+        ctx.save_for_backward(*owned.masks)
+        return z + _joined(biases, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        (owned,) = ctx.saved_tensors
-        grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_bias = (grad if owned is None else grad[owned]).sum(0)
-        return grad, grad_bias, None
+        (grad,), owned = grads, _Owned(ctx.runs, ctx.saved_tensors)
+        needed = ctx.needs_input_grad[2:]
+        return grad, None, *_by_bank(owned, grad, lambda own: own.sum(0), ctx.sizes, needed, 0)
 
 
-def _owned_linear(x: torch.Tensor, weight: torch.Tensor, owned: torch.Tensor | None) -> torch.Tensor:
-    return _OwnedLinear.apply(x, weight, owned)  # type: ignore[no-untyped-call, no-any-return]
+class _Scaled(torch.autograd.Function):
+    """Values [T, f] times a factor per token and run: c_G, c_S ([T, 1], or None for 1) where the token owns the neurons,
+    else 1; `mask` switches specific neurons off instead (0) where it does not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        owned: _Owned,
+        mask: bool,
+        general: torch.Tensor | None,
+        specific: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.runs, ctx.mask = owned.runs, mask
+        ctx.save_for_backward(None if general is None else values, general, specific, *owned.masks)
+        return _Scaled._times(values, owned, mask, general, specific)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        values, general, specific, *masks = ctx.saved_tensors
+        owned = _Owned(ctx.runs, tuple(masks))
+        grad_values = _Scaled._times(grads[0], owned, ctx.mask, general, specific)
+        if values is None:
+            return grad_values, None, None, None, None
+        by_kind = {"general": torch.zeros_like(general), "specific": torch.zeros_like(specific)}
+        for run, mask in zip(owned.runs, owned.masks, strict=True):
+            if run.kind in by_kind:
+                products = run.of(grads[0]) * run.of(values)
+                if mask is not None:
+                    products.masked_fill_(~mask, 0.0)
+                by_kind[run.kind] += products.sum(1, keepdim=True)
+        return grad_values, None, None, by_kind["general"], by_kind["specific"]
+
+    @staticmethod
+    def _times(
+        values: torch.Tensor,
+        owned: _Owned,
+        mask: bool,
+        general: torch.Tensor | None,
+        specific: torch.Tensor | None,
+    ) -> torch.Tensor:
+        scaled = torch.empty_like(values)
+        for run, owning in zip(owned.runs, owned.masks, strict=True):
+            factor = {"general": general, "specific": specific}.get(run.kind)
+            if owning is not None:
+                other = 0.0 if mask and run.kind == "specific" else 1.0
+                factor = torch.where(owning, 1.0 if factor is None else factor, other).to(values.dtype)
+            torch.mul(run.of(values), 1.0 if factor is None else factor, out=run.of(scaled))
+        return scaled
 
 
-def _owned_bias(z: torch.Tensor, bias: torch.Tensor, owned: torch.Tensor | None) -> torch.Tensor:
-    return _OwnedBias.apply(z, bias, owned)  # type: ignore[no-untyped-call, no-any-return]
+def _joined_linear(x: torch.Tensor, owned: _Owned, dim: int, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _JoinedLinear.apply(x, owned, dim, *weights)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _joined_bias(z: torch.Tensor, owned: _Owned, biases: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _JoinedBias.apply(z, owned, *biases)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _scaled(
+    values: torch.Tensor,
+    owned: _Owned,
+    mask: bool,
+    general: torch.Tensor | None = None,
+    specific: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _Scaled.apply(values, owned, mask, general, specific)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class BankFFN(nn.Module):
@@ -198,44 +360,20 @@ class BankFFN(nn.Module):
         super().__init__()
         self.kind = kind
         self.owners = tuple(owners)
+        self.size = len(up)
         self.up = nn.Parameter(up, requires_grad=False)
         self.down = nn.Parameter(down, requires_grad=False)
         self.register_parameter("gate", None if gate is None else nn.Parameter(gate, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        activation: Callable[[torch.Tensor], torch.Tensor],
-        owned: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        keep: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Contribution of the bank to the FFN output.
+    @property
+    def present(self) -> bool:
+        """Whether the weights are here; not where they are offloaded (on meta) or sharded (no matrices)."""
+        return self.up.dim() == 2 and not self.up.is_meta
 
-        Args:
-            x: [T, d].
-            activation: the family's non-linearity.
-            owned: indices of the tokens that send weight gradients; None: all.
-            scale: [T, 1] factor of the FFN input. It multiplies the pre-activations, which for the bias-free
-                part is the same; a bias is added after it.
-            keep: [T, 1] factor of the neurons' activations (0 masks a token's neurons), or None.
-
-        Returns: [T, d].
-        """
-        z = _owned_linear(x, self.up, owned)
-        if scale is not None:
-            z = z * scale
-        if self.bias is not None:
-            z = _owned_bias(z, self.bias, owned)
-        if self.gate is None:
-            h = activation(z)
-        else:
-            g = _owned_linear(x, self.gate, owned)
-            h = activation(g if scale is None else g * scale) * z
-        if keep is not None:
-            h = h * keep
-        return _owned_linear(h, self.down, owned)
+    def forward(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """`run(x)`, during which the weights are here: who offloads or shards weights brings them for this call."""
+        return run(x)
 
 
 class Gate(nn.Module):
@@ -322,6 +460,7 @@ class RoutedFFN(nn.Module):
         self.router = gate
         self.options = dict(options)
         self.pairs = tuple(pairs)
+        self._runs_by_device: dict[torch.device, tuple[_Run, ...]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """FFN output, same shape as `x` [..., d], inside `routed`."""
@@ -332,23 +471,72 @@ class RoutedFFN(nn.Module):
             )
         routing, gates = current
         shape = x.shape
-        pair_ids = routing.tokens(shape[:-1], x.device)
         flat = x.reshape(-1, shape[-1])
-        general, specific = self._scales(flat, routing, gates)
-        output: torch.Tensor | None = None
-        for bank in self.banks:
-            assert isinstance(bank, BankFFN)
-            # A single pair owns specific banks, which tokens of no pair do not.
-            everyone = bank.kind == "general" and len(bank.owners) == len(self.pairs)
-            owned = None
-            if bank.kind != "frozen" and not everyone:
-                owned = routing.owned_tokens(pair_ids, bank.owners, len(self.pairs))
-            part = self._bank_output(bank, flat, owned, general, specific)
-            output = part if output is None else output + part
-        assert output is not None
+        pair_ids = routing.tokens(shape[:-1], x.device)
+        runs = self._runs_on(x.device)
+        masks = (None if run.owners is None else run.owners[pair_ids] for run in runs)
+        scales = self._scales(flat, routing, gates)
+        run = partial(self._output, _Owned(runs, tuple(masks)), scales)
+        for bank in self._banks:
+            if not bank.present:
+                run = partial(bank, run)
+        output = run(flat)
         if self.output_bias is not None:
             output = output + self.output_bias
         return output.reshape(shape)
+
+    def join(self) -> None:
+        """Lay the weights of the banks side by side once, so that no pass copies them: for inference, where they stay as
+        and where they are. The banks' parameters become parts of the joined ones."""
+        for role, dim in (("up", 0), ("gate", 0), ("bias", 0), ("down", 1)):
+            weights = [weight for bank in self._banks if (weight := getattr(bank, role)) is not None]
+            if weights:
+                joined = torch.cat([weight.data for weight in weights], dim)
+                sizes = [weight.shape[dim] for weight in weights]
+                for weight, part in zip(weights, joined.split(sizes, dim), strict=True):
+                    weight.data = part
+
+    @property
+    def _banks(self) -> list[BankFFN]:
+        return [bank for bank in self.banks if isinstance(bank, BankFFN)]
+
+    def _runs_on(self, device: torch.device) -> tuple[_Run, ...]:
+        """The runs, with tables on a device; made once."""
+        if device not in self._runs_by_device:
+            self._runs_by_device[device] = _runs(self._banks, len(self.pairs), device)
+        return self._runs_by_device[device]
+
+    def _output(
+        self, owned: _Owned, scales: tuple[torch.Tensor | None, torch.Tensor | None], x: torch.Tensor
+    ) -> torch.Tensor:
+        """The banks' outputs, added up: [T, d] of x [T, d].
+
+        Args:
+            owned: which tokens own which neurons.
+            scales: c_G and c_S. Of the input: they multiply the pre-activations, which for the bias-free part is the
+                same; a bias is added after it. Of the output: they multiply the activations.
+            x: [T, d].
+        """
+        banks, mask = self._banks, self.options["other_pairs"] == "mask"
+        scaled = scales[0] is not None
+        before = scaled and self.options["gate"] == "input"
+        z = _joined_linear(x, owned, 0, [bank.up for bank in banks])
+        if before:
+            z = _scaled(z, owned, False, *scales)
+        biases = [bank.bias for bank in banks if bank.bias is not None]
+        if biases:
+            z = _joined_bias(z, owned, biases)
+        gates = [bank.gate for bank in banks if bank.gate is not None]
+        if gates:
+            g = _joined_linear(x, owned, 0, gates)
+            z = self.activation(_scaled(g, owned, False, *scales) if before else g) * z
+        else:
+            z = self.activation(z)
+        if scaled and not before:
+            z = _scaled(z, owned, mask, *scales)
+        elif mask:
+            z = _scaled(z, owned, mask)
+        return _joined_linear(z, owned, 1, [bank.down for bank in banks])
 
     def _scales(
         self, x: torch.Tensor, routing: Routing, gates: GateSink | None
@@ -366,29 +554,6 @@ class RoutedFFN(nn.Module):
             gates(c)
         factor = 2.0 if self.options["gate_init"] == "preserve" else 1.0
         return (factor * c).to(x.dtype), (factor * (1.0 - c)).to(x.dtype)
-
-    def _bank_output(
-        self,
-        bank: BankFFN,
-        x: torch.Tensor,
-        owned: torch.Tensor | None,
-        general: torch.Tensor | None,
-        specific: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """One bank's contribution [T, d]; `owned`: indices of the tokens that own it, None: all."""
-        if bank.kind == "frozen":
-            return bank(x, self.activation, None, None, None)  # type: ignore[no-any-return]
-        scale = general if bank.kind == "general" else specific
-        keep = None
-        if owned is not None:
-            if scale is not None:
-                scale = torch.ones_like(scale).index_copy(0, owned, scale.index_select(0, owned))
-            if self.options["other_pairs"] == "mask" and bank.kind == "specific":
-                keep = x.new_zeros(len(x), 1).index_fill(0, owned, 1.0)
-        if self.options["gate"] == "output":
-            part: torch.Tensor = bank(x, self.activation, owned, None, keep)
-            return part if scale is None else part * scale
-        return bank(x, self.activation, owned, scale, keep)  # type: ignore[no-any-return]
 
 
 def substitute(layer: nn.Module, paths: Mapping[str, str | None], routed: RoutedFFN) -> None:

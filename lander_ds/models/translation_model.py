@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lander_ds.data.batching.packing import PackedBatch
+from lander_ds.models.attention import Segments
 from lander_ds.models.family import Family
 from lander_ds.models.loss import LossHead
 from lander_ds.models.routed_ffn import Routing
@@ -79,10 +80,13 @@ class GateReport:
         """Add them up."""
         batch = self._batch
         if self._statistics:
-            values, known = c.detach().squeeze(-1).double(), batch.pair_ids >= 0
-            self.sums = torch.zeros(2, self._pairs, dtype=torch.float64, device=c.device)
-            self.sums[0].index_add_(0, batch.pair_ids[known], values[known])
-            self.sums[1].index_add_(0, batch.pair_ids[known], torch.ones_like(values[known]))
+            values = c.detach().squeeze(-1).double()
+            # Padding (-1) gets a column of its own: to leave it out, the host would have to wait for its number.
+            columns = batch.pair_ids % (self._pairs + 1)
+            sums = torch.zeros(2, self._pairs + 1, dtype=torch.float64, device=c.device)
+            sums[0].index_add_(0, columns, values)
+            sums[1].index_add_(0, columns, torch.ones_like(values))
+            self.sums = sums[:, :-1]
         if self._budget:
             share = torch.zeros(len(batch.segment_lengths), dtype=c.dtype, device=c.device)
             self.share = share.index_add(0, batch.segment_ids, 1.0 - c.squeeze(-1))
@@ -241,7 +245,8 @@ class TranslationModel(nn.Module):
         share: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         decoder, positions = self.family.decoder_of(self.model), batch.positions.unsqueeze(0)
-        arguments = self.family.layer_arguments(decoder, hidden, positions, batch.segment_lengths)
+        segments = Segments(batch.segment_lengths, batch.boundaries)
+        arguments = self.family.layer_arguments(decoder, hidden, positions, segments)
         for index in layers:
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.first_trained):
                 run = partial(self._layer, index, arguments(index), batch, routing, gates is not None)
@@ -289,8 +294,7 @@ class TranslationModel(nn.Module):
         if share is not None:
             # Per example, so that the value does not depend on which examples share a micro-batch. A filler
             # (sample id -1) is no example.
-            lengths = torch.tensor(batch.segment_lengths, device=losses.device)
-            mean = share / (len(self.routed_layers) * lengths)
+            mean = share / (len(self.routed_layers) * batch.boundaries.diff())
             real = (batch.sample_ids >= 0).to(mean.dtype)
             budget = ((mean - self.objective.budget).abs() * real).sum() / totals.examples
             total = total + self.objective.budget_weight * budget

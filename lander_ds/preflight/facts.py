@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lander_ds
 from lander_ds.checkpoint.checkpoint import STATE, steps
 from lander_ds.common.errors import LanderError
@@ -17,6 +15,7 @@ from lander_ds.common.files import file_hash, read_json
 from lander_ds.common.nested import flatten
 from lander_ds.common.run_directory import RunDirectory, versions
 from lander_ds.data.prepared import CURE, PreparedData
+from lander_ds.distributed import accelerator
 from lander_ds.distributed.start import Start
 
 SMALL_MODEL_FILES = (".json", ".txt", ".model", ".py")
@@ -36,7 +35,7 @@ def collect(start: Start, command: Mapping[str, object] | None = None) -> dict[s
         **({} if command is None else {"command": _as_json(command)}),
         "recipe": _as_json(asdict(start.recipe)),
         "deepspeed": _as_json(start.deepspeed),
-        "device": {"kind": "cuda" if torch.cuda.is_available() else "cpu"},
+        "device": {"kind": accelerator.kind()},
         "package": versions(),
         "base": _base(start),
         "run_dir": _files(start.run),

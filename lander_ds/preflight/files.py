@@ -8,14 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lander_ds.common.errors import DataError, ModelError
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
 from lander_ds.data.sources.corpus import Corpus, resolve, resolve_set
+from lander_ds.distributed import accelerator
 from lander_ds.evaluation.baseline import baseline_path
 from lander_ds.models.files import adapter_fault
 from lander_ds.models.loading import POSITION_KEYS, build, tied_parameters
@@ -225,7 +224,7 @@ def _check_baseline(check: Check, pattern: str) -> None:
 
 
 def _check_float16(check: Check) -> None:
-    if not torch.cuda.is_available():
+    if accelerator.is_cpu():
         check.refuse(
             "model.dtype", "float16 needs a GPU and this machine has none; write bfloat16 or float32"
         )

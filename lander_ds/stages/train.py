@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lander_ds.checkpoint.identity import identity_of, starting_point
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, write_json
 from lander_ds.config.loading import section
 from lander_ds.data.prepared import PreparedData
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.distributed.watchdog import Watchdog
 from lander_ds.stages.stage import Part, Result, Stage
@@ -142,17 +139,9 @@ def _summary(session: Session, outcome: Outcome, unchanged: bool, seconds: float
         "weight_bytes_per_rank": [part.weights for part in bytes_per_rank],
         "gradient_bytes_per_rank": [part.gradients for part in bytes_per_rank],
         "optimizer_bytes_per_rank": [part.optimizer for part in bytes_per_rank],
-        "peak_memory_bytes_per_rank": collectives.gather_objects(_peak_memory()),
+        "peak_memory_bytes_per_rank": collectives.gather_objects(accelerator.peak_memory()),
         "frozen_unchanged": unchanged,
         "groups": session.group_sizes,
         "seconds": round(seconds, 2),
         "checkpoint": f"checkpoints/step-{outcome.steps}",
     }
-
-
-def _peak_memory() -> int:
-    """The most memory this process has held, in bytes: of its GPU, or resident where it has none."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    # Linux counts in KiB.
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,7 +9,7 @@ from lander_ds.data.batching.micro_batches import micro_batches_for, packed
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.data.batching.plan import GlobalBatch
 from lander_ds.data.prepared import PreparedSplit
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives
 from lander_ds.distributed.parallel_dims import parallel_dims
 from lander_ds.distributed.start import Start
 from lander_ds.distributed.watchdog import Watchdog
@@ -45,7 +45,7 @@ def collect(
     own = {layer: projections[layer] for layer in range(span.start, span.stop)}
     with (
         StatisticsCollector(
-            own, len(projections), pairs=len(splits), device=process_group.device()
+            own, len(projections), pairs=len(splits), device=accelerator.device()
         ) as collector,
         console.progress("detect", count) as bar,
     ):
@@ -59,7 +59,7 @@ def collect(
 
         engine.model.announce = announce
         rank = dims.data_parallel_rank
-        micro = packed(batch, splits, rank, ranks, count, process_group.device())
+        micro = packed(batch, splits, rank, ranks, count, accelerator.device())
         engine.differentiate(list(micro), totals)
         collector.reduce(collectives.sum_over_ranks)
     engine.destroy()

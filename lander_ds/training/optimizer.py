@@ -13,6 +13,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from lander_ds.config.recipe import TrainConfig
+from lander_ds.distributed import accelerator
 from lander_ds.distributed.engines.engine import AVERAGE
 
 
@@ -103,7 +104,7 @@ def _new_optimizer(
     }
     if offload:
         return SelectiveCPUAdam(described, **options)
-    return SelectiveAdamW(described, **options, fused=torch.cuda.is_available())
+    return SelectiveAdamW(described, **options, fused=not accelerator.is_cpu())
 
 
 def learning_rate(group: str, train: TrainConfig) -> float:

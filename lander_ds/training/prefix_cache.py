@@ -26,7 +26,7 @@ from lander_ds.data.prefixes import (
     writers,
 )
 from lander_ds.data.prepared import PreparedData
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.engines.single_span import SingleSpan
 from lander_ds.distributed.start import Start
 from lander_ds.training.session import Session
@@ -63,7 +63,7 @@ def open_prefixes(
     digest = json_hash(
         [
             *(FORMAT, CHUNK_TOKENS, data.content_hash("train"), list(recipe.data.pairs), layer),
-            *(session.fingerprint, recipe.model.dtype, process_group.device().type),
+            *(session.fingerprint, recipe.model.dtype, accelerator.device().type),
             *(torch.__version__, transformers.__version__),
         ]
     )
@@ -108,7 +108,7 @@ def _fill(
                 beat(f"computing hidden states below layer {layer}")
                 examples = layout.chunk(first + rank)
                 # Every rank calls the model equally often.
-                batch = pack(examples or [FILLER]).to(process_group.device())
+                batch = pack(examples or [FILLER]).to(accelerator.device())
                 hidden = engine.hidden_states(batch, layer)
                 if examples:
                     writer.add(hidden.cpu())

@@ -17,7 +17,7 @@ from lander_ds.data.batching.micro_batches import packed
 from lander_ds.data.batching.plan import BatchPlan, GlobalBatch
 from lander_ds.data.prefixes import Prefixes
 from lander_ds.data.prepared import PreparedData, PreparedSplit
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.watchdog import Watchdog
 from lander_ds.models.parameter_groups import active_groups
 from lander_ds.models.translation_model import BatchTotals, GateStatistics
@@ -158,15 +158,15 @@ class Trainer:
             dims.data_parallel_rank,
             dims.data_parallel_ranks,
             session.micro_batches,
-            process_group.device(),
+            accelerator.device(),
             self.prefixes,
         )
         totals = BatchTotals(batch.target_tokens, len(batch.indices))
         figures = session.engine.train_step(list(micro), totals, alpha, gates)
-        # One reduction for everything.
-        own = torch.tensor([float(stop), time.process_time() - processor])
+        # One reduction for everything, and the first time in a step that the host waits for the device.
+        own = figures.budget.new_tensor([float(stop), time.process_time() - processor])
         mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), own])
-        *sums, budget, asked, processor_seconds = collectives.sum_over_ranks(mine.double()).tolist()
+        *sums, budget, asked, processor_seconds = collectives.sum_over_ranks(mine).tolist()
         losses, tokens = sums[: len(self.pairs)], sums[len(self.pairs) :]
         seconds = time.monotonic() - begun
         present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
@@ -206,11 +206,12 @@ class Trainer:
         if not self.session.model.gated:
             return {}
         layers = self.session.model.routed_layers
-        sums = torch.zeros(len(layers), 2, len(self.pairs), dtype=torch.float64)
+        shape = (len(layers), 2, len(self.pairs))
+        here = torch.zeros(shape, dtype=torch.float64, device=accelerator.device())
         for i, layer in enumerate(layers):
             if layer in gates.sums:
-                sums[i] = gates.sums[layer].cpu()
-        collectives.sum_over_ranks(sums)
+                here[i] = gates.sums[layer]
+        sums = collectives.sum_over_ranks(here).cpu()
         return {
             str(layer): {
                 pair: float(sums[i, 0, m] / sums[i, 1, m])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lander_ds.data.batching.micro_batches import micro_batch_tokens, micro_batches_for, packed, whole_split
 from lander_ds.data.prepared import PreparedSplit
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives
 from lander_ds.models.translation_model import BatchTotals
 from lander_ds.training.session import Session
 
@@ -22,7 +22,9 @@ def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> di
     batch = whole_split(splits, train.valid_examples)
     rank, ranks = session.dims.data_parallel_rank, session.dims.data_parallel_ranks
     count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), ranks)
-    micro = packed(batch, splits, rank, ranks, count, process_group.device())
+    micro = packed(batch, splits, rank, ranks, count, accelerator.device())
     totals = BatchTotals(batch.target_tokens, len(batch.indices))
-    sums = collectives.sum_over_ranks(session.engine.evaluate(list(micro), totals).per_pair)
-    return {recipe.data.pairs[i]: float(sums[0, i] / sums[1, i]) for i in splits}
+    losses, tokens = collectives.sum_over_ranks(
+        session.engine.evaluate(list(micro), totals).per_pair
+    ).tolist()
+    return {recipe.data.pairs[i]: losses[i] / tokens[i] for i in splits}

@@ -274,7 +274,7 @@ def test_damaged_file(
 
 
 def test_float16_needs_a_gpu(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("lander_ds.distributed.accelerator.kind", lambda: "cpu")
     refused(
         "train", ["model.dtype=float16"], ("--set model.dtype=float16: model.dtype: float16 needs a GPU",)
     )

@@ -18,7 +18,7 @@ from lander_ds.common.errors import ExitCode
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.distributed import collectives, process_group
-from lander_ds.distributed.watchdog import Watchdog, verdict
+from lander_ds.distributed.watchdog import GRACE_SECONDS, Watchdog, verdict
 from lander_ds.method.collector import StatisticsCollector
 from lander_ds.stages import detect
 
@@ -48,6 +48,12 @@ def test_the_rank_outside_a_collective_hangs() -> None:
         "  rank 2 on host-2 waits in all_reduce: step 7, loop.py:2 in f",
         "start the same command again (train, all: with --auto-resume); train.stall_seconds sets the time",
     ]
+
+
+@pytest.mark.parametrize("stall", [0.0, 60.0, 1800.0, 7200.0])
+def test_collectives_outlast_the_watchdog(stall: float) -> None:
+    """NCCL would end the process at its own time-out, before anybody is named."""
+    assert process_group.patience(stall) >= max(process_group.COLLECTIVE_SECONDS, stall + 2 * GRACE_SECONDS)
 
 
 def test_a_rank_without_a_report_is_named_first() -> None:

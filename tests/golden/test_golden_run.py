@@ -1,7 +1,8 @@
 """What version 0.1.0 computed, and the files that it wrote: the same figures again, and the files still read.
 
-`tests/fixtures/golden` holds a base, corpora, a recipe and the run that 0.1.0 made of them, with two threads. With two
-threads all is equal to the bit; tolerances are a few times what one thread changes.
+`tests/fixtures/golden` holds a base, corpora, a recipe and the run that 0.1.0 made of them, with two threads. Until banks
+were joined for one product all was equal to the bit with two threads; since then sums over banks are sums over neurons
+(losses differ by 2e-8, weights by 2e-6). Tolerances are a few times that, and what one thread changes.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def test_checkpoints_hold_what_they_held(now: Path) -> None:
         actual, wanted = (load_file(run / f"checkpoints/step-4/{name}.safetensors") for run in (now, THEN))
         assert actual.keys() == wanted.keys()
         for key, value in wanted.items():
-            torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=2e-6, msg=key)
+            torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=5e-6, msg=key)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

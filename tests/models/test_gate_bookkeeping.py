@@ -83,7 +83,7 @@ def batch_of(pair_ids: torch.Tensor, segment_ids: torch.Tensor, examples: int) -
     """A micro-batch of which gates need pairs and examples alone."""
     lengths = tuple(int((segment_ids == example).sum()) for example in range(examples))
     nothing = torch.zeros(0, dtype=torch.int64)
-    return PackedBatch(nothing, nothing, pair_ids, segment_ids, lengths, nothing, nothing, nothing)
+    return PackedBatch(nothing, nothing, pair_ids, segment_ids, lengths, nothing, nothing, nothing, nothing)
 
 
 def test_statistics_add_up_over_micro_batches_and_leave_padding_out() -> None:

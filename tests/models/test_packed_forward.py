@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.segments import segments_of
 from support.tiny_models import CONFIGS, WINDOW, examples, save, tiny_model
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ def packed_logits(
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     decoder = family.decoder_of(model)
     hidden = family.embed(decoder, torch.cat(sequences)[None], positions)
-    arguments = family.layer_arguments(decoder, hidden, positions, lengths)
+    arguments = family.layer_arguments(decoder, hidden, positions, segments_of(lengths))
     for index, layer in enumerate(family.layers_of(model)):
         hidden = family.run_layer(layer, hidden, arguments(index), ROUTING)
     logits = model.get_output_embeddings()(family.finish(model, hidden))[0]
@@ -78,7 +79,7 @@ def test_gradients_of_the_inputs_stay_inside_their_example(
     decoder = family.decoder_of(model)
     ids = torch.arange(3, 12)[None]
     hidden = family.embed(decoder, ids, positions).detach().requires_grad_()
-    arguments = family.layer_arguments(decoder, hidden, positions, lengths)
+    arguments = family.layer_arguments(decoder, hidden, positions, segments_of(lengths))
     out = hidden
     for index, layer in enumerate(family.layers_of(model)):
         out = family.run_layer(layer, out, arguments(index), ROUTING)
@@ -123,7 +124,7 @@ def test_packed_attention_is_what_its_docstring_says(softcap: float | None) -> N
         value,
         None,
         scaling=0.3,
-        segment_lengths=lengths,
+        segments=segments_of(lengths),
         sliding_window=WINDOW,
         softcap=softcap,
     )

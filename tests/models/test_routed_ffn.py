@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.small_ffn import BANKS, PAIRS, D, bank_by_hand, c_by_hand, run, small_ffn, tokens, whole_by_hand
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lander_ds.models.routed_ffn import (
     NO_PAIR,
@@ -131,6 +133,58 @@ def test_one_routing_serves_passes_of_different_length() -> None:
         whole = ffn(x.reshape(2, 4, D))
         last = ffn(x.reshape(2, 4, D)[:, 3:])
     torch.testing.assert_close(last, whole[:, 3:])
+
+
+class Copies(TorchDispatchMode):
+    """Counts how often tensors are put behind one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten.cat.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_banks_that_were_joined_are_not_copied_again(gated: bool) -> None:
+    ffn, joined = small_ffn(gated), small_ffn(gated)
+    joined.join()
+    x, pair_ids = tokens()
+    for one, other in zip(ffn.parameters(), joined.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for case, copies in ((ffn, 3), (joined, 0)):
+        with Copies() as counted, torch.no_grad():
+            output = run(case, x, pair_ids)
+        assert counted.count == copies
+        torch.testing.assert_close(output, by_hand(ffn, x, pair_ids), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("absent", ["meta", "sharded"])
+def test_absent_banks_are_brought_around_the_products(absent: str) -> None:
+    """Who offloads or shards weights brings them by hooks on the module that has them, for as long as it runs."""
+    ffn = small_ffn()
+    x, pair_ids = tokens()
+    wanted = run(ffn, x, pair_ids)
+    for bank in ffn.banks:
+        whole = {name: parameter.data for name, parameter in bank.named_parameters()}
+
+        def take_away(module: nn.Module) -> None:
+            for name in list(module._parameters):
+                if module._parameters[name] is not None:
+                    empty = torch.empty(3, 2, device="meta") if absent == "meta" else torch.empty(0)
+                    module._parameters[name] = nn.Parameter(empty)
+
+        def bring(module: nn.Module, *_: Any, whole: dict[str, torch.Tensor] = whole) -> None:
+            for name, values in whole.items():
+                module._parameters[name] = nn.Parameter(values)
+
+        take_away(bank)
+        bank.register_forward_pre_hook(bring)
+        bank.register_forward_hook(lambda module, *_: take_away(module))
+    assert torch.equal(run(ffn, x, pair_ids), wanted)
+    assert not any(bank.present for bank in ffn.banks)  # type: ignore[operator, union-attr]
 
 
 def test_a_missing_pair_is_an_error_that_names_the_pairs() -> None:

@@ -16,7 +16,7 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_topology import ZERO_STAGE
 from lander_ds.config.recipe import Recipe, Topology
 from lander_ds.data.prepared import PreparedData
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.engines import zero3
 from lander_ds.distributed.engines.deepspeed_internals import local_shard
 from lander_ds.distributed.start import Start
@@ -84,7 +84,7 @@ def every_stage(recipe: Recipe, run: RunDirectory) -> None:
     collectives.barrier()
     for name in STAGES:
         import_module(f"lander_ds.stages.{name}").run(recipe, run)
-        process_group.free_memory()
+        accelerator.free_memory()
 
 
 def relay(recipe: Recipe, run: RunDirectory) -> None:

@@ -69,8 +69,11 @@ def _measure(leaders: Sequence[int], limit: float) -> dict[str, Any]:
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        # A launcher may show each rank its own device alone.
+        number = 0 if torch.cuda.device_count() == 1 else int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     _begin(f"meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=max(5.0, 0.8 * limit)))

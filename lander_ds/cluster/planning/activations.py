@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import AttentionInterface
 
@@ -22,8 +22,6 @@ from lander_ds.cluster.planning.workload import MicroBatch
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.attention import packed_attention
-from lander_ds.models.family import Family, LayerArguments
-from lander_ds.models.routed_ffn import Routing
 from lander_ds.models.translation_model import BatchTotals, Objective, TranslationModel
 
 FUSED = "lander_planned_fused"
@@ -68,9 +66,7 @@ def trace(recipe: Recipe, batch: MicroBatch, sharded: bool, fused: bool) -> Acti
         model, family = whole.model, whole.family
         model.to_empty(device="cpu")
         objective = Objective(recipe.routing.budget_weight, recipe.routing.budget)
-        if not family.packed_attention:
-            family = _with_real_masks(family)
-        span = _PlannedModel(model, family, len(recipe.data.pairs), objective)
+        span = TranslationModel(model, family, len(recipe.data.pairs), objective)
         # The loss of a trained head looks at values, which are fake here; it keeps about as much.
         whole.head.requires_grad_(False)
         counter = _Counter(parameters={p.untyped_storage()._cdata for p in model.parameters()})
@@ -113,24 +109,6 @@ class _Counter:
         return tensor
 
 
-class _OwnedByShare(Routing):
-    """Tokens owned in proportion to the number of owners: their real number depends on values, which are fake here."""
-
-    def owned_tokens(self, pair_ids: torch.Tensor, owners: tuple[int, ...], pairs: int) -> torch.Tensor:
-        """As many indices as `owners` have on average; computed once for all layers."""
-        if owners not in self._owned:
-            self._owned[owners] = torch.empty(len(pair_ids) * len(owners) // pairs, dtype=torch.int64)
-        return self._owned[owners]
-
-
-class _PlannedModel(TranslationModel):
-    """The trainer's model under a routing that looks at no values."""
-
-    def routing(self, batch: PackedBatch, alpha: float) -> Routing:
-        """Shapes alone count."""
-        return _OwnedByShare(batch.pair_ids)
-
-
 class _Kernel(torch.autograd.Function):
     """Saves what a fused attention kernel saves, computes nothing."""
 
@@ -170,24 +148,11 @@ def _linear(sharded: bool) -> Iterator[None]:
         functional.linear = before
 
 
-def _with_real_masks(family: Family) -> Family:
-    """The family with masks of real tensors: their making depends on values."""
-
-    def arguments(
-        decoder: torch.nn.Module, hidden: torch.Tensor, positions: torch.Tensor, lengths: tuple[int, ...]
-    ) -> LayerArguments:
-        with unset_fake_temporarily():
-            like = torch.zeros((), dtype=hidden.dtype).expand(hidden.shape)
-            real = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-            return family.layer_arguments(decoder, like, real, lengths)
-
-    return replace(family, layer_arguments=arguments)
-
-
 def _packed(batch: MicroBatch, targets: int) -> PackedBatch:
     ids = torch.zeros(batch.tokens, dtype=torch.int64)
     lengths = batch.lengths
     positions = torch.cat([torch.arange(length) for length in lengths])
     segments = torch.zeros(batch.tokens, dtype=torch.int64)
     samples, chosen = torch.zeros(len(lengths), dtype=torch.int64), torch.zeros(targets, dtype=torch.int64)
-    return PackedBatch(ids, positions, ids, segments, lengths, samples, chosen, chosen)
+    boundaries = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    return PackedBatch(ids, positions, ids, segments, lengths, samples, chosen, chosen, boundaries)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lander_ds.cluster.planning.anatomy import Anatomy, Tensor
 from lander_ds.config.recipe import TrainConfig
-from lander_ds.models.loss import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
+from lander_ds.models.loss import CHUNK_ELEMENTS, DEVICE_SOFTMAX_ELEMENTS
 from lander_ds.models.span import Span
 
 MASTER, MOMENTS, AVERAGE = 4, 8, 4
@@ -166,10 +166,15 @@ def _whole_weights(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> 
     zero = sharding.zero
     threshold = zero.param_persistence_threshold
     small = sum(tensor.elements for tensor in tensors if tensor.elements <= threshold)
-    large = [tensor.elements for tensor in tensors if tensor.elements > threshold]
+    together: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.elements > threshold:
+            # The banks of a routed FFN come at once.
+            module = tensor.name.partition(".banks.")[0]
+            together[module] = together.get(module, 0) + tensor.elements
     ahead = zero.max_reuse_distance or zero.prefetch_bucket_size
-    live = max(zero.max_live_parameters if ahead else 0, max(large, default=0))
-    return item * small, item * min(sum(large), live)
+    live = max(zero.max_live_parameters if ahead else 0, max(together.values(), default=0))
+    return item * small, item * min(sum(together.values()), live)
 
 
 def _bucket_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> int:
@@ -186,12 +191,12 @@ def _bucket_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> i
 
 
 def _loss_bytes(model: Anatomy, targets: int) -> int:
-    """Logits of a chunk in the model's type, their softmax in float32 in small parts, the gradient of the chunk."""
+    """Logits of a chunk in the model's type, their softmax in float32 in parts, the gradient of the chunk."""
     vocabulary, width = model.head.shape
     rows = min(targets, max(1, CHUNK_ELEMENTS // vocabulary))
     return (
         rows * vocabulary * model.item_bytes
-        + 3 * 4 * min(SOFTMAX_ELEMENTS, rows * vocabulary)
+        + 3 * 4 * min(DEVICE_SOFTMAX_ELEMENTS, rows * vocabulary)
         + 4 * rows * width
     )
 

@@ -45,7 +45,7 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
         forward += once
         if index < model.first_trained:
             continue
-        backward += PRODUCT * batch.tokens * sum(_owned(model, tensor) for tensor in everything)
+        backward += PRODUCT * batch.tokens * sum(tensor.gradient for tensor in everything)
         if index > model.first_trained or (model.first_trained == 0 and _below_layers(model)):
             # Each of attention's two products has two gradients.
             inputs = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + 2 * attention
@@ -58,12 +58,6 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
         forward += head
         backward += head * ((span.stop > model.first_trained or not span.first) + model.head.requires_grad)
     return Operations(forward, backward, recompute)
-
-
-def _owned(model: Anatomy, tensor: Tensor) -> float:
-    """Elements of a trained matrix's gradient times the share of the tokens that its pairs have (pairs alike)."""
-    _, _, owners = (tensor.group or "").partition(":")
-    return tensor.gradient * (len(owners.split("+")) / len(model.recipe.data.pairs) if owners else 1.0)
 
 
 def _below_layers(model: Anatomy) -> bool:

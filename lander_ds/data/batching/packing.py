@@ -47,6 +47,8 @@ class PackedBatch:
     """[N] int64: t such that the logits at t predict a target token (the one at t + 1)."""
     targets: torch.Tensor
     """[N] int64 token ids."""
+    boundaries: torch.Tensor
+    """[E + 1] int32: where each example begins, and T."""
     prefix: torch.Tensor | None = None
     """[T, d]: hidden states that come into decoder layer `prefix_layers`, where those below need not be run."""
     prefix_layers: int = 0
@@ -87,4 +89,5 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         sample_ids=torch.tensor([e.sample_id for e in examples], dtype=torch.int64),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(input_ids[target_positions + 1]),
+        boundaries=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
     )

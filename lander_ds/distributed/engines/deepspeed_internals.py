@@ -35,7 +35,7 @@ from torch import nn
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.data.batching.packing import PackedBatch
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import accelerator, collectives
 from lander_ds.distributed.engines.figures import Figures, bytes_of
 from lander_ds.models.translation_model import BatchTotals, TranslationModel
 
@@ -172,7 +172,7 @@ class PipelineStageModule(PipelineModule):
         self.forward_funcs = [part]
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
-        self.to(process_group.device())
+        self.to(accelerator.device())
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """What the span computes."""
@@ -420,7 +420,7 @@ class PipelineStageEngine(_Zero1ForEveryType, PipelineEngine):
         """The norm over all pipeline stages from that of each; negative (DeepSpeed's sign for invalid) when any is."""
         value = float(norm)
         summed = torch.tensor(
-            [value**2, float(not value >= 0.0)], dtype=torch.float64, device=process_group.device()
+            [value**2, float(not value >= 0.0)], dtype=torch.float64, device=accelerator.device()
         )
         dist.all_reduce(summed, group=self.grid.get_pipe_parallel_group())
         return norm.new_tensor(-1.0 if summed[1] > 0 else math.sqrt(summed[0]))
@@ -506,7 +506,7 @@ def _compare_within(group: Any) -> None:
     def assert_ints_same_as_other_ranks(ints: list[int]) -> None:
         # Python's hash of integers is the same in every process.
         digest = hash(tuple(ints)) >> 1
-        extremes = torch.tensor([digest, -digest], device=process_group.device())
+        extremes = torch.tensor([digest, -digest], device=accelerator.device())
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         if extremes.tolist() != [digest, -digest]:
             raise RuntimeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import nn
 
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.distributed.engines.deepspeed_internals import check_deepspeed, local_shard
+from lander_ds.distributed.engines.digest import digest
 from lander_ds.distributed.engines.figures import Figures, RankBytes
 from lander_ds.models.loading import Placement
 from lander_ds.models.translation_model import BatchTotals, GateStatistics, TranslationModel
@@ -227,14 +227,11 @@ class Engine(ABC):
                 like = state["step"]
                 state["step"] = like.fill_(steps[group]) if isinstance(like, torch.Tensor) else steps[group]
 
-    def frozen_digest(self) -> str:
-        """Digest of this rank's share of every frozen parameter (hex). Equal digests: bitwise equal shares."""
-        digest = hashlib.blake2b()
-        for name, parameter in sorted(self.named_parameters(), key=lambda item: item[0]):
-            if not parameter.requires_grad:
-                digest.update(name.encode())
-                digest.update(_raw(local_shard(parameter)))
-        return digest.hexdigest()
+    def frozen_digest(self) -> list[int]:
+        """Digests of this rank's share of every frozen parameter. Equal digests: bitwise equal shares."""
+        named = sorted(self.named_parameters(), key=lambda item: item[0])
+        digests = [digest(local_shard(parameter)) for _, parameter in named if not parameter.requires_grad]
+        return torch.stack(digests).tolist() if digests else []
 
 
 @contextmanager
@@ -254,7 +251,3 @@ def preserved_buffers(module: nn.Module) -> Iterator[None]:
         current = part._buffers[name]
         assert current is not None
         part._buffers[name] = buffer.to(current.device)
-
-
-def _raw(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data

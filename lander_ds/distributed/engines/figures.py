@@ -7,25 +7,28 @@ from dataclasses import dataclass
 
 import torch
 
+from lander_ds.distributed import accelerator
+
 
 @dataclass(frozen=True)
 class Figures:
     """What this rank computed of a global batch; the sum over all ranks is that of the batch."""
 
     per_pair: torch.Tensor
-    """[2, M] float64: sum of losses (nats) and target tokens per pair."""
+    """[2, M] float64 on this rank's device: sum of losses (nats) and target tokens per pair."""
     budget: torch.Tensor
-    """[] float64: budget loss, before its weight."""
+    """[] float64, there too: budget loss, before its weight."""
 
     @classmethod
     def nothing(cls, pairs: int) -> Figures:
         """Those of no micro-batch."""
-        return cls(torch.zeros(2, pairs, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+        per_pair = torch.zeros(2, pairs, dtype=torch.float64, device=accelerator.device())
+        return cls(per_pair, per_pair.new_zeros(()))
 
     def add(self, per_pair: torch.Tensor, budget: torch.Tensor) -> None:
-        """Count a micro-batch."""
-        self.per_pair.add_(per_pair.cpu())
-        self.budget.add_(budget.cpu())
+        """Count a micro-batch; nothing waits for the device."""
+        self.per_pair.add_(per_pair)
+        self.budget.add_(budget)
 
 
 @dataclass(frozen=True)

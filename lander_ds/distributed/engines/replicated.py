@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import nn
 
-from lander_ds.distributed import process_group
+from lander_ds.distributed import accelerator, process_group
 from lander_ds.distributed.engines.deepspeed_internals import ReplicatedEngine, allocate_zero1, zero1_masters
 from lander_ds.distributed.engines.engine import Engine, preserved_buffers
 from lander_ds.distributed.engines.figures import RankBytes, bytes_of, optimizer_bytes
@@ -69,4 +69,4 @@ class Replicated(WholeState, SingleSpan):
 
 
 def _to_device(unit: nn.Module) -> None:
-    unit.to(process_group.device())
+    unit.to(accelerator.device())

@@ -21,6 +21,7 @@ from lander_ds.distributed.engines.engine import Engine, preserved_buffers
 from lander_ds.distributed.engines.figures import RankBytes, bytes_of, optimizer_bytes
 from lander_ds.distributed.engines.single_span import SingleSpan
 from lander_ds.models.loading import Placement
+from lander_ds.models.surgery import banks_of, routed_ffns
 from lander_ds.models.translation_model import TranslationModel
 
 
@@ -35,6 +36,11 @@ def sharding(config: dict[str, Any], grid: Any = None) -> Placement:
 
     def shard(unit: nn.Module) -> None:
         deepspeed.zero.Init(module=unit, config_dict_or_path=config, mpu=grid, data_parallel_group=group)
+        for _, routed in routed_ffns(unit):
+            # All banks in one exchange: a routed FFN multiplies by all of them at once.
+            for bank in banks_of(routed):
+                for parameter in bank.parameters():
+                    deepspeed.zero.register_external_parameter(routed, parameter)
 
     return shard
 

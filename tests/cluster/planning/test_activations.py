@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,10 @@ def measured(recipe: Recipe, sharded: bool) -> int:
     ids, positions = torch.arange(3, 27), torch.cat([torch.arange(n) for n in BATCH.lengths])
     segments = torch.repeat_interleave(torch.arange(3), torch.tensor(BATCH.lengths))
     targets = torch.arange(BATCH.targets)
-    batch = PackedBatch(ids, positions, pairs, segments, BATCH.lengths, torch.arange(3), targets, targets + 3)
+    bounds = torch.tensor([0, *accumulate(BATCH.lengths)], dtype=torch.int32)
+    batch = PackedBatch(
+        ids, positions, pairs, segments, BATCH.lengths, torch.arange(3), targets, targets + 3, bounds
+    )
     with _linear(sharded):
         return saved_bytes(TranslationModel(built.model, built.family, len(recipe.data.pairs)), batch)
 

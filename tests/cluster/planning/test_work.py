@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def counted(recipe: Recipe) -> tuple[int, int]:
         torch.nn.init.normal_(parameter.data, std=0.02)
     ids, targets = torch.arange(3, 27), torch.arange(BATCH.targets)
     pairs, zeros, segments = ids % len(recipe.data.pairs), torch.zeros_like(ids), torch.arange(24)
-    batch = PackedBatch(ids, zeros, pairs, segments, BATCH.lengths, segments, targets, targets + 3)
+    bounds = torch.tensor([0, *accumulate(BATCH.lengths)], dtype=torch.int32)
+    batch = PackedBatch(ids, zeros, pairs, segments, BATCH.lengths, segments, targets, targets + 3, bounds)
     model = TranslationModel(built.model, built.family, len(recipe.data.pairs))
     with FlopCounterMode(display=False) as forward:
         loss, *_ = model(batch, BatchTotals(1, 1))
