@@ -33,7 +33,7 @@ def measured(sharded: bool = False) -> tuple[dict[str, TextLoss], int]:
         calls.append(options)
         return forward(*arguments, **options)
 
-    model.model.forward = counted  # type: ignore[method-assign]
+    model.model.forward = counted
     result = text_losses(model, tiny_tokenizer(), TEXTS, sharded)
     assert model.pairs == ["none"]
     return result, len(calls)
