@@ -133,7 +133,8 @@ def build(
         _publish(temporary, entry, anew)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return read_manifest(entry)
+    # Not read again: another process may be replacing the entry by an equal one at this moment.
+    return manifest
 
 
 def _complete(entry: Path) -> dict[str, Any] | None:
