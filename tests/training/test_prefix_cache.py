@@ -50,7 +50,7 @@ class Engine(SingleSpan):
         return (layer * 1000.0 + batch.input_ids.float())[:, None].expand(-1, WIDTH)
 
 
-Engine.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+Engine.__abstractmethods__ = frozenset()
 
 
 class Case:
@@ -64,7 +64,7 @@ class Case:
             "unused",
             train=TrainConfig(prefix_cache="disk"),
         )
-        self.cache, self.engine = path / "cache", Engine()
+        self.cache, self.engine = path / "cache", Engine()  # type: ignore[abstract]
         hf = SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH), dtype=torch.float32)
         model = SimpleNamespace(prefix_layers=layers, model=hf)
         self.start: Any = SimpleNamespace(recipe=recipe, run=RunDirectory(path / "run"))
