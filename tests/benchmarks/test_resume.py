@@ -34,7 +34,7 @@ def test_the_places() -> None:
         "pipeline_zero3 2x2",
     ]
     assert list(PLACES) == parse([]).places == names
-    assert [placement.ranks for placement in PLACES.values()] == [1, 2, 4, 2, 4, 4]
+    assert [placement.ranks for placement in PLACES.values()] == [1, 2, 4, 2, 2, 4, 4]
     assert parse(["--places", "pipeline 2x2,zero3 x1"]).places == ["pipeline 2x2", "zero3 x1"]
 
 

@@ -6,7 +6,6 @@ A job is called `<topology>-<pipeline stages>x<data-parallel ranks>-<what>`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,10 +47,16 @@ REPLICATED, PIPELINE, ZERO3 = "replicated", "pipeline", "pipeline_zero3"
 
 
 def staged(
-    topology: str, stages: int, ranks: int, what: str, overrides: tuple[str, ...], call: str = ""
+    topology: str,
+    stages: int,
+    ranks: int,
+    what: str,
+    overrides: tuple[str, ...],
+    call: str = "",
+    json: str = "",
 ) -> Job:
-    """A job in a topology."""
-    own = (f"topology={topology}", f"pipeline_stages={stages}", f"deepspeed=$root/{topology}.json")
+    """A job in a topology; `json`: another DeepSpeed JSON than that of its name."""
+    own = (f"topology={topology}", f"pipeline_stages={stages}", f"deepspeed=$root/{json or topology}.json")
     name = f"{topology}-{stages}x{ranks // stages}-{what}"
     return Job(name, (*overrides, *own), call) if call else Job(name, (*overrides, *own))
 
@@ -69,7 +74,10 @@ def _two(topology: str) -> tuple[Job, ...]:
     cut = () if topology == REPLICATED else ("pipeline_cut=[2]",)
     return (
         job("sgd", (*SGD, *other, "train.valid_every=4")),
-        job("adamw", ADAMW),
+        # Of several micro-batches the last one's gradients are reduced during its backward pass.
+        staged(
+            topology, stages, 2, "adamw", ADAMW, json="replicated-overlap" if topology == REPLICATED else ""
+        ),
         job("recompute", (*ADAMW, "train.activation_checkpointing=true")),
         job("detect", (), DETECT),
         job("none", ABSENT),
@@ -103,15 +111,13 @@ def _four(topology: str) -> tuple[Job, ...]:
 
 
 def _four_replicated() -> tuple[Job, ...]:
-    """Four ranks, which reduce gradients during the backward pass."""
-    overlapped = "deepspeed=$root/replicated-overlap.json"
-    jobs = (
+    """Four ranks."""
+    return (
         staged(REPLICATED, 1, 4, "sgd", SGD),
         staged(REPLICATED, 1, 4, "adamw", ADAMW),
         staged(REPLICATED, 1, 4, "few", FEW),
         staged(REPLICATED, 1, 4, "detect", (), DETECT),
     )
-    return tuple(replace(job, overrides=(*job.overrides, overlapped)) for job in jobs)
 
 
 STAGE_JOBS: dict[int, tuple[Job, ...]] = {
