@@ -10,7 +10,6 @@ import deepspeed
 import numpy as np
 import pytest
 import step
-import turns
 from figures import Measured, ratios, result, table
 from step import main, parse, read_workload
 from support.scripts import run_script
@@ -110,7 +109,7 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Fresh interpreters are for the memory that they are measured with.
-    monkeypatch.setattr(turns.multiprocessing, "get_context", lambda method: server())
+    monkeypatch.setattr("multiprocessing.get_context", lambda method=None: server())
     monkeypatch.setattr(step, "work", lambda *arguments: partial(_through_gloo, work(*arguments)))
     options = ["--ranks", "2", "--tokens", "32", "--length", "8", "--steps", "1", "--dtype", "float32"]
     chosen = ["--model", str(model), "--against", "full_same_logits,lora", "--json"]
