@@ -114,7 +114,7 @@ def test_systems_start_at_the_same_loss_on_the_same_tokens(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Fresh interpreters are for the memory that they are measured with.
-    monkeypatch.setattr("turns.multiprocessing.get_context", lambda method: server())
+    monkeypatch.setattr("multiprocessing.get_context", lambda method=None: server())
     monkeypatch.setattr(step, "work", lambda *arguments: partial(_through_gloo, work(*arguments)))
     options = ["--ranks", "2", "--tokens", "32", "--length", "8", "--steps", "1", "--dtype", "float32"]
     options += ["--layers", "2", "--together", "4"]
