@@ -174,11 +174,11 @@ def _by_class(
     classes, order = segments.classes
     outputs = []
     for tokens in classes:
-        part = (
+        q, k, v = (
             tensor[0].index_select(1, tokens.flatten()).unflatten(1, tokens.shape).transpose(0, 1)
             for tensor in (query, key, value)
         )
-        output = _batch(*part, options, explicit=options.softcap is not None)
+        output = _batch(q, k, v, options, explicit=options.softcap is not None)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, order).unsqueeze(0)
 
