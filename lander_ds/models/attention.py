@@ -137,10 +137,10 @@ def _one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, options: _Options
 ) -> torch.Tensor:
     """A call per example: [1, T, heads, head width]."""
-    lengths = list(segments.lengths)
-    parts = zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True)
-    explicit = options.softcap is not None
-    outputs = [_batch(*part, options, explicit or part[0].shape[2] <= CPU_EXPLICIT_LENGTH) for part in parts]
+    lengths, outputs = list(segments.lengths), []
+    for q, k, v in zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True):
+        explicit = options.softcap is not None or q.shape[2] <= CPU_EXPLICIT_LENGTH
+        outputs.append(_batch(q, k, v, options, explicit))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
@@ -149,8 +149,11 @@ def _of_different_lengths(
 ) -> torch.Tensor:
     """One kernel: [1, T, heads, head width]."""
     longest = max(segments.lengths)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = varlen_attn(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        q,
+        k,
+        v,
         segments.boundaries,
         segments.boundaries,
         longest,
@@ -174,11 +177,14 @@ def _by_class(
     classes, order = segments.classes
     outputs = []
     for tokens in classes:
-        part = (
-            tensor[0].index_select(1, tokens.flatten()).unflatten(1, tokens.shape).transpose(0, 1)
+        q, k, v = (
+            tensor[0]
+            .index_select(1, tokens.flatten())
+            .view(-1, *tokens.shape, tensor.shape[-1])
+            .transpose(0, 1)
             for tensor in (query, key, value)
         )
-        output = _batch(*part, options, explicit=options.softcap is not None)
+        output = _batch(q, k, v, options, options.softcap is not None)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, order).unsqueeze(0)
 

@@ -176,7 +176,7 @@ def _joined(weights: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     for weight in weights:
         here = (weight.untyped_storage()._cdata, weight.storage_offset(), weight.stride())
         if here != (first.untyped_storage()._cdata, end, first.stride()):
-            return torch.cat(weights, dim)
+            return torch.cat(list(weights), dim)
         end += weight.shape[dim] * weight.stride(dim)
     shape = list(first.shape)
     shape[dim] = sum(weight.shape[dim] for weight in weights)

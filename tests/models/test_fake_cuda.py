@@ -20,7 +20,7 @@ MORE_KERNELS = 1.3
 @pytest.fixture(scope="module")
 def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What was counted, by case; compiled once per machine, run once per session."""
-    library = compiled(request.config.cache.mkdir("fake_cuda"))  # type: ignore[union-attr]
+    library = compiled(request.config.cache.mkdir("fake_cuda"))
     return counted(library, tmp_path_factory.mktemp("fake_cuda") / "figures.json")
 
 

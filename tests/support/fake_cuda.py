@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PACKAGE = Path(__file__).parents[2] / "lander_ds"
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 580
 CUDA = torch.device("cuda")
 
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
