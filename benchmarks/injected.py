@@ -399,7 +399,7 @@ FAULTS: dict[str, Callable[[Scene], str]] = {
     "a stopped rank under deepspeed": partial(stopped_rank, launched=True),
     "a rank that hangs": hanging_rank,
     "infinite gradients": bad_gradients,
-    "losses of a pair that are no numbers": bad_pair,
+    "losses of a pair that are not finite": bad_pair,
     "a data worker that dies": dead_worker,
 }
 """Name -> what is done; it returns what came of it, or raises `Unexpected`."""

@@ -113,7 +113,7 @@ def environment() -> dict[str, str]:
 
 
 def relative(actual: list[float], expected: list[float]) -> float:
-    """Largest relative difference of two series; infinite if their lengths differ or a value is no number."""
+    """Largest relative difference of two series; infinite if their lengths differ or a value is not a number."""
     if len(actual) != len(expected):
         return math.inf
     differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(actual, expected, strict=True)]

@@ -1,4 +1,4 @@
-"""What a training does when something goes wrong: signals, gradients that are no numbers, a start that does not fit."""
+"""What a training does when something goes wrong: signals, gradients that are not finite, a start that does not fit."""
 
 from __future__ import annotations
 
