@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does detection mean anything? Four questions about the awareness of neurons, asked of the untouched base.
 
-    experiments/detection.py --recipe experiments/detection.recipe.yaml --out experiments/results/detection
+    experiments/detection.py --recipe experiments/recipes/detection.yaml --out experiments/results/detection
 
 1. Knock-out: switch off the top, random or bottom neurons of a direction and measure the loss of every direction.
 2. Stability: how alike is the awareness of disjoint halves of the data, and of few sentences and many?
