@@ -28,6 +28,7 @@ from lander_ds.experiment.grid import Cell, Experiment, cells, overrides, trials
 from lander_ds.experiment.outcome import cell_file, publish
 from lander_ds.experiment.results import chosen_rates, step_seconds
 from lander_ds.preflight.recipe import load_checked
+from lander_ds.training.preemption import Preempted, StopRequest
 from lander_ds.training.session import METHODS_WITH_SELECTION
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Runner:
 
         Raises:
             CellsFailed: with the log of each cell that failed.
+            Preempted: a signal asked to stop; cells that were running have saved what they had.
             ConfigError: settings of the experiment do not fit the recipe.
         """
         first, wanted = self._trials(), self._wanted(self._comparisons({}))
@@ -194,29 +196,32 @@ class Runner:
         running: list[_Running] = []
         failed: list[Cell] = []
         seconds: list[float] = []
-        try:
-            while queue or running:
-                free = set(range(self.slots)) - {one.slot for one in running}
-                while queue and free:
-                    running.append(self._start(queue.popleft(), free.pop()))
-                time.sleep(POLL_SECONDS)
-                for one in [one for one in running if one.process.poll() is not None]:
-                    running.remove(one)
+        with StopRequest() as stop:
+            try:
+                while queue or running:
+                    if stop.received:
+                        raise Preempted("asked to stop: the cells that were running go on at the next start")
+                    free = set(range(self.slots)) - {one.slot for one in running}
+                    while queue and free:
+                        running.append(self._start(queue.popleft(), free.pop()))
+                    time.sleep(POLL_SECONDS)
+                    for one in [one for one in running if one.process.poll() is not None]:
+                        running.remove(one)
+                        one.log.close()
+                        seconds.append(time.monotonic() - one.started)
+                        self._finish(one, seconds[-1], failed)
+                        self._announce(len(queue) + len(running) + more, seconds)
+            finally:
+                for one in running:
+                    one.process.send_signal(signal.SIGTERM)
+                for one in running:
+                    one.process.wait()
                     one.log.close()
-                    seconds.append(time.monotonic() - one.started)
-                    self._finish(one, seconds[-1], failed)
-                    left = (len(queue) + len(running) + more) * sum(seconds) / len(seconds) / self.slots
-                    logger.info(
-                        "%d cells left, about %.0f minutes", len(queue) + len(running) + more, left / 60
-                    )
-        finally:
-            # An interrupted cell saves what it has and goes on at the next start.
-            for one in running:
-                one.process.send_signal(signal.SIGTERM)
-            for one in running:
-                one.process.wait()
-                one.log.close()
         return failed
+
+    def _announce(self, left: int, seconds: Sequence[float]) -> None:
+        minutes = left * sum(seconds) / len(seconds) / self.slots / 60
+        logger.info("%d cells left, about %.0f minutes", left, minutes)
 
     def _start(self, cell: Cell, slot: int) -> _Running:
         directory = self.directory(cell)

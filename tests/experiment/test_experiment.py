@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from support.tiny_run import TinyRun
 
 from lander_ds.cli.main import main
 from lander_ds.common.files import read_json
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.experiment.grid import load_experiment
 from lander_ds.experiment.outcome import published
 from lander_ds.experiment.results import comparisons
+from lander_ds.experiment.runner import Runner
+from lander_ds.training.preemption import Preempted
 
 EXPERIMENT = """\
 recipe: {recipe}
@@ -134,3 +141,18 @@ def test_a_launcher_that_fails_is_named_with_its_log(
     file = changed(finished, tmp_path, "seeds: [1]", "seeds: [1]\nlaunch: 'false {slot}'")
     assert main(["experiment", str(file)]) == 1
     assert f"the log is {tmp_path / 'runs' / 'shared' / 'all' / 'log'}" in capsys.readouterr().err
+
+
+def test_a_signal_stops_the_cell_too(finished: Path, tmp_path: Path) -> None:
+    file = changed(
+        finished, tmp_path, "seeds: [1]", "seeds: [1]\nlaunch: 'python -c \"import time; time.sleep(99)\"'"
+    )
+    (tmp_path / "runs" / "shared" / "all").mkdir(parents=True)
+    runner = Runner(load_experiment(file), Path(load_experiment(file).recipe))
+    cell = runner.plan()[0]
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(Preempted):
+        runner._run_all([cell])
+    assert not runner.is_finished(cell)
+    assert not psutil.Process().children()
