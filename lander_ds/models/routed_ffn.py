@@ -467,7 +467,7 @@ class RoutedFFN(nn.Module):
             if weights:
                 joined = torch.cat([weight.data for weight in weights], dim)
                 sizes = [weight.shape[dim] for weight in weights]
-                for weight, part in zip(weights, joined.split(sizes, dim), strict=True):
+                for weight, part in zip(weights, torch.split(joined, sizes, dim), strict=True):
                     weight.data = part
 
     @property

@@ -174,7 +174,7 @@ def test_absent_banks_are_brought_around_the_products(absent: str) -> None:
         bank.register_forward_pre_hook(bring)
         bank.register_forward_hook(lambda module, *_: take_away(module))
     assert torch.equal(run(ffn, x, pair_ids), wanted)
-    assert not any(bank.present for bank in ffn.banks)  # type: ignore[operator, union-attr]
+    assert not any(bank.present for bank in ffn.banks)
 
 
 def test_a_missing_pair_is_an_error_that_names_the_pairs() -> None:

@@ -55,8 +55,8 @@ class Case:
         return f"{self.model}/{self.gate}/{self.other_pairs}/{self.pairs}/{len(self.lengths)}"
 
 
-ROUTED_LAYER = 1
-"""Of three."""
+ROUTED_LAYER, LAYERS = 0, 2
+"""The trained layer has one above it."""
 FAMILIES = tuple(model for model in CONFIGS if "-" not in model)
 FORMS = tuple(Case(model, gate) for model in FAMILIES for gate in GATES)
 MASKED = (Case("llama", other_pairs="mask"), Case("bloom", other_pairs="mask"))
@@ -65,9 +65,9 @@ PAIRS = {model: [Case(model, pairs=pairs) for pairs in (2, 32)] for model in ("l
 """Few and many pairs."""
 EXAMPLES = {
     model: [Case(model, lengths=(12,) * examples) for examples in (1, 64)]
-    for model in ("llama", "mistral", "gemma2", "bloom")
+    for model in ("gpt_neox", "mistral", "gemma2", "bloom")
 }
-"""One and many examples in a row: full, sliding and capped attention, and BLOOM's own."""
+"""One and many examples in a row: in one kernel; by class of lengths, with windows, capped; BLOOM's own attention."""
 
 
 class _Engine:
@@ -104,9 +104,13 @@ def batch(lengths: Sequence[int], pairs: int) -> PackedBatch:
 
 def run(case: Case) -> dict[str, Any]:
     """Count one training micro-batch, from the packed batch on the host to gradients and figures on the device."""
+    config = CONFIGS[case.model]()
+    config.num_hidden_layers = LAYERS
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:LAYERS]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            CONFIGS[case.model](), dtype=torch.bfloat16, attn_implementation=attention_of(case)
+            config, dtype=torch.bfloat16, attn_implementation=attention_of(case)
         )
     part = operated(case, model)
     packed = batch(case.lengths, case.pairs)
@@ -190,13 +194,20 @@ def waiting() -> dict[str, int]:
     return found
 
 
+class _Card:
+    """What DeepSpeed says of an Ampere card."""
+
+    def is_triton_supported(self) -> bool:
+        return True
+
+
 def main(library: Path, output: Path) -> None:
     """Run every case once."""
     load(library)
     figures: dict[str, Any] = {"waiting": waiting(), "head": head()}
     # What a card would answer.
     accelerator.device = lambda: CUDA
-    attention.has_varlen = lambda query: query.dtype == torch.bfloat16
+    attention.get_accelerator = _Card
     contrasts = [case for cases in (*PAIRS.values(), *EXAMPLES.values()) for case in cases]
     for case in (*FORMS, *MASKED, *contrasts):
         try:
