@@ -34,7 +34,6 @@ from support.selections import random_selection
 from support.tiny_models import CONFIGS, VOCABULARY
 
 TOTALS = BatchTotals(target_tokens=10, examples=3)
-GATES = ("input", "output", "none")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,11 @@ class Case:
 ROUTED_LAYER, LAYERS = 0, 2
 """The trained layer has one above it."""
 FAMILIES = tuple(model for model in CONFIGS if "-" not in model)
-FORMS = tuple(Case(model, gate) for model in FAMILIES for gate in GATES)
+FORMS = (
+    *(Case(model) for model in FAMILIES),
+    *(Case(model, gate) for model in ("llama", "bloom") for gate in ("output", "none")),
+)
+"""Every family; the other gate forms for a gated and a plain FFN, all that they depend on."""
 MASKED = (Case("llama", other_pairs="mask"), Case("bloom", other_pairs="mask"))
 """Specific neurons of other pairs are switched off."""
 PAIRS = {model: [Case(model, pairs=pairs) for pairs in (2, 32)] for model in ("llama", "bloom")}
