@@ -6,6 +6,7 @@ Started by `support.fake_cuda.counted` in a process of its own.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -223,3 +224,6 @@ def main(library: Path, output: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    # The fake device is not made for an orderly end of the process.
+    sys.stdout.flush()
+    os._exit(0)
