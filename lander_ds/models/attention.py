@@ -31,8 +31,8 @@ CPU_EXPLICIT_LENGTH = 512
 half as long as torch's fused kernel there."""
 SHORTEST_CLASS = 16
 """Examples up to this length are one class; the next reach to twice, four times, ... as many tokens."""
-VARLEN_WIDTH = 256
-"""Widest head of the kernel for sequences of different lengths."""
+VARLEN_WIDTH, VARLEN_STEP = 256, 8
+"""Widest head of the kernel for sequences of different lengths, and what head widths are multiples of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def packed_attention(
     options = _Options(scaling, dropout, sliding_window, softcap)
     if query.device.type == "cpu":
         output = _one_by_one(query, key, value, segments, options)
-    elif options.plain and query.shape[-1] <= VARLEN_WIDTH and has_varlen(query):
+    elif options.plain and has_varlen(query):
         output = _of_different_lengths(query, key, value, segments, options)
     else:
         output = _by_class(query, key, value, segments, options)
@@ -127,10 +127,11 @@ class _Options:
 
 
 def has_varlen(query: torch.Tensor) -> bool:
-    """Whether torch has a kernel for sequences of different lengths: on CUDA, in half precision, from Ampere on (which is
-    also what Triton needs)."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return half and query.is_cuda and bool(get_accelerator().is_triton_supported())
+    """Whether torch has a kernel for sequences of different lengths: on CUDA, in half precision, for most head widths, from
+    Ampere on (which is also what Triton needs)."""
+    half, width = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
+    fits = half and width <= VARLEN_WIDTH and width % VARLEN_STEP == 0
+    return fits and query.is_cuda and bool(get_accelerator().is_triton_supported())
 
 
 def _one_by_one(

@@ -38,9 +38,8 @@ def test_a_training_micro_batch_waits_for_nothing(figures: dict[str, Any], case:
     assert counts["synchronisations"] == {}
     assert counts["gradients"] > 0
     assert counts["wrong gradients"] == []
-    # The batch comes in copies that wait for nobody, and nothing else does.
-    assert set(counts["copies"]) == {next(iter(counts["copies"]))}
-    assert "packing.py" in next(iter(counts["copies"]))
+    # The batch, and classes of lengths, come in copies that wait for nobody; nothing else does.
+    assert {copy.partition(":")[0] for copy in counts["copies"]} <= {"packing.py", "attention.py"}
 
 
 @pytest.mark.parametrize("model", PAIRS)

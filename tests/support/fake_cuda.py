@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 SOURCE = Path(__file__).with_suffix(".cpp")
 PACKAGE = Path(__file__).parents[2] / "lander_ds"
 TIMEOUT_SECONDS = 580
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
 """Operations whose result, or its size, the host waits for."""

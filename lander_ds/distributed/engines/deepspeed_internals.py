@@ -363,7 +363,7 @@ class PipelineStageEngine(_Zero1ForEveryType, PipelineEngine):
         self._backwards += 1
         if not self.part.has_backward:
             return
-        gradients = self._gradients.pop(buffer_id, None) or [outputs[0].new_tensor(self._scale)]
+        gradients = self._gradients.pop(buffer_id, None) or [torch.full_like(outputs[0], self._scale)]
         self._differentiate(outputs, gradients)
 
     def _exec_send_grads(self, buffer_id: int) -> None:
