@@ -18,7 +18,13 @@ from lander_ds.experiment.runner import Runner
 from lander_ds.experiment.table import as_markdown
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = {"main": "Four directions from English"}
+EXPERIMENTS = {
+    "main": "Four directions from English",
+    "both-ways": "From and into English",
+    "selection": "Which layers, which neurons",
+    "interference": "Jointly or one by one",
+    "continual": "Adding a direction",
+}
 """Experiment -> title of its section, in order."""
 
 
@@ -39,14 +45,14 @@ def section(name: str, title: str) -> dict[str, str] | None:
 
 def _state(experiment: Experiment, out: Path) -> str:
     plan = Runner(experiment, ROOT / experiment.recipe).plan()
-    missing = [cell for cell in plan if not cell_file(out, cell).exists()]
-    if not missing:
-        return f"All {len(plan)} cells are finished."
-    return (
-        f"{len(plan) - len(missing)} of {len(plan)} cells are finished. Not run yet: "
-        + ", ".join(f"`{cell.name}`" for cell in missing)
-        + "."
-    )
+    kinds = {"trial": "trials", "steps": "runs at equal steps", "time": "runs at equal time"}
+    parts = []
+    for kind, name in kinds.items():
+        cells = [cell for cell in plan if cell.kind == kind]
+        done = sum(cell_file(out, cell).exists() for cell in cells)
+        if cells:
+            parts.append(f"{done} of {len(cells)} {name}")
+    return f"Finished: {', '.join(parts)}. `lander experiment` runs what is missing."
 
 
 def _trials(results: Mapping[str, Any]) -> str:

@@ -74,12 +74,12 @@ def assemble(experiment: Experiment, name: str, out: Path) -> dict[str, Any]:
         out: its results.
 
     Raises:
-        ArtefactError: no cell of a comparison is finished yet.
+        ArtefactError: no cell is finished yet.
     """
     everything = published(out)
     cells = [figures for figures in everything if figures["kind"] != "trial"]
-    if not cells:
-        raise ArtefactError(f"{out}: no cell of a comparison is finished yet: run lander experiment first")
+    if not everything:
+        raise ArtefactError(f"{out}: no cell is finished yet: run lander experiment first")
     chosen = chosen_rates(experiment, out)
     times: dict[str, dict[str, float]] = defaultdict(dict)
     for (method, variant), seconds in step_seconds(experiment, out).items():
@@ -98,7 +98,7 @@ def assemble(experiment: Experiment, name: str, out: Path) -> dict[str, Any]:
             if figures["kind"] == "trial"
         ],
         "step_seconds": times,
-        "signatures": cells[0]["signatures"],
+        "signatures": everything[0]["signatures"],
         "cells": [row for figures in cells for row in _rows(figures)],
         "comparisons": comparisons(experiment.baseline, cells, out),
     }

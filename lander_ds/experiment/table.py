@@ -138,6 +138,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         lines = [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"### {table.title}\n\n{body}\n")
+    if not parts:
+        return "No cell of a comparison is finished yet.\n"
     signatures = "\n".join(f"- {metric}: `{text}`" for metric, text in results["signatures"].items())
     parts.append(
         f"Columns of directions are chrF2; means and standard deviations are over seeds; `step` is the time of a step "

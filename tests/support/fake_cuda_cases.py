@@ -211,7 +211,7 @@ def main(library: Path, output: Path) -> None:
     figures: dict[str, Any] = {"waiting": waiting(), "head": head()}
     # What a card would answer.
     accelerator.device = lambda: CUDA
-    attention.get_accelerator = _Card
+    vars(attention)["get_accelerator"] = _Card
     contrasts = [case for cases in (*PAIRS.values(), *EXAMPLES.values()) for case in cases]
     for case in (*FORMS, *MASKED, *contrasts):
         try:
