@@ -6,7 +6,7 @@ import re
 
 from lander_ds.config.check import Check
 from lander_ds.config.document import nearest
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig, Recipe
+from lander_ds.config.recipe import SACREBLEU, ColumnConfig, CorpusConfig, Recipe
 
 _CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
 _PAIR = re.compile(rf"({_CODE})-({_CODE})")
@@ -156,7 +156,12 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
     check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
     if columns.src == columns.tgt:
         check.refuse(f"{key}.columns", f"src and tgt are the same column {columns.src!r}; correct one")
-    if corpus.format == "moses" and columns != ColumnConfig():
+    if corpus.path.startswith(SACREBLEU):
+        if corpus.format != "auto":
+            check.refuse(f"{key}.format", "a test set of sacreBLEU needs none; remove it")
+        if columns != ColumnConfig():
+            check.warn(f"{key}.columns", "has no effect: test sets of sacreBLEU have no columns")
+    elif corpus.format == "moses" and columns != ColumnConfig():
         check.warn(f"{key}.columns", "has no effect: Moses files have no columns")
 
 

@@ -32,6 +32,9 @@ Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
+SACREBLEU = "sacrebleu:"
+"""A corpus path that begins so names a test set of sacreBLEU."""
+
 
 def _at_home(path: str) -> str:
     """`path` with the home directory for a `~` or `~user` at its beginning.
@@ -96,7 +99,8 @@ class CorpusConfig:
     """One corpus, or one family of corpora when `path` holds placeholders."""
 
     path: PathText
-    """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are filled in per pair."""
+    """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are filled in per pair. `sacrebleu:wmt23`: a
+    test set of sacreBLEU, from its cache or downloaded by it."""
     split: Split = "train"
     """What the corpus is for. `detect` feeds the detect stage; without one it is cut from `train`."""
     format: CorpusFormat = "auto"
@@ -438,8 +442,9 @@ class EvaluateConfig:
     """Further test sets: what the model learned, kept and forgot. They change nothing that is trained on."""
 
     sets: dict[str, SetConfig] = field(default_factory=dict)
-    """Test sets by name, `news: {path: "news/{pair}.jsonl", pairs: [en-de, en-es]}`, with the filters and the prompt of
-    `data`. Sentences that stand in the training data are left out of the set (`data.filters.test_overlap`)."""
+    """Test sets by name, `news: {path: "news/{pair}.jsonl", pairs: [en-de, en-es]}`, or `wmt: {path: "sacrebleu:wmt23",
+    pairs: [en-de]}`, with the filters and the prompt of `data`. Sentences that stand in the training data are left out
+    of the set (`data.filters.test_overlap`)."""
     shots: tuple[CorpusConfig, ...] = ()
     """Where few-shot examples of directions outside `data.pairs` come from; without any, `fewshot` leaves such a
     direction out."""
