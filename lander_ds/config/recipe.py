@@ -32,6 +32,9 @@ Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
+CHAT = "chat"
+"""The prompt template of that name is the tokenizer's."""
+
 SACREBLEU = "sacrebleu:"
 """A corpus path that begins so names a test set of sacreBLEU."""
 
@@ -151,7 +154,15 @@ class PromptConfig:
     """How a sentence becomes a prompt. The target follows directly after the prompt."""
 
     template: str = "{src_name}: {src}\n{tgt_name}:"
-    """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names."""
+    """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names. `chat`: the chat
+    template of the tokenizer, for instruct models; few-shot examples are earlier turns, and the end of a turn ends a
+    translation."""
+    user: str = (
+        "Translate the following text from {src_name} into {tgt_name}.\n{src_name}: {src}\n{tgt_name}:"
+    )
+    """`template: chat`: what the user says, with the placeholders of `template` (R, TowerInstruct)."""
+    system: str = ""
+    """`template: chat`: the system prompt, with the same placeholders but `{src}`; empty: none."""
     target_prefix: str = " "
     """Ends every prompt. Blanks at its end belong to the target, because tokenizers join a blank with the word behind
     it; everything before them is never translated."""
@@ -161,6 +172,16 @@ class PromptConfig:
     """Few-shot examples in front of every prompt, also in training (from the training split, seeded)."""
     language_names: dict[str, str] = field(default_factory=dict)
     """Overrides or additions to the built-in English names, e.g. `{de: German}`."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether the tokenizer's chat template writes the prompts."""
+        return self.template == CHAT
+
+    @property
+    def request(self) -> str:
+        """The template that the recipe writes the source into."""
+        return self.user if self.chat else self.template
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -54,7 +54,7 @@ def _parts(start: Start) -> list[Part]:
     corpora = resolve(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     contents = _content_hashes(corpora)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = tokenizer_fingerprint(tokenizer, recipe.data.prompt.chat)
     inputs = contents | {"tokenizer": fingerprint}
 
     def make(
