@@ -72,7 +72,10 @@ class ModelConfig:
     """The base model."""
 
     path: PathText
-    """HF model directory (config.json, safetensors, tokenizer)."""
+    """HF model directory (config.json, safetensors, tokenizer), or a hub id such as `google/gemma-3-270m`, from the cache of
+    huggingface_hub or downloaded into it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; only a commit always means the same weights. Default: the main branch."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the weights and of the arithmetic. The optimizer always keeps float32 masters."""
     trust_remote_code: bool = False

@@ -40,8 +40,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     directory = Path(path)
     if not directory.is_dir():
         raise ModelError(
-            f"{path}: no such directory (model.path): give a local model directory; download a hub model "
-            "into one first"
+            f"{path}: no such directory (model.path): give a local model directory, or the hub id of a model"
         )
     settings = _read_json(directory / "tokenizer_config.json")
     own_code = "auto_map" in settings and "AutoTokenizer" in settings["auto_map"]
