@@ -144,7 +144,7 @@ def file(cache: Path, tmp_path: Path) -> Path:
             "max_length": 64,
         },
         "select": {"layers": {"k": 1}},
-        "deepspeed": "ds_configs/demo/zero3.json",
+        "deepspeed": str(Path(__file__).parents[2] / "ds_configs/270m/zero3.json"),
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(content))
