@@ -27,7 +27,8 @@ from lander_ds.config.data_consistency import evaluated_pairs, is_pair
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.sets import training_shots
 from lander_ds.data.sources.corpus import resolve
-from lander_ds.data.tokens.prompt import check_prompt, next_example, render_prompt, shots_for
+from lander_ds.data.tokens.prompt import check_prompt, shots_for
+from lander_ds.data.tokens.prompt_format import prompt_format
 from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
@@ -143,9 +144,9 @@ def _requests(
     for segment in segments:
         for line in filter(None, segment.lines):
             lines.setdefault(line, segment.line)
-    shots = examples.get(pair, [])
+    shots, form = examples.get(pair, []), prompt_format(config, tokenizer)
     prompts = TextEncoder(tokenizer).prompts(
-        [render_prompt(config, pair, line, shots_for(shots, (line, ""), config.shots)) for line in lines]
+        [form.prompt(pair, line, shots_for(shots, (line, ""), config.shots)) for line in lines]
     )
     positions = positions_in(recipe.model)
     for prompt, number in zip(prompts, lines.values(), strict=True):
@@ -154,7 +155,7 @@ def _requests(
                 f"--input {source}, line {number}: its prompt has {len(prompt)} tokens, and the model reads "
                 f"{positions}: divide the line"
             )
-    stop = next_example(config, pair) if shots else ""
+    stop = form.stop(pair, len(shots))
     return [
         Request(str(index), line, "", tuple(prompt), stop)
         for index, (line, prompt) in enumerate(zip(lines, prompts, strict=True))

@@ -6,7 +6,7 @@ import re
 
 from lander_ds.config.check import Check
 from lander_ds.config.document import nearest
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig, Recipe
+from lander_ds.config.recipe import SACREBLEU, ColumnConfig, CorpusConfig, PromptConfig, Recipe
 
 _CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
 _PAIR = re.compile(rf"({_CODE})-({_CODE})")
@@ -156,7 +156,12 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
     check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
     if columns.src == columns.tgt:
         check.refuse(f"{key}.columns", f"src and tgt are the same column {columns.src!r}; correct one")
-    if corpus.format == "moses" and columns != ColumnConfig():
+    if corpus.path.startswith(SACREBLEU):
+        if corpus.format != "auto":
+            check.refuse(f"{key}.format", "a test set of sacreBLEU needs none; remove it")
+        if columns != ColumnConfig():
+            check.warn(f"{key}.columns", "has no effect: test sets of sacreBLEU have no columns")
+    elif corpus.format == "moses" and columns != ColumnConfig():
         check.warn(f"{key}.columns", "has no effect: Moses files have no columns")
 
 
@@ -200,8 +205,16 @@ def _serves(check: Check, split: str, pair: str) -> bool:
 def _check_template(check: Check) -> None:
     data = check.recipe.data
     targets = {pair.partition("-")[2] for pair in data.pairs}
-    if len(targets) > 1 and not re.search(r"\{tgt_(name|lang)\}", data.prompt.template):
+    prompt, default = data.prompt, PromptConfig()
+    key, text = "template", prompt.template
+    if prompt.chat:
+        key, text = "user", prompt.user + prompt.system
+    for name in ("target_prefix", "separator") if prompt.chat else ("user", "system"):
+        if getattr(prompt, name) != getattr(default, name):
+            cause = "the chat template writes turns" if prompt.chat else "it needs template: chat"
+            check.warn(f"data.prompt.{name}", f"has no effect: {cause}")
+    if len(targets) > 1 and not re.search(r"\{tgt_(name|lang)\}", text):
         check.warn(
-            "data.prompt.template",
+            f"data.prompt.{key}",
             "names no target language ({tgt_name} or {tgt_lang}), but the pairs have several",
         )

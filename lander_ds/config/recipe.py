@@ -32,6 +32,12 @@ Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
 
+CHAT = "chat"
+"""The prompt template of that name is the tokenizer's."""
+
+SACREBLEU = "sacrebleu:"
+"""A corpus path that begins so names a test set of sacreBLEU."""
+
 
 def _at_home(path: str) -> str:
     """`path` with the home directory for a `~` or `~user` at its beginning.
@@ -66,7 +72,10 @@ class ModelConfig:
     """The base model."""
 
     path: PathText
-    """HF model directory (config.json, safetensors, tokenizer)."""
+    """HF model directory (config.json, safetensors, tokenizer), or a hub id such as `google/gemma-3-270m`, from the cache of
+    huggingface_hub or downloaded into it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; only a commit always means the same weights. Default: the main branch."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the weights and of the arithmetic. The optimizer always keeps float32 masters."""
     trust_remote_code: bool = False
@@ -96,7 +105,8 @@ class CorpusConfig:
     """One corpus, or one family of corpora when `path` holds placeholders."""
 
     path: PathText
-    """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are filled in per pair."""
+    """File, directory (HF data set) or Moses prefix. `{pair}`, `{src}`, `{tgt}` are filled in per pair. `sacrebleu:wmt23`: a
+    test set of sacreBLEU, from its cache or downloaded by it."""
     split: Split = "train"
     """What the corpus is for. `detect` feeds the detect stage; without one it is cut from `train`."""
     format: CorpusFormat = "auto"
@@ -147,7 +157,15 @@ class PromptConfig:
     """How a sentence becomes a prompt. The target follows directly after the prompt."""
 
     template: str = "{src_name}: {src}\n{tgt_name}:"
-    """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names."""
+    """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names. `chat`: the chat
+    template of the tokenizer, for instruct models; few-shot examples are earlier turns, and the end of a turn ends a
+    translation."""
+    user: str = (
+        "Translate the following text from {src_name} into {tgt_name}.\n{src_name}: {src}\n{tgt_name}:"
+    )
+    """`template: chat`: what the user says, with the placeholders of `template` (R, TowerInstruct)."""
+    system: str = ""
+    """`template: chat`: the system prompt, with the same placeholders but `{src}`; empty: none."""
     target_prefix: str = " "
     """Ends every prompt. Blanks at its end belong to the target, because tokenizers join a blank with the word behind
     it; everything before them is never translated."""
@@ -157,6 +175,16 @@ class PromptConfig:
     """Few-shot examples in front of every prompt, also in training (from the training split, seeded)."""
     language_names: dict[str, str] = field(default_factory=dict)
     """Overrides or additions to the built-in English names, e.g. `{de: German}`."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether the tokenizer's chat template writes the prompts."""
+        return self.template == CHAT
+
+    @property
+    def request(self) -> str:
+        """The template that the recipe writes the source into."""
+        return self.user if self.chat else self.template
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -438,8 +466,9 @@ class EvaluateConfig:
     """Further test sets: what the model learned, kept and forgot. They change nothing that is trained on."""
 
     sets: dict[str, SetConfig] = field(default_factory=dict)
-    """Test sets by name, `news: {path: "news/{pair}.jsonl", pairs: [en-de, en-es]}`, with the filters and the prompt of
-    `data`. Sentences that stand in the training data are left out of the set (`data.filters.test_overlap`)."""
+    """Test sets by name, `news: {path: "news/{pair}.jsonl", pairs: [en-de, en-es]}`, or `wmt: {path: "sacrebleu:wmt23",
+    pairs: [en-de]}`, with the filters and the prompt of `data`. Sentences that stand in the training data are left out
+    of the set (`data.filters.test_overlap`)."""
     shots: tuple[CorpusConfig, ...] = ()
     """Where few-shot examples of directions outside `data.pairs` come from; without any, `fewshot` leaves such a
     direction out."""

@@ -21,6 +21,7 @@ from lander_ds.common.files import inside, json_hash, read_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import set_pairs, shown_pairs
 from lander_ds.config.recipe import Recipe, Split
+from lander_ds.data.tokens.prompt import prompt_options
 
 FORMAT = "lander-prepared-3"
 
@@ -164,6 +165,7 @@ def prepared_options(recipe: Recipe) -> dict[str, Any]:
     data = asdict(recipe.data)
     # Where the cache lies and how many processes fill it change nothing in it.
     del data["cache_dir"], data["workers"], data["seed"]
+    data["prompt"] = prompt_options(recipe.data.prompt)
     return {
         "data": data,
         "model": {"path": recipe.model.path, "trust_remote_code": recipe.model.trust_remote_code},

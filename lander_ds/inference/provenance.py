@@ -19,6 +19,7 @@ from lander_ds.common.files import file_hash, json_hash
 from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
+from lander_ds.data.tokens.prompt import prompt_options
 from lander_ds.distributed.start import Start
 
 System = Literal["base", "fewshot", "trained"]
@@ -62,7 +63,9 @@ def options_of(recipe: Recipe, system: System, test_set: NamedSet | None = None)
     depends = {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
     # Prompts with examples are rendered when they are wanted; the others are part of the prepared data.
     return depends | (
-        {"prompt": asdict(recipe.data.prompt), "seed": recipe.data_seed} if system == "fewshot" else {}
+        {"prompt": prompt_options(recipe.data.prompt), "seed": recipe.data_seed}
+        if system == "fewshot"
+        else {}
     )
 
 

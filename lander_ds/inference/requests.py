@@ -13,7 +13,8 @@ from lander_ds.config.data_consistency import has_examples, translated_pairs
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
 from lander_ds.data.sets import NamedSet
-from lander_ds.data.tokens.prompt import choose_shots, next_example, render_prompt, shots_for
+from lander_ds.data.tokens.prompt import choose_shots, shots_for
+from lander_ds.data.tokens.prompt_format import prompt_format
 from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.inference.provenance import System
 from lander_ds.inference.translate import Request
@@ -98,7 +99,7 @@ def _of_split(
     else:
         prompts = [_own_prompt(split, index) for index in indices]
     shots = config.shots if system == "fewshot" else recipe.data.prompt.shots
-    stop = next_example(recipe.data.prompt, pair) if shots else ""
+    stop = prompt_format(recipe.data.prompt, tokenizer).stop(pair, shots)
     return [
         Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop)
         for sentence, prompt in zip(sentences, prompts, strict=True)
@@ -155,10 +156,8 @@ def _fewshot_prompts(
     count = recipe.translate.shots
     # One more than needed: a sentence that is itself an example gets the next one instead.
     examples = fewshot_examples(train, count + 1, recipe.data_seed)
-    prompts = [
-        render_prompt(recipe.data.prompt, pair, s.src, shots_for(examples, (s.src, s.tgt), count))
-        for s in sentences
-    ]
+    form = prompt_format(recipe.data.prompt, tokenizer)
+    prompts = [form.prompt(pair, s.src, shots_for(examples, (s.src, s.tgt), count)) for s in sentences]
     return TextEncoder(tokenizer).prompts(prompts)
 
 

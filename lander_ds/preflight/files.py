@@ -19,6 +19,9 @@ from lander_ds.evaluation.baseline import baseline_path
 from lander_ds.models.files import adapter_fault
 from lander_ds.models.loading import POSITION_KEYS, build, tied_parameters
 
+STAGES_WITH_MODEL = ("prepare", "detect", "train", "translate", "text", "export")
+"""Stages and commands that open the base model or its tokenizer."""
+
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -27,7 +30,7 @@ def check_files(check: Check) -> None:
     _check_directories(check)
     if check.runs("prepare", "tokenizer"):
         _check_corpora(check)
-    if check.runs("prepare", "detect", "train", "translate", "text", "export"):
+    if check.runs(*STAGES_WITH_MODEL):
         _check_model(check)
     if check.recipe.score.baseline is not None and check.runs("score"):
         _check_baseline(check, check.recipe.score.baseline)
@@ -119,12 +122,14 @@ def _check_model(check: Check) -> None:
         tell = check.refuse if check.stages else check.warn
         tell(
             "model.path",
-            f"{path} {what}; name a directory with config.json, safetensors and a tokenizer "
-            f"(models are not downloaded by name)",
+            f"{path} {what}; name a directory with config.json, safetensors and a tokenizer, "
+            f"or the hub id of a model",
         )
     elif not config.is_file():
         check.refuse("model.path", f"{path} has no config.json; name a Hugging Face model directory")
     else:
+        if recipe.model.revision is not None:
+            check.warn("model.revision", "has no effect: model.path is a directory")
         try:
             content = json.loads(config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from lander_ds.common.errors import ModelError
+from lander_ds.common.errors import ConfigError, ModelError
 from lander_ds.config.check import Check
 from lander_ds.data.tokens.languages import split_pair
-from lander_ds.data.tokens.prompt import equal_prompts, render_prompt
+from lander_ds.data.tokens.prompt import equal_prompts
+from lander_ds.data.tokens.prompt_format import PromptFormat, prompt_format
 from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.models.loading import model_positions
 
 
 def check_prompts(check: Check) -> None:
-    """Record few-shot prompts that cannot fit the model; tell what the tokenizer and the pairs have twice."""
+    """Record a chat template that does not work and few-shot prompts that cannot fit the model; tell what the
+    tokenizer and the pairs have twice."""
     recipe = check.recipe
     if check.runs("prepare"):
         _tell_equal_prompts(check)
@@ -24,10 +26,18 @@ def check_prompts(check: Check) -> None:
         positions = model_positions(recipe.model)
     except ModelError:
         return  # the stage that opens it says so; a recipe can be looked at before its model is fetched
+    try:
+        form = prompt_format(recipe.data.prompt, encoder.tokenizer)
+        shots = recipe.translate.shots if fewshot else recipe.data.prompt.shots
+        form.prompt(recipe.data.pairs[0], "", [("", "")] * shots)
+    except ConfigError as error:
+        key, _, message = str(error).partition(": ")
+        check.refuse(key, message)
+        return
     if check.runs("prepare"):
-        _tell_double_beginning(check, encoder)
+        _tell_double_beginning(check, encoder, form)
     if fewshot and positions is not None:
-        _check_shots(check, encoder, positions)
+        _check_shots(check, encoder, form, positions)
 
 
 def _tell_equal_prompts(check: Check) -> None:
@@ -38,9 +48,10 @@ def _tell_equal_prompts(check: Check) -> None:
             )
 
 
-def _tell_double_beginning(check: Check, encoder: TextEncoder) -> None:
+def _tell_double_beginning(check: Check, encoder: TextEncoder, form: PromptFormat) -> None:
     data = check.recipe.data
-    if encoder.begins_itself(render_prompt(data.prompt, data.pairs[0], "", ())):
+    # A chat template is not the recipe's to change.
+    if not data.prompt.chat and encoder.begins_itself(form.prompt(data.pairs[0], "", ())):
         check.warn(
             "data.prompt.template",
             "begins with the token that the tokenizer itself puts in front of every text; it is put once, so leave it "
@@ -48,10 +59,10 @@ def _tell_double_beginning(check: Check, encoder: TextEncoder) -> None:
         )
 
 
-def _check_shots(check: Check, encoder: TextEncoder, positions: int) -> None:
+def _check_shots(check: Check, encoder: TextEncoder, form: PromptFormat, positions: int) -> None:
     """The length that the template alone gives a few-shot prompt; stage translate knows the examples."""
     translate, data = check.recipe.translate, check.recipe.data
-    prompts = [render_prompt(data.prompt, pair, "", [("", "")] * translate.shots) for pair in data.pairs]
+    prompts = [form.prompt(pair, "", [("", "")] * translate.shots) for pair in data.pairs]
     new = translate.max_new_tokens or 1
     needed = max(map(len, encoder.prompts(prompts))) + new - 1
     if needed > positions:

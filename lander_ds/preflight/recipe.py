@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from lander_ds.common.errors import ConfigError
+from lander_ds.common.errors import ConfigError, ModelError
 from lander_ds.config.check import Check
 from lander_ds.config.consistency import check_consistency
 from lander_ds.config.data_consistency import evaluated_pairs
@@ -15,7 +16,8 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.data.filters import check_filters
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.evaluation.metrics import check_tokenizers
-from lander_ds.preflight.files import check_files
+from lander_ds.models.hub import with_local_model
+from lander_ds.preflight.files import STAGES_WITH_MODEL, check_files
 from lander_ds.preflight.prompts import check_prompts
 
 
@@ -26,19 +28,25 @@ def load_checked(path: Path, overrides: Sequence[str], stages: str | Collection[
         ConfigError: one message with every problem found.
     """
     recipe, document = read_recipe(path, overrides)
-    check_recipe(recipe, stages, document)
-    return recipe
+    return check_recipe(recipe, stages, document)
 
 
 def check_recipe(
-    recipe: Recipe, stages: str | Collection[str] | None, document: Document | None = None
-) -> None:
+    recipe: Recipe,
+    stages: str | Collection[str] | None,
+    document: Document | None = None,
+    download: bool = True,
+) -> Recipe:
     """Refuse what cannot work.
 
     Args:
         recipe: the recipe.
         stages: the stage or stages about to run, `all`, or None to check everything.
         document: where the recipe was read from, so that messages name lines.
+        download: fetch a base model that is named by its hub id, where the stages need it.
+
+    Returns:
+        The recipe, with the model's directory in place of a hub id.
 
     Raises:
         ConfigError: one message with every problem found.
@@ -50,11 +58,23 @@ def check_recipe(
     if check.runs("score"):
         _check_score_tokenizers(check)
     problems.refuse()
-    # Files come last: a path is worth looking up once the recipe makes sense.
+    # Files come last: a path is worth looking up, and a model worth fetching, once the recipe makes sense.
+    check = _with_local_model(check, download)
+    problems.refuse()
     check_files(check)
     problems.refuse()
     check_prompts(check)
     problems.refuse()
+    return check.recipe
+
+
+def _with_local_model(check: Check, download: bool) -> Check:
+    wanted = check.stages is not None and check.runs(*STAGES_WITH_MODEL)
+    try:
+        return replace(check, recipe=with_local_model(check.recipe, download and wanted))
+    except ModelError as error:
+        check.refuse("model.path", str(error))
+        return check
 
 
 def _check_texts(check: Check) -> None:

@@ -28,6 +28,7 @@ from lander_ds.data.prepared import (
 )
 from lander_ds.data.sets import TRAINED, set_recipe, what_was_trained_on
 from lander_ds.data.sources.corpus import Corpus, resolve, resolve_set
+from lander_ds.data.sources.sacrebleu_sets import origin
 from lander_ds.data.tokens.encoding import Encoder
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.data.tokens.tokenizer import embedding_rows, load_tokenizer, tokenizer_fingerprint
@@ -53,7 +54,7 @@ def _parts(start: Start) -> list[Part]:
     corpora = resolve(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     contents = _content_hashes(corpora)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = tokenizer_fingerprint(tokenizer, recipe.data.prompt.chat)
     inputs = contents | {"tokenizer": fingerprint}
 
     def make(
@@ -82,6 +83,8 @@ def _parts(start: Start) -> list[Part]:
         of_set, hashes = set_recipe(recipe, name), _content_hashes(own)
 
         def prepare_set() -> Result:
+            for key, text in (origin(recipe.evaluate.sets[name]) or {}).items():
+                logger.info("prepare: test set %s: %s: %s", name, key, " ".join(text.split()))
             training = PreparedData.load(run, recipe).content_hash(*TRAINED)
             digest = json_hash([entry_hash(of_set, own, hashes, fingerprint), training])
             entry, manifest = make(of_set, own, digest, trained_on)

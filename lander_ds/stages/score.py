@@ -20,6 +20,7 @@ from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
+from lander_ds.data.sources.sacrebleu_sets import origin
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.distributed.start import Start
 from lander_ds.evaluation.baseline import baseline_path, read_baseline
@@ -157,6 +158,8 @@ def _set_scores(recipe: Recipe, sets: Sequence[_OfSet]) -> dict[str, Any]:
             scored[one.name] = score_set(
                 one.translations, one.losses, recipe.data.pairs, recipe.score, recipe.seed, identifier
             )
+            if (said := origin(recipe.evaluate.sets[one.name])) is not None:
+                scored[one.name]["origin"] = said
             bar.advance(1, one.name)
     return scored
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import shutil
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from support.checkpoints import recipe_for, write_checkpoint
 from support.data_helpers import write_jsonl
+from support.sacrebleu_cache import fill_sacrebleu_cache
 from support.tiny_models import save, tiny_model
 from support.tiny_translator import WORDS, tiny_tokenizer
 from torch.nn import functional
@@ -74,6 +76,7 @@ def recipe_of(root: Path, run: Path, *names: str, shots: bool = True) -> Recipe:
     sets = {
         "news": SetConfig(str(root / "news.{pair}.jsonl"), pairs=("en-de", "en-es", "es-en")),
         "talks": SetConfig(str(root / "talks.{pair}.jsonl"), pairs=("en-de",)),
+        "captions": SetConfig("sacrebleu:multi30k/2016", pairs=("en-de",)),
     }
     plain = recipe_for(root / "base", run)
     corpora = tuple(CorpusConfig(str(root / f"{split}.{{pair}}.jsonl"), split) for split in ("train", "test"))
@@ -248,6 +251,27 @@ def test_a_direction_of_which_nothing_is_left_is_refused(root: Path, tmp_path: P
         DataError, match=r"test of en-de: nothing is left of 30 lines.*correct evaluate\.sets\.talks"
     ):
         prepare.run(recipe, RunDirectory(tmp_path))
+
+
+def test_a_set_of_sacrebleu(
+    done: tuple[Recipe, RunDirectory],
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = RunDirectory(shutil.copytree(done[1].path, tmp_path / "run"))
+    recipe = recipe_of(root, run.path, "captions")
+    fill_sacrebleu_cache(monkeypatch, tmp_path, "multi30k/2016", "en-de", sentences(3))
+    with caplog.at_level(logging.INFO, "lander_ds"):
+        run_of(recipe)
+    assert "test set captions: description: 2016 flickr test set of Multi30k dataset" in caplog.text
+    assert "test set captions: citation: @InProceedings{elliott-etal-2016-multi30k," in caplog.text
+    report.run(recipe, run)
+    captions = json.loads(run.scores.read_text())["sets"]["captions"]
+    assert set(captions["directions"]["en-de"]["systems"]) == {"base", "fewshot", "trained"}
+    assert captions["origin"]["citation"].startswith("@InProceedings{elliott-etal-2016-multi30k")
+    assert "captions: 2016 flickr test set of Multi30k dataset" in run.report.read_text()
 
 
 def test_report_and_summary_show_the_matrix(

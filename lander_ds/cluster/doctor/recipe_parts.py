@@ -12,6 +12,7 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe, read_recipe
 from lander_ds.distributed.engines.deepspeed_internals import check_deepspeed
 from lander_ds.distributed.start import Start
+from lander_ds.models.hub import with_local_model
 from lander_ds.preflight.facts import collect
 from lander_ds.preflight.recipe import check_recipe
 
@@ -27,7 +28,7 @@ def facts(path: Path, overrides: list[str]) -> Part:
         LanderError: training could not run here.
     """
     recipe, document = read_recipe(path, overrides)
-    check_recipe(recipe, "train", document)
+    recipe = check_recipe(recipe, "train", document, download=False)
     seen = collect(Start(recipe, RunDirectory(recipe.run_dir)))
     warning = None
     try:
@@ -55,4 +56,4 @@ def topology() -> Part:
 
 def need(path: Path, overrides: list[str], world: int) -> Part:
     """See `estimate.need_of`."""
-    return need_of(load_recipe(path, overrides), world).as_json()
+    return need_of(with_local_model(load_recipe(path, overrides), download=False), world).as_json()

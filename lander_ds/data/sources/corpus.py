@@ -7,8 +7,17 @@ from pathlib import Path
 
 from lander_ds.common.errors import DataError
 from lander_ds.config.data_consistency import set_pairs, shown_pairs
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig, CorpusFormat, DataConfig, Recipe, Split
+from lander_ds.config.recipe import (
+    SACREBLEU,
+    ColumnConfig,
+    CorpusConfig,
+    CorpusFormat,
+    DataConfig,
+    Recipe,
+    Split,
+)
 from lander_ds.data.sources.files import COMPRESSIONS, without_compression
+from lander_ds.data.sources.sacrebleu_sets import sacrebleu_files
 from lander_ds.data.tokens.languages import split_pair
 
 FORMAT_OF_SUFFIX: dict[str, CorpusFormat] = {
@@ -58,7 +67,7 @@ def resolve(data: DataConfig) -> list[Corpus]:
     """Every corpus of every pair, in the order of the recipe.
 
     Raises:
-        DataError: a file is missing or its format unknown, or a pair has no corpus.
+        DataError: a file is missing or its format unknown, a test set cannot be had, or a pair has no corpus.
     """
     corpora = []
     for number, config in enumerate(data.corpora):
@@ -77,7 +86,7 @@ def resolve_set(recipe: Recipe, name: str) -> list[Corpus]:
     `evaluate.shots`, as training data, which few-shot examples come from.
 
     Raises:
-        DataError: a file is missing or its format unknown.
+        DataError: a file is missing or its format unknown, or a test set cannot be had.
     """
     config, pairs = recipe.evaluate.sets[name], set_pairs(recipe, name)
     corpora = [_resolve_one(config, f"evaluate.sets.{name}", pair) for pair in pairs]
@@ -111,9 +120,13 @@ def _resolve_one(config: CorpusConfig, key: str, pair: str) -> Corpus:
     def fill(text: str) -> str:
         return text.replace("{pair}", f"{src}-{tgt}").replace("{src}", src).replace("{tgt}", tgt)
 
-    path = Path(fill(config.path))
     columns = replace(config.columns, src=fill(config.columns.src), tgt=fill(config.columns.tgt))
-    kind, paths = _locate(path, config.format, src, tgt, f"{key}.path")
+    kind: CorpusFormat
+    paths: tuple[Path, ...]
+    if config.path.startswith(SACREBLEU):
+        kind, paths = "moses", sacrebleu_files(config.path, src, tgt, f"{key}.path")
+    else:
+        kind, paths = _locate(Path(fill(config.path)), config.format, src, tgt, f"{key}.path")
     return Corpus(key, pair, config.split, kind, paths, src, tgt, columns, config.swap, config.limit)
 
 

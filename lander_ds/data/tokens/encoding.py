@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import PromptConfig
 from lander_ds.data.sources.rows import Row
-from lander_ds.data.tokens.prompt import render_prompt, shots_for, target_text
+from lander_ds.data.tokens.prompt import shots_for
+from lander_ds.data.tokens.prompt_format import prompt_format
 from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 
@@ -44,13 +45,12 @@ Encoded = tuple[list[int], int]
 
 def encode_job(encoder: TextEncoder, job: Job) -> list[Encoded]:
     """Token ids and prompt length of every row of a job."""
+    form = prompt_format(job.prompt, encoder.tokenizer)
     prompts = [
-        render_prompt(
-            job.prompt, job.pair, row.src, shots_for(job.shots, (row.src, row.tgt), job.prompt.shots)
-        )
+        form.prompt(job.pair, row.src, shots_for(job.shots, (row.src, row.tgt), job.prompt.shots))
         for row in job.rows
     ]
-    return encoder.examples(prompts, [target_text(job.prompt, row.tgt) for row in job.rows])
+    return encoder.examples(prompts, [form.target(row.tgt) for row in job.rows], form.end)
 
 
 class Encoder:

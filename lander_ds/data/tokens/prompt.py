@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import cache
 from string import Formatter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import PromptConfig
@@ -17,7 +18,7 @@ PLACEHOLDERS = ("src", "src_lang", "tgt_lang", "src_name", "tgt_name")
 Prompt: TypeAlias = tuple[str, ...]
 """The text before a target, in pieces: the recipe's and the corpus's words by turns, beginning with the recipe's."""
 
-_SOURCE = "\0"
+SOURCE = "\0"
 """Stands for the source sentence in a filled template; no recipe can hold it."""
 
 
@@ -28,19 +29,19 @@ def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
         ConfigError: the template is not a format string, has unknown placeholders or lacks `{src}`; a language has
             no name, or two target languages have the same.
     """
-    used = _placeholders(config.template)
-    if unknown := sorted(used.difference(PLACEHOLDERS)):
-        allowed = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-        raise ConfigError(
-            f"data.prompt.template: unknown placeholder {{{unknown[0]}}}: use {allowed}, or write "
-            f"{{{{ and }}}} for braces"
-        )
+    # In a chat the template is the tokenizer's; the recipe writes what stands in it.
+    key = "user" if config.chat else "template"
+    used = _placeholders(config.request, key)
+    if config.chat:
+        used |= _placeholders(config.system, "system")
+        _check_placeholders(config.system, "system", [name for name in PLACEHOLDERS if name != "src"])
+    _check_placeholders(config.request, key, PLACEHOLDERS)
     if config.shots < 0:
         raise ConfigError(f"data.prompt.shots: {config.shots} is negative: use 0 or more")
     for pair in pairs:
-        if len(_fill(config, pair)) == 1:
+        if len(filled(config.request, config, pair)) == 1:
             raise ConfigError(
-                "data.prompt.template: {src} is missing, so the model would never see the source: add it"
+                f"data.prompt.{key}: {{src}} is missing, so the model would never see the source: add it"
             )
     for one, other in equal_prompts(config, pairs):
         first, second = split_pair(one)[1], split_pair(other)[1]
@@ -52,15 +53,37 @@ def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
             )
         if first != second and split_pair(one)[0] == split_pair(other)[0]:
             raise ConfigError(
-                f"data.prompt.template: {one} and {other} get the same prompt, so nothing tells which language is "
+                f"data.prompt.{key}: {one} and {other} get the same prompt, so nothing tells which language is "
                 "wanted: add {tgt_name} or {tgt_lang}"
             )
+
+
+def _check_placeholders(text: str, key: str, known: Sequence[str]) -> None:
+    if unknown := sorted(_placeholders(text, key).difference(known)):
+        allowed = ", ".join(f"{{{name}}}" for name in known)
+        raise ConfigError(
+            f"data.prompt.{key}: unknown placeholder {{{unknown[0]}}}: use {allowed}, or write {{{{ and }}}} for braces"
+        )
+
+
+def prompt_options(config: PromptConfig) -> dict[str, Any]:
+    """What prompts depend on, as JSON values. Keys of the chat are there with a chat alone; records of before it
+    existed lack them."""
+    options = asdict(config)
+    if not config.chat:
+        del options["user"], options["system"]
+    return options
 
 
 def equal_prompts(config: PromptConfig, pairs: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs whose prompts for the same source are the same, each with the first such pair."""
     first: dict[tuple[str, ...], str] = {}
-    twins = ((first.setdefault(tuple(_fill(config, pair)), pair), pair) for pair in pairs)
+    texts = (config.request, config.system) if config.chat else (config.request,)
+
+    def words(pair: str) -> tuple[str, ...]:
+        return tuple(word for text in texts for word in filled(text, config, pair))
+
+    twins = ((first.setdefault(words(pair), pair), pair) for pair in pairs)
     return [(one, other) for one, other in twins if one != other]
 
 
@@ -71,12 +94,12 @@ def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tup
     blank with the word behind it.
 
     Args:
-        config: template and separators; one that `check_prompt` accepts.
+        config: template and separators; one that `check_prompt` accepts, and no chat.
         pair: translation direction.
         src: source sentence.
         shots: (source, target) examples to show first; `config.shots` does not matter here.
     """
-    template = _fill(config, pair)
+    template = filled(config.template, config, pair)
     pieces = [""]
     for shot_src, shot_tgt in shots:
         _append(pieces, template, shot_src, config.target_prefix)
@@ -96,7 +119,7 @@ def next_example(config: PromptConfig, pair: str) -> str:
     words of the template where the separator is nothing but blanks. Only what stands before a line end, which ends every
     translation; empty where that is nothing but blanks."""
     separator = config.separator
-    text = separator if separator.strip(" ") else separator + _fill(config, pair)[0]
+    text = separator if separator.strip(" ") else separator + filled(config.template, config, pair)[0]
     line = text.partition("\n")[0]
     return line if line.strip(" ") else ""
 
@@ -130,12 +153,12 @@ def seeded_hash(seed: int, purpose: str, src: str, tgt: str) -> int:
 
 
 @cache
-def _placeholders(template: str) -> frozenset[str]:
+def _placeholders(text: str, key: str = "template") -> frozenset[str]:
     try:
-        return frozenset(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+        return frozenset(name for _, name, _, _ in Formatter().parse(text) if name is not None)
     except ValueError as error:
         raise ConfigError(
-            f"data.prompt.template: {error}: write {{{{ and }}}} for braces that are no placeholder"
+            f"data.prompt.{key}: {error}: write {{{{ and }}}} for braces that are no placeholder"
         ) from None
 
 
@@ -148,12 +171,18 @@ def _append(pieces: list[str], template: Sequence[str], src: str, ending: str) -
     pieces[-1] += ending
 
 
-def _fill(config: PromptConfig, pair: str) -> list[str]:
-    """The template with everything but the source filled in, cut where the source belongs."""
+def filled(text: str, config: PromptConfig, pair: str) -> list[str]:
+    """A template with everything but the source filled in, cut where the source belongs.
+
+    Args:
+        text: the template, one that `check_prompt` accepts.
+        config: names languages.
+        pair: translation direction.
+    """
     src_lang, tgt_lang = split_pair(pair)
-    values = {"src": _SOURCE, "src_lang": src_lang, "tgt_lang": tgt_lang}
+    values = {"src": SOURCE, "src_lang": src_lang, "tgt_lang": tgt_lang}
     # Names only where the template asks for them: languages without a known name are fine otherwise.
     for name, code in (("src_name", src_lang), ("tgt_name", tgt_lang)):
-        if name in _placeholders(config.template):
+        if name in _placeholders(text):
             values[name] = language_name(code, config.language_names)
-    return config.template.format(**values).split(_SOURCE)
+    return text.format(**values).split(SOURCE)

@@ -35,7 +35,8 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        """The tokenizer."""
         controls = control_tokens(tokenizer)
         longest_first = sorted(controls, key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -55,23 +56,26 @@ class TextEncoder:
         """Whether a prompt spells what the tokenizer puts in front of every text."""
         return bool(self.opening) and self._is_begun(self._encode([prompt])[0])
 
-    def examples(self, prompts: Sequence[Prompt], targets: Sequence[str]) -> list[tuple[list[int], int]]:
+    def examples(
+        self, prompts: Sequence[Prompt], targets: Sequence[str], end: str = ""
+    ) -> list[tuple[list[int], int]]:
         """Token ids of prompt, target and end of sequence, and the length of the prompt, for many examples.
 
         Prompt and target are tokenised apart, so that generation, which starts from the prompt's ids, continues
         exactly what training has seen (I).
 
         Args:
-            prompts: from `render_prompt`.
-            targets: from `target_text`.
+            prompts: of a `PromptFormat`.
+            targets: of the same.
+            end: the token that ends an example; empty: end of sequence.
         """
         if self._adds_prefix_space:
             # The tokenizer supplies the space between prompt and target itself; a second one would double it.
             targets = [target.removeprefix(" ") for target in targets]
         endings = self._encode([("", target) for target in targets])
-        eos = self._tokenizer.eos_token_id
+        last = self.tokenizer.convert_tokens_to_ids(end) if end else self.tokenizer.eos_token_id
         return [
-            ([*prompt, *target, eos], len(prompt))
+            ([*prompt, *target, last], len(prompt))
             for prompt, target in zip(self.prompts(prompts), endings, strict=True)
         ]
 
@@ -97,7 +101,7 @@ class TextEncoder:
             for number, piece in enumerate(prompt)
         )
         parts = [
-            self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
             for part in text.split(CUT)
         ]
         return [token for part in parts for token in part]

@@ -40,8 +40,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     directory = Path(path)
     if not directory.is_dir():
         raise ModelError(
-            f"{path}: no such directory (model.path): give a local model directory; download a hub model "
-            "into one first"
+            f"{path}: no such directory (model.path): give a local model directory, or the hub id of a model"
         )
     settings = _read_json(directory / "tokenizer_config.json")
     own_code = "auto_map" in settings and "AutoTokenizer" in settings["auto_map"]
@@ -116,8 +115,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of everything that decides token ids: equal for tokenizers that encode alike."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:
+    """SHA-256 (hex) of everything that decides token ids: equal for tokenizers that encode alike.
+
+    Args:
+        tokenizer: the tokenizer.
+        chat: its chat template matters too.
+    """
     if tokenizer.is_fast:
         # Padding and truncation are settings of the last call, not of the tokenizer.
         tokenizer.backend_tokenizer.no_padding()
@@ -127,4 +131,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     probe = tokenizer("a")["input_ids"]  # shows whether special tokens are added
     parts = [type(tokenizer).__name__, state, tokenizer.bos_token_id, tokenizer.eos_token_id, probe]
+    if chat:
+        parts.append(tokenizer.chat_template)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
