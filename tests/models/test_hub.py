@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from support.data_helpers import write_jsonl
 from support.tiny_models import save, tiny_model
 from support.tiny_translator import tiny_tokenizer
