@@ -404,6 +404,6 @@ def _same(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor
 
 def _figures(run: RunDirectory) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock says."""
-    clock = ("seconds", "tokens_per_second", "eta_seconds")
+    clock = ("seconds", "processor_seconds", "tokens_per_second", "eta_seconds")
     lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]

@@ -153,7 +153,8 @@ def _save(config: PretrainedConfig, path: Path) -> Path:
 
 def _jobs(root: Path, models: Sequence[Path], ranks: int, grids: Sequence[tuple[int, int]]) -> Iterator[Job]:
     for stages, data_ranks in grids:
-        for topology in ("zero3", "replicated") if stages == 1 else ("pipeline", "pipeline_zero3"):
+        # ZeRO-3 comes last: it replaces torch's linear function for as long as the process lives.
+        for topology in ("replicated", "zero3") if stages == 1 else ("pipeline", "pipeline_zero3"):
             for model in models:
                 # The other methods once, where the model is small.
                 methods = ("lander", "layers", "lora") if (ranks, topology) == (2, "zero3") else ("lander",)

@@ -123,7 +123,9 @@ def _activations(session: Session, data: PreparedData) -> int:
 
 def saved_bytes(model: nn.Module, batch: Any) -> int:
     """Bytes of the storages that autograd saves in one forward pass, parameters left out."""
-    whole = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    # Kept, so that no other storage gets the same address.
+    parameters = [parameter.untyped_storage() for parameter in model.parameters()]
+    whole = {storage._cdata for storage in parameters}
     seen: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:

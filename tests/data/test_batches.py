@@ -29,14 +29,14 @@ def test_a_whole_split(valid: dict[int, PreparedSplit]) -> None:
 
 
 def test_a_limit_and_a_missing_pair(valid: dict[int, PreparedSplit]) -> None:
-    batch = whole_split({0: valid[0], 2: valid[2]}, 5)
-    assert batch.pair_ids.tolist() == [0] * 5 + [2] * 5
-    assert batch.indices.tolist() == [*range(5), *range(5)]
-    assert batch.lengths.tolist() == [*valid[0].lengths[:5], *valid[2].lengths[:5]]
+    batch = whole_split({0: valid[0], 2: valid[2]}, 3)
+    assert batch.pair_ids.tolist() == [0] * 3 + [2] * 3
+    assert batch.indices.tolist() == [*range(3), *range(3)]
+    assert batch.lengths.tolist() == [*valid[0].lengths[:3], *valid[2].lengths[:3]]
     assert batch.target_tokens_per_pair.tolist() == [
-        valid[0].target_lengths[:5].sum(),
+        valid[0].target_lengths[:3].sum(),
         0,
-        valid[2].target_lengths[:5].sum(),
+        valid[2].target_lengths[:3].sum(),
     ]
     [micro] = packed(batch, {0: valid[0], 2: valid[2]}, 0, 1, 1, CPU)
     assert set(micro.pair_ids.tolist()) == {0, 2}

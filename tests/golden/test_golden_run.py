@@ -29,7 +29,7 @@ from lander_ds.method.selection import Selection
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 THEN = GOLDEN / "run"
 SYSTEMS = ("base", "fewshot", "trained")
-TIMES = {"seconds", "eta_seconds", "tokens_per_second"}
+TIMES = {"seconds", "processor_seconds", "eta_seconds", "tokens_per_second"}
 
 
 def run_stage(directory: Path, stage: str, *arguments: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lander_ds.cli.main import main
 from lander_ds.config.explain import as_markdown, explain
 from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
+from lander_ds.experiment.grid import load_experiment
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -115,14 +117,19 @@ def snippets(language: str) -> list[tuple[str, str]]:
 
 
 def test_recipe_snippets_load(tmp_path: Path) -> None:
-    """The loader refuses unknown keys and wrong types; what a snippet leaves out the demo recipe gives."""
-    complete = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    """The loaders refuse unknown keys and wrong types; what a snippet leaves out an example gives."""
+    recipe = ("recipes/demo.yaml", load_recipe)
+    kinds: dict[str, tuple[str, Callable[[Path], object]]] = {
+        "experiments.md": ("experiments/tiny.yaml", load_experiment)
+    }
     actual = snippets("yaml")
     assert actual
     for name, body in actual:
-        recipe = tmp_path / f"{name}.yaml"
-        recipe.write_text(yaml.safe_dump(complete | yaml.safe_load(body)), encoding="utf-8")
-        load_recipe(recipe)
+        example, load = kinds.get(name, recipe)
+        complete = yaml.safe_load((ROOT / example).read_text(encoding="utf-8"))
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(complete | yaml.safe_load(body)), encoding="utf-8")
+        load(path)
 
 
 def test_named_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:

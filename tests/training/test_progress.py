@@ -17,6 +17,7 @@ def test_a_new_training_has_done_nothing() -> None:
         "skipped": 0,
         "skipped_in_a_row": 0,
         "gates": {},
+        "averaged": 0,
     }
 
 

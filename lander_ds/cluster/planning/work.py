@@ -50,7 +50,10 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
             # Each of attention's two products has two gradients.
             inputs = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + 2 * attention
         else:
-            inputs = PRODUCT * batch.tokens * sum(t.elements for t in tensors if _after_trained(t))
+            inputs = (
+                PRODUCT * batch.tokens * sum(t.elements for t in tensors if _after_trained(t, everything))
+            )
+            inputs += 2 * attention if _attends(everything) else 0.0
         backward += inputs
         recompute += once if model.recipe.train.activation_checkpointing else 0.0
     if span.last:
@@ -65,9 +68,21 @@ def _below_layers(model: Anatomy) -> bool:
     return any(tensor.trained for tensor in model.tensors(Span(0, 0, model.layers)))
 
 
-def _after_trained(tensor: Tensor) -> bool:
-    """Whether a gradient passes through this matrix in the lowest trained layer: there it ends at the first trained
-    matrices, behind which only the out-projection of the FFN lies."""
+READ_INPUT = ("q_proj", "k_proj", "v_proj", "query_key_value")
+"""The projections with which attention begins."""
+
+
+def _attends(layer: Sequence[Tensor]) -> bool:
+    """Whether something in the attention of a layer is trained, so that a gradient passes through it."""
+    return any(tensor.trained and not set(READ_INPUT).isdisjoint(tensor.name.split(".")) for tensor in layer)
+
+
+def _after_trained(tensor: Tensor, layer: Sequence[Tensor]) -> bool:
+    """Whether a gradient passes through this matrix in the lowest trained layer. There it ends at the first trained
+    matrices: behind those of attention lies the whole layer, behind those of the FFN only its out-projection."""
+    names = tensor.name.split(".")
+    if _attends(layer):
+        return set(READ_INPUT).isdisjoint(names)
     last = tensor.name.removesuffix(".weight").rpartition(".")[2]
     return last in ("down", "down_proj", "dense_4h_to_h", "fc2", "w2")
 
