@@ -144,13 +144,14 @@ def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict
         for system, translations in hypotheses(out, figures).items():
             method = SYSTEM_METHODS.get(system) or str(figures["method"])
             texts[figures["kind"], figures["variant"], method].append(translations)
+    sources = {variant: references(out, variant) for variant in {key[1] for key in texts}}
     rows = []
     for (at, variant, method), mine in sorted(texts.items()):
         its = texts.get(("steps", variant, baseline))
         if its is None or method == baseline:
             continue
         refs: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
-        for key, row in references(out, variant).items():
+        for key, row in sources[variant].items():
             if all(key in one for one in (*mine, *its)):
                 name, _, _ = key[0].rpartition(":")
                 refs[name or TEST][key] = row["ref"]

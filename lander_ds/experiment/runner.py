@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +24,7 @@ from lander_ds.common.files import read_json, write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
-from lander_ds.experiment.grid import Cell, Experiment, cells, overrides, trials
+from lander_ds.experiment.grid import Cell, Experiment, Kind, cells, overrides, trials
 from lander_ds.experiment.outcome import cell_file, publish
 from lander_ds.experiment.results import chosen_rates, step_seconds
 from lander_ds.preflight.recipe import load_checked
@@ -101,41 +101,54 @@ class Runner:
             Preempted: a signal asked to stop; cells that were running have saved what they had.
             ConfigError: settings of the experiment do not fit the recipe.
         """
-        first, wanted = self._trials(), self._wanted(self._comparisons({}))
-        for cell in {(cell.method, cell.variant, cell.kind): cell for cell in (*first, *wanted)}.values():
+        plan = self.plan()
+        for cell in {(cell.method, cell.variant, cell.kind): cell for cell in plan}.values():
             load_checked(self.recipe, self._overrides(cell), self._stages(cell))
         for variant in self.experiment.variant_names:
-            self._share(variant, [cell for cell in (*first, *wanted) if cell.variant == variant])
-        failed = self._run_all(first, more=len(wanted))
+            self._share(variant, [cell for cell in plan if cell.variant == variant])
+        first = self._trials()
+        failed = self._run_all(first, more=len(plan) - len(first))
         rates = chosen_rates(self.experiment, self.out)
-        tuned = [cell for cell in self._wanted(self._comparisons(rates)) if self._is_tuned(cell)]
-        failed += self._run_all(tuned)
+        # Runs at equal steps tell how long a step takes, and with that how many fit into equal time.
+        failed += self._run_all(self._ready("steps", rates), more=len(self._comparison("time", rates)))
+        failed += self._run_all(self._ready("time", rates))
         if failed:
             listing = "\n".join(f"  {self.directory(cell) / 'log'}" for cell in failed)
             raise CellsFailed(
                 f"{len(failed)} cells failed; start again to retry them. Their logs:\n{listing}"
             )
 
-    def _is_tuned(self, cell: Cell) -> bool:
-        """Whether its learning rate is known; it is not where a trial has failed."""
-        return cell.rate is not None or not self.experiment.methods[cell.method].rate_keys
+    def _ready(self, kind: Kind, rates: Mapping[tuple[str, str], float | None]) -> list[Cell]:
+        """The cells of a comparison whose learning rate and steps are known; they are not where what tells them failed."""
+        ready = []
+        for cell in self._comparison(kind, rates):
+            tuned = cell.rate is not None or not self.experiment.methods[cell.method].rate_keys
+            if tuned and (kind == "steps" or self._steps_in_time(cell) is not None):
+                ready.append(cell)
+            else:
+                logger.warning("%s: left out, because runs that it depends on are not finished", cell.name)
+        return ready
 
     def plan(self) -> list[Cell]:
         """Every cell that is to be run, in order."""
-        return [*self._trials(), *self._wanted(self._comparisons({}))]
+        return [*self._trials(), *self._comparison("steps", {}), *self._comparison("time", {})]
 
     def _trials(self) -> list[Cell]:
         """Those that the wanted cells need."""
-        methods = {cell.method for cell in self._wanted(self._comparisons({}))}
-        needed = {self.experiment.methods[name].tuned_as or name for name in methods}
+        wanted = (*self._comparison("steps", {}), *self._comparison("time", {}))
+        needed = {self.experiment.methods[cell.method].tuned_as or cell.method for cell in wanted}
         return [cell for cell in trials(self.experiment) if cell.method in needed]
 
-    def _comparisons(self, rates: dict[tuple[str, str], float | None]) -> list[Cell]:
-        found = cells(self.experiment, "steps", rates)
-        if self.experiment.equal_time:
-            timed = cells(self.experiment, "time", rates)
-            found += [cell for cell in timed if (steps := self._steps_in_time(cell)) is None or steps > 0]
-        return found
+    def _comparison(self, kind: Kind, rates: Mapping[tuple[str, str], float | None]) -> list[Cell]:
+        """The wanted cells of a comparison; at equal time without those whose steps hardly differ from the baseline's."""
+        if kind == "time" and not self.experiment.equal_time:
+            return []
+        return [
+            cell
+            for cell in cells(self.experiment, kind, rates)
+            if not self.only or any(fnmatch(cell.name, pattern) for pattern in self.only)
+            if kind == "steps" or self._steps_in_time(cell) != 0
+        ]
 
     def _steps_in_time(self, cell: Cell) -> int | None:
         """Steps that a method takes while the baseline takes those of the recipe; None while that is not known, 0 where
@@ -147,25 +160,15 @@ class Runner:
         steps = self.recipe_of(cell).train.steps
         return 0 if abs(its / mine - 1) < 0.05 else max(1, round(steps * its / mine))
 
-    def _wanted(self, found: Iterable[Cell]) -> list[Cell]:
-        return [
-            cell
-            for cell in found
-            if not self.only or any(fnmatch(cell.name, pattern) for pattern in self.only)
-        ]
-
     def _share(self, variant: str, members: Sequence[Cell]) -> None:
         """Run prepare and detect once per variant, where a cell needs them."""
         if all(self.is_finished(cell) for cell in members):
             return
-        detects = [cell for cell in members if self.recipe_of(cell).train.method in METHODS_WITH_SELECTION]
-        detects = [cell for cell in detects if self.experiment.methods[cell.method].trained]
-        model = (detects or list(members))[0]
+        detects = [cell for cell in members if self._selects(cell)]
+        model = replace((detects or list(members))[0], kind="steps", seed=self.experiment.seeds[0])
         shared = self.path / "shared" / variant
-        settings = overrides(self.experiment, replace(model, kind="steps"), shared, self.cache)
-        settings = [setting for setting in settings if not setting.startswith("seed=")]
+        settings = overrides(self.experiment, model, shared, self.cache)
         stages = "prepare,detect" if detects else "prepare"
-        settings.append(f"seed={self.experiment.seeds[0]}")
         command = self._command(["all", "--stages", stages], settings, slot=0)
         log = shared / "log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -239,8 +242,13 @@ class Runner:
         """What a cell runs."""
         if not self.experiment.methods[cell.method].trained:
             return ["prepare", "translate", "score"]
-        selects = self.recipe_of(cell).train.method in METHODS_WITH_SELECTION
-        return ["prepare", *(("detect", "select") if selects else ()), "train", "translate", "score"]
+        selection = ("detect", "select") if self._selects(cell) else ()
+        return ["prepare", *selection, "train", "translate", "score"]
+
+    def _selects(self, cell: Cell) -> bool:
+        """Whether a cell trains what a selection has picked."""
+        trained = self.experiment.methods[cell.method].trained
+        return trained and self.recipe_of(cell).train.method in METHODS_WITH_SELECTION
 
     def _decided(self, cell: Cell) -> Cell:
         """The cell with its learning rate and steps, which stay what they were when it was first started."""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -13,10 +14,10 @@ import pytest
 from support.tiny_run import TinyRun
 
 from lander_ds.cli.main import main
-from lander_ds.common.files import read_json
+from lander_ds.common.files import read_json, write_json
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.experiment.grid import load_experiment
-from lander_ds.experiment.outcome import published
+from lander_ds.experiment.grid import Cell, load_experiment
+from lander_ds.experiment.outcome import cell_file, published
 from lander_ds.experiment.results import comparisons
 from lander_ds.experiment.runner import Runner
 from lander_ds.training.preemption import Preempted
@@ -157,3 +158,26 @@ def test_a_signal_stops_the_cell_too(finished: Path, tmp_path: Path) -> None:
         runner._run_all([cell])
     assert not runner.is_finished(cell)
     assert psutil.Process().children() == before
+
+
+def times(out: Path, method: str, seconds: float) -> None:
+    """A finished cell at equal steps that says no more than how long its steps took."""
+    cell = Cell("steps", method, "all", 1, None, None)
+    write_json(cell_file(out, cell), {**asdict(cell), "step_seconds": {"processor": seconds}})
+
+
+def test_cells_at_equal_time_follow_from_those_at_equal_steps(finished: Path, tmp_path: Path) -> None:
+    """Also of a control, which no trial has timed: it takes part once its own steps are known to differ."""
+    control = "  control: {rate_keys: [train.lr.general], tuned_as: landermt}\n"
+    file = changed(finished, tmp_path, "    equal_time: false\n", f"    equal_time: false\n{control}")
+    experiment = load_experiment(file)
+    runner = Runner(experiment, Path(experiment.recipe))
+    rates = {("control", "all"): 1e-2}
+    assert runner._ready("time", rates) == []
+    assert [cell.method for cell in runner._comparison("time", rates)] == ["control"]
+    times(runner.out, "lora", 1.0)
+    times(runner.out, "control", 0.5)
+    (cell,) = runner._ready("time", rates)
+    assert runner._decided(cell).steps == 8
+    times(runner.out, "control", 0.99)
+    assert runner._comparison("time", rates) == []
