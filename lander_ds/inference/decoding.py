@@ -8,7 +8,7 @@ longest rest.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,8 @@ from lander_ds.models.loading import positions_of
 
 MIN_SHARED_TOKENS = 16
 """A shorter common beginning is not worth a forward pass of its own."""
+ROUND = 8
+"""Tokens that greedy search writes before it drops the rows that have come to an end."""
 
 
 @dataclass(frozen=True)
@@ -160,20 +162,80 @@ class Decoder:
         if n_best > 1:
             config.num_return_sequences = n_best
             arguments |= {"return_dict_in_generate": True, "output_scores": True}
+        inputs = torch.tensor(rows, device=device), mask.to(device)
         with own_generation_config_hidden(self._model):
-            output: Any = self._model.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                synced_gpus=self._synced,
-                **arguments,
-            )
-        sequences = output if n_best == 1 else output.sequences
-        every = [self._hypothesis(row, ends, stop) for row in sequences[:, longest:].tolist()]
+            if config.num_beams == 1 and not self._synced:
+                written = self._greedy(*inputs, config, stop, arguments)
+            else:
+                output: Any = self._model.generate(
+                    input_ids=inputs[0],
+                    attention_mask=inputs[1],
+                    generation_config=config,
+                    synced_gpus=self._synced,
+                    **arguments,
+                )
+                sequences = output if n_best == 1 else output.sequences
+                written = sequences[:, longest:].tolist()
+        every = [self._hypothesis(row, ends, stop) for row in written]
         if n_best > 1:
             scores = output.sequences_scores.tolist()
             every = [replace(one, score=score) for one, score in zip(every, scores, strict=True)]
         return [every[first : first + n_best] for first in range(0, len(every), n_best)]
+
+    def _greedy(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        config: GenerationConfig,
+        stop: str,
+        arguments: Mapping[str, Any],
+    ) -> list[list[int]]:
+        """New tokens of each row by greedy search.
+
+        `generate` computes every row until the last one ends. Here it is called for `ROUND` tokens at a time, and
+        rows that have ended are taken out in between: a sentence that runs on costs one row, not a batch.
+
+        Args:
+            ids: [B, P + R].
+            mask: [B, P + R], of ids.
+            config: of the whole search.
+            stop: text that ends a row.
+            arguments: further ones of `generate`; `past_key_values` among them is used up.
+        """
+        longest, limit, ends = ids.shape[1], int(config.max_new_tokens), set(as_list(config.eos_token_id))
+        options = dict(arguments)
+        written: list[list[int]] = [[] for _ in range(len(ids))]
+        alive = list(range(len(ids)))
+        while alive:
+            begin = ids.shape[1]
+            config.max_new_tokens = min(ROUND, limit - (begin - longest))
+            output: Any = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                return_dict_in_generate=True,
+                **options,
+            )
+            ids, cache = output.sequences, output.past_key_values
+            full = ids.shape[1] - longest == limit
+            rows = ids[:, longest:].tolist()
+            running = []
+            for place, (index, row) in enumerate(zip(alive, rows, strict=True)):
+                written[index] = row
+                ended = not ends.isdisjoint(row) or (
+                    bool(stop) and stop in _padded(_decoded(self._tokenizer, [row])[0])
+                )
+                if not ended and not full:
+                    running.append(place)
+            alive = [alive[place] for place in running]
+            if alive:
+                kept = torch.tensor(running, device=ids.device)
+                mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - begin), value=1)
+                if len(running) < len(ids):
+                    ids, mask = ids[kept], mask[kept]
+                    cache.batch_select_indices(kept)
+                options["past_key_values"] = cache
+        return written
 
     def _split_stop(self, stop: str) -> tuple[str, list[int]]:
         """The text before the first special token in `stop` (decoded texts hold none), and the ids of all of them."""

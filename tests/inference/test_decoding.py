@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.tiny_translator import requests, tiny_llama, tiny_tokenizer
-from transformers import GenerationConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedModel
 
 from lander_ds.common.errors import ModelError
 from lander_ds.config.recipe import TranslateConfig
 from lander_ds.inference.decoding import (
+    ROUND,
     Decoder,
     Hypothesis,
     common_prefix_length,
@@ -46,6 +48,35 @@ def test_greedy_equals_plain_generate() -> None:
         actual = Decoder(model, tokenizer, TranslateConfig(max_new_tokens=12)).decode([prompt])[0]
         assert actual.text == expected
         assert actual.tokens == len(output)
+
+
+def tiny_sliding_gemma() -> PreTrainedModel:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": tiny_llama().config.vocab_size}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+    config = Gemma3TextConfig(**sizes, **heads, **layers, tie_word_embeddings=False, eos_token_id=2)
+    model = Gemma3ForCausalLM(config)
+    # Weights of the usual initial scale make every token repeat itself.
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_sliding_gemma])
+def test_rows_that_have_ended_are_not_computed_any_more(build: Callable[[], PreTrainedModel]) -> None:
+    model, tokenizer, wanted = build(), tiny_tokenizer(), prompts(12)
+    decoder = Decoder(model, tokenizer, TranslateConfig(max_new_tokens=5 * ROUND))
+    rows: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    actual = decoder.decode(wanted)
+    together = list(rows)
+    assert actual == [decoder.decode([prompt])[0] for prompt in wanted]
+    lengths = [hypothesis.tokens for hypothesis in actual]
+    assert min(lengths) < ROUND < max(lengths)
+    assert together == sorted(together, reverse=True)
+    # A row is computed up to the end of the round in which it ends.
+    assert sum(together) == sum(min(-(-n // ROUND) * ROUND, max(lengths)) for n in lengths)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
