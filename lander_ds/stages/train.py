@@ -16,6 +16,7 @@ from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.distributed.watchdog import Watchdog
+from lander_ds.evaluation.valid_chrf import ValidationChrf
 from lander_ds.stages.stage import Part, Result, Stage
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.preemption import Preempted, StopRequest
@@ -24,7 +25,7 @@ from lander_ds.training.progress import Progress
 from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
 from lander_ds.training.trainer import Outcome, Trainer
-from lander_ds.training.validation import validation_loss
+from lander_ds.training.validation import Validation, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ def _parts(start: Start) -> list[Part]:
     }
     # Changes no result; records of before it existed lack it.
     del options["train"]["prefix_cache"]
+    # Was a boolean when chrf did not exist.
+    if recipe.train.keep_best != "chrf":
+        options["train"]["keep_best"] = recipe.train.keep_best == "loss"
     return [Part("train", options, inputs, lambda: _train(start, data, inputs))]
 
 
@@ -80,13 +84,15 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
             run.training_summary.unlink(missing_ok=True)
         metrics = MetricsLogger(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
         saver = Saver(session, run, identity)
-        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes)
+        by_chrf = recipe.train.keep_best == "chrf"
+        chrf = ValidationChrf(recipe, session.model.model, data, watchdog.beat) if by_chrf else None
+        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes, chrf)
         # Another signal must not end the process before the last checkpoint is there.
         with StopRequest():
             outcome = trainer.run()
             watchdog.beat("validation at the end")
             if trainer.valid and not recipe.train.valid_every and not outcome.preempted:
-                metrics.validation(outcome.steps, validation_loss(session, trainer.valid))
+                metrics.validation(outcome.steps, Validation(validation_loss(session, trainer.valid)))
             metrics.close()
             watchdog.beat("writing the last checkpoint")
             saver.finish()

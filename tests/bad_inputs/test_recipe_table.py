@@ -83,6 +83,17 @@ OVERRIDES = [
         "train.patience: early stopping needs validations; set train.valid_every",
     ),
     ("train", ["train.valid_every=5", "data.corpora.1.split=test"], "train.valid_every", "split: valid"),
+    (
+        "train",
+        ["train.keep_best=chrf"],
+        "train.keep_best: chrf is measured in validations; set train.valid_every, or write loss",
+    ),
+    (
+        "train",
+        [*TWO_STAGES, "train.keep_best=chrf", "train.valid_every=5"],
+        "train.keep_best: chrf translates, for which topology: pipeline would need the whole model",
+        "set topology: replicated or zero3",
+    ),
     ("train", ["train.lr={general: 0, specific: 0, gates: 0}"], "train.lr: nothing would be trained"),
     ("train", ["train.method=lora", "train.lr.lora=0"], "train.lr: nothing would be trained: train.lr.lora"),
     ("train", ["train.banks=[]"], "train.banks: method: lander needs a bank"),

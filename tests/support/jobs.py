@@ -21,7 +21,7 @@ from lander_ds.distributed.engines import zero3
 from lander_ds.distributed.engines.deepspeed_internals import local_shard
 from lander_ds.distributed.start import Start
 from lander_ds.models.parameter_groups import active_groups
-from lander_ds.stages import prepare, train
+from lander_ds.stages import prepare, train, translate
 from lander_ds.stages.catalogue import STAGES
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.session import Session, open_session
@@ -61,6 +61,12 @@ def gathered(run: RunDirectory) -> dict[str, torch.Tensor]:
     for path in run.path.glob(f"*-{GATHERED}"):
         whole.update(load_file(path))
     return whole
+
+
+def train_and_translate(recipe: Recipe, run: RunDirectory) -> None:
+    """Stages train and translate."""
+    train.run(recipe, run)
+    translate.run(recipe, run)
 
 
 def train_lower(recipe: Recipe, run: RunDirectory) -> None:
@@ -121,7 +127,7 @@ def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
 def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
     """Train; note after every step which groups changed on this rank, in weights or in optimizer state."""
     session, data = open_session(Start(recipe, run)), PreparedData.load(run, recipe)
-    trainer = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, valid_loss: None)
+    trainer = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, measured: None)
     notes = []
     before = _states(session)
     for step in range(recipe.train.steps):
