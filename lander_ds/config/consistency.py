@@ -140,6 +140,7 @@ def _check_train(check: Check) -> None:
             "train.valid_every", "validation needs a corpus with split: valid; add one or set it to 0"
         )
     check.refuse_repeats("train.banks", train.banks)
+    check.refuse_repeats("train.trackers", train.trackers)
     _check_prefix_cache(check)
     _check_method(check)
     _check_learning_rates(check)

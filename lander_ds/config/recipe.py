@@ -437,7 +437,11 @@ class TrainConfig:
     """End the job when no step has finished for so long (in detect: no micro-batch), and name the rank that hangs; 0
     waits for ever."""
     log_every: PositiveInt = 1
-    """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
+    """Figures go to the trackers every so many steps; metrics.jsonl has every step."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where figures go besides metrics.jsonl. Weights & Biases and MLflow need their own packages
+    (`pip install 'lander-ds[track]'`) and read their own environment variables; what fails once training runs is left
+    out with a warning."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """Averaging over steps."""
     lora: LoraConfig = field(default_factory=LoraConfig)

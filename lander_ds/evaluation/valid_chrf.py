@@ -73,7 +73,7 @@ class ValidationChrf:
 
 @contextmanager
 def _generating(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context a model in training generates, with transformers' own attention instead of that for packed rows."""
+    """Within this context a model in training generates: with transformers' own attention, not that for packed rows."""
     packed, head = model.config._attn_implementation, model.get_output_embeddings()
     trained = [parameter.requires_grad for parameter in head.parameters()]
     model.set_attn_implementation(model.get_correct_attn_implementation(None))

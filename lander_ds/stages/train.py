@@ -24,6 +24,7 @@ from lander_ds.training.prefix_cache import open_prefixes
 from lander_ds.training.progress import Progress
 from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
+from lander_ds.training.trackers import open_trackers
 from lander_ds.training.trainer import Outcome, Trainer
 from lander_ds.training.validation import Validation, validation_loss
 
@@ -53,8 +54,8 @@ def _parts(start: Start) -> list[Part]:
         **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
         "dtype": recipe.model.dtype,
     }
-    # Changes no result; records of before it existed lack it.
-    del options["train"]["prefix_cache"]
+    # Change no result; records of before they existed lack them.
+    del options["train"]["prefix_cache"], options["train"]["trackers"]
     # Was a boolean when chrf did not exist.
     if recipe.train.keep_best != "chrf":
         options["train"]["keep_best"] = recipe.train.keep_best == "loss"
@@ -74,7 +75,10 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
             f"train.steps: {recipe.train.steps}, but {checkpoint.path} has come further already: raise train.steps, "
             f"start anew in another run_dir, or translate and export an earlier one with checkpoint: step-N"
         )
-    with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog:
+    with (
+        open_trackers(recipe, run, checkpoint is not None) as trackers,
+        Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog,
+    ):
         session = open_session(start, checkpoint)
         _announce(session)
         before = session.engine.frozen_digest()
@@ -82,7 +86,9 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
         progress = Progress() if checkpoint is None else Progress(**checkpoint.state["progress"])
         if process_group.rank() == 0:
             run.training_summary.unlink(missing_ok=True)
-        metrics = MetricsLogger(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
+        metrics = MetricsLogger(
+            run.metrics, session.engine.monitor, recipe.train.log_every, progress.done, trackers
+        )
         saver = Saver(session, run, identity)
         by_chrf = recipe.train.keep_best == "chrf"
         chrf = ValidationChrf(recipe, session.model.model, data, watchdog.beat) if by_chrf else None
@@ -96,10 +102,10 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
             metrics.close()
             watchdog.beat("writing the last checkpoint")
             saver.finish()
-    if outcome.preempted:
-        raise Preempted(
-            f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"
-        )
+        if outcome.preempted:
+            raise Preempted(
+                f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"
+            )
     unchanged = all(collectives.gather_objects(before == session.engine.frozen_digest()))
     summary = _summary(session, outcome, unchanged, time.monotonic() - started)
     if process_group.rank() == 0:

@@ -1,4 +1,4 @@
-"""What training writes down: metrics.jsonl (every step), TensorBoard (through DeepSpeed's monitor), log lines."""
+"""What training writes down: metrics.jsonl (every step), TensorBoard (through DeepSpeed's monitor), trackers, log lines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from lander_ds.common.files import write_text
 from lander_ds.distributed import process_group
+from lander_ds.training.trackers import Trackers
 from lander_ds.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -18,16 +19,19 @@ logger = logging.getLogger(__name__)
 class MetricsLogger:
     """Rank 0 writes; the other ranks do nothing."""
 
-    def __init__(self, path: Path, monitor: Any, log_every: int, done: int = 0) -> None:
+    def __init__(
+        self, path: Path, monitor: Any, log_every: int, done: int = 0, trackers: Trackers | None = None
+    ) -> None:
         """Start `path` anew, or go on in it.
 
         Args:
             path: metrics.jsonl.
             monitor: the DeepSpeed engine's monitor.
-            log_every: steps between log lines and TensorBoard points.
+            log_every: steps between points in TensorBoard and trackers.
             done: steps already done; what the file says of later ones is dropped, because they are done again.
+            trackers: further ones that are told the same; default: none.
         """
-        self._monitor, self._log_every = monitor, log_every
+        self._monitor, self._log_every, self._trackers = monitor, log_every, trackers or Trackers({})
         self._stream = None
         if process_group.rank() == 0:
             write_text(path, "".join(_until(path, done)))
@@ -75,6 +79,7 @@ class MetricsLogger:
     def _scalars(self, values: dict[str, float], step: int) -> None:
         if process_group.rank() == 0 and self._monitor is not None and self._monitor.enabled:
             self._monitor.write_events([(name, value, step) for name, value in values.items()])
+        self._trackers.log(values, step)
 
 
 def _listed(figures: Mapping[str, float]) -> str:

@@ -69,6 +69,12 @@ def train_and_translate(recipe: Recipe, run: RunDirectory) -> None:
     translate.run(recipe, run)
 
 
+def train_in_two_goes(recipe: Recipe, run: RunDirectory) -> None:
+    """Stage train up to step 2, then on from its checkpoint."""
+    train.run(replace(recipe, train=replace(recipe.train, steps=2)), run)
+    train.run(recipe, run, auto_resume=True)
+
+
 def train_lower(recipe: Recipe, run: RunDirectory) -> None:
     """Stage train with banks in layer 1 alone."""
     if process_group.rank() == 0:
