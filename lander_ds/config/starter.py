@@ -58,7 +58,8 @@ def starter(size: str, wish: Wish, name: str, deepspeed: str) -> str:
         (r"(?<=^  pairs: )\[.*?\]", f"[{', '.join(map(_text, wish.pairs))}]"),
         (r"^  corpora:.*\n(    - .*\n)+", _corpora(wish.corpora)),
     ):
-        text, count = re.subn(pattern, lambda _, value=value: value, text, flags=re.MULTILINE)
+        literal = value.replace("\\", r"\\")
+        text, count = re.subn(pattern, literal, text, flags=re.MULTILINE)
         assert count == 1, f"recipes/{size}.yaml: {pattern}"
     return text
 
