@@ -57,7 +57,7 @@ def lander(
             turns.next()
 
     process_group.start()
-    recipe = _recipe(workload, directory)
+    recipe = recipe_of(workload, directory)
     if replicated:
         recipe = replace(recipe, topology="replicated", deepspeed=str(REPLICATED_JSON))
     run = RunDirectory(recipe.run_dir)
@@ -76,7 +76,8 @@ def lander(
     process_group.stop()
 
 
-def _recipe(workload: Workload, directory: Path) -> Any:
+def recipe_of(workload: Workload, directory: Path) -> Any:
+    """A recipe that trains the workload."""
     from lander_ds.config.recipe import DataConfig, LearningRates, ModelConfig, Recipe, TrainConfig
 
     rate = workload.learning_rate

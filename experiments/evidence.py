@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from detection_page import as_svg, facts, knock_out_figure, stability_figure
 from jinja2 import Environment
 
+from lander_ds.common.files import read_json
 from lander_ds.experiment.grid import Experiment, load_experiment
 from lander_ds.experiment.outcome import cell_file
 from lander_ds.experiment.results import assemble
@@ -26,6 +28,8 @@ EXPERIMENTS = {
     "continual": "Adding a direction",
 }
 """Experiment -> title of its section, in order."""
+DETECTION = ROOT / "experiments" / "results" / "detection" / "detection.json"
+FIGURES = ROOT / "docs" / "figures"
 
 
 def section(name: str, title: str) -> dict[str, str] | None:
@@ -70,9 +74,24 @@ def render() -> str:
     template = (ROOT / "experiments" / "evidence.md.j2").read_text(encoding="utf-8")
     sections = [one for name, title in EXPERIMENTS.items() if (one := section(name, title)) is not None]
     environment = Environment(keep_trailing_newline=True, trim_blocks=True)
-    return environment.from_string(template).render(experiments=sections)
+    study = facts(read_json(DETECTION, "")) if DETECTION.exists() else None
+    return environment.from_string(template).render(experiments=sections, study=study)
+
+
+def figures() -> dict[str, str]:
+    """File name in docs/figures -> SVG."""
+    if not DETECTION.exists():
+        return {}
+    results = read_json(DETECTION, "")
+    return {
+        "knock-out.svg": as_svg(knock_out_figure(results)),
+        "stability.svg": as_svg(stability_figure(results)),
+    }
 
 
 if __name__ == "__main__":
     (ROOT / "docs" / "evidence.md").write_text(render(), encoding="utf-8")
+    for name, text in figures().items():
+        FIGURES.mkdir(exist_ok=True)
+        (FIGURES / name).write_text(text, encoding="utf-8")
     sys.exit(0)

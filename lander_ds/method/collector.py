@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from lander_ds.common.errors import DataError, ModelError
 from lander_ds.method.awareness import STATISTICS, Awareness, AwarenessMetadata
 
+BLOCK = 2**17
+"""Values of h that are looked at together on a CPU: half a megabyte in float32."""
+
 
 @dataclass(frozen=True)
 class _Ownership:
@@ -46,7 +49,7 @@ class StatisticsCollector:
             awareness = collector.finish(pairs, metadata)
 
     L must be summed, not averaged, over target tokens; then the sums do not depend on how the data is cut.
-    Within a micro-batch sums are float32, across micro-batches and ranks float64.
+    Within a block of tokens sums are float32, across blocks, micro-batches and ranks float64.
     """
 
     def __init__(
@@ -142,9 +145,13 @@ class StatisticsCollector:
         if ownership.kept is not None:
             # Dropped, not multiplied by zero: padding may hold NaN.
             h, g = h[ownership.kept], g[ownership.kept]
-        h = h.float()
-        for statistic, values in enumerate(_per_token_values(h, g.float() * h)):
-            self._sums[statistic, :, layer] += (ownership.one_hot @ values).double()
+        # On a CPU in blocks that stay in its cache: a third of the time. On a GPU each block would cost its own kernels.
+        tokens = max(1, BLOCK // h.shape[1]) if h.device.type == "cpu" else max(1, len(h))
+        for begin in range(0, len(h), tokens):
+            block = slice(begin, begin + tokens)
+            one_hot, own = ownership.one_hot[:, block], h[block].float()
+            for statistic, values in enumerate(_per_token_values(own, g[block].float() * own)):
+                self._sums[statistic, :, layer] += (one_hot @ values).double()
         self._recorded[layer] += 1
 
     def reduce(self, all_reduce: Callable[[torch.Tensor], object]) -> None:
