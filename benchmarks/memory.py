@@ -200,6 +200,7 @@ def measure_export(work: Path, name: str) -> Measured:
     """Write one export."""
     from lander_ds.checkpoint import checkpoint
     from lander_ds.common.run_directory import RunDirectory
+    from lander_ds.distributed.start import Start
     from lander_ds.export.delta_apply import Options, apply_delta, revert_delta
     from lander_ds.export.delta_write import export_delta
     from lander_ds.export.dense import export_dense
@@ -213,7 +214,7 @@ def measure_export(work: Path, name: str) -> Measured:
     facts = {"base": {"name": "random", "fingerprint": "none"}, "method": "lander"}
 
     def opened() -> TrainedModel:
-        return TrainedModel.open(recipe, checkpoint.newest(run.checkpoints))
+        return TrainedModel.open(Start(recipe, run), checkpoint.newest(run.checkpoints))
 
     calls: dict[str, Callable[[], None]] = {
         "dense": lambda: export_dense(opened().source, out, Form()),

@@ -12,17 +12,15 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import processor  # noqa: F401 - before DeepSpeed is imported
 import torch
-from plan_ranks import EXAMPLE_TOKENS, MEASURED, TARGET_SHARE, Job, rank_process
+from plan_ranks import EXAMPLE_TOKENS, MEASURED, TARGET_SHARE, Job
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PretrainedConfig
@@ -50,9 +48,12 @@ from lander_ds.config.recipe import (
     SelectConfig,
     TrainConfig,
 )
-from lander_ds.distributed.process_group import free_port
 from lander_ds.models.loading import build
 from lander_ds.models.weights import base_fingerprint
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support import worlds
 
 TOLERANCE = 0.05
 PAIRS = ("en-de", "en-fr", "en-ru", "en-cs")
@@ -63,8 +64,8 @@ WORLDS: dict[int, tuple[tuple[int, int], ...]] = {
 }
 """Ranks -> grids of pipeline stages and data-parallel ranks."""
 Worlds = Mapping[int, Sequence[tuple[int, int]]]
-PRELOADED = ("deepspeed", "transformers", "peft", "plan_ranks")
-TIMEOUT_SECONDS = 900.0
+JOB_SECONDS = 900.0
+"""What a training may take; a model of one's own can be large."""
 THRESHOLD = 1000
 """Parameters up to this size stay whole under ZeRO-3: in the small models some, in large ones norms."""
 
@@ -111,7 +112,7 @@ def validate(model: Path | None, worlds: Worlds = WORLDS) -> list[Case]:
         jobs = {ranks: list(_jobs(root, models, ranks, grids)) for ranks, grids in worlds.items()}
         cases: list[Case] = []
         for ranks, own in jobs.items():
-            run_world(root, ranks, own)
+            _run(root, ranks, own)
             for job in own:
                 cases += _compare(job, ranks)
     return cases
@@ -186,44 +187,18 @@ def _save_selection(recipe: Recipe) -> None:
     replace(estimated, metadata=metadata).save(RunDirectory(recipe.run_dir).selection)
 
 
-def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
+def _run(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
     """Run jobs one after another in a world of `ranks` processes on this machine.
 
     Raises:
-        LanderError: a rank failed, or all together took too long; none is left running.
+        LanderError: a rank failed, or did not end a job in time; none is left running.
     """
-    context = get_context("forkserver")
-    # Forked from a server that has imported everything once.
-    context.set_forkserver_preload(list(PRELOADED))
-    environment = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks))),
-    }
-    processes = [
-        context.Process(target=rank_process, args=(rank, environment, tuple(jobs), root), daemon=True)
-        for rank in range(ranks)
-    ]
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // ranks)))
     try:
         with _stdout_to_stderr():
-            for process in processes:
-                process.start()
-        while any(process.is_alive() for process in processes):
-            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-    if any(process.exitcode for process in processes):
-        failures = [path.read_text(encoding="utf-8") for path in sorted(root.glob(f"failure-{ranks}-*.txt"))]
-        raise LanderError(
-            "the measurement failed: " + ("\n".join(failures) or f"it did not end in {TIMEOUT_SECONDS:.0f} s")
-        )
+            worlds.run_world(root, ranks, jobs, threads)
+    except RuntimeError as error:
+        raise LanderError(f"the measurement failed: {error}") from None
 
 
 @contextmanager
@@ -287,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", action="store_true", help='print {"cases": [{case, quantity, predicted, measured}]}'
     )
     options = parser.parse_args(arguments)
+    worlds.TIMEOUT_SECONDS = JOB_SECONDS
     try:
         cases = validate(options.model)
     except LanderError as error:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,10 @@ class Job:
     name: str
     recipe: Recipe
 
+    def __call__(self, root: Path, ranks: int) -> None:
+        """Train, and leave what was measured in the run directory (collective)."""
+        _measure(self.recipe)
+
 
 class _Split(PreparedSplit):
     """Examples of equal length, of tokens that every model has."""
@@ -67,24 +68,6 @@ class _Data(PreparedData):
         return {pair: _Split(pair) for pair in self.pairs} if split == "train" else {}
 
 
-def rank_process(rank: int, environment: Mapping[str, str], jobs: tuple[Job, ...], root: Path) -> None:
-    """The whole life of one rank; a failure is left in `root`."""
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    name = "start"
-    try:
-        process_group.start()
-        for job in jobs:
-            name = job.name
-            _measure(job.recipe)
-        process_group.stop()
-    except BaseException:
-        text = f"{name}, rank {rank}:\n{traceback.format_exc()}"
-        (root / f"failure-{environment['WORLD_SIZE']}-{rank}.txt").write_text(text, encoding="utf-8")
-        # Other ranks may wait for this one: an orderly exit could hang.
-        os._exit(1)
-
-
 def _measure(recipe: Recipe) -> None:
     run, data = RunDirectory(recipe.run_dir), _Data(recipe.data.pairs)
     session = open_session(Start(recipe, run))
@@ -103,7 +86,6 @@ def _measure(recipe: Recipe) -> None:
             run.path / MEASURED, {"ranks": bytes_of_ranks, "checkpoint": size, "activations": activations}
         )
     session.engine.destroy()
-    collectives.barrier()
 
 
 def _activations(session: Session, data: PreparedData) -> int:

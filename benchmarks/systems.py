@@ -15,6 +15,8 @@ from typing import Any
 from turns import Turns, Work
 from workload import PAIRS, Workload
 
+from lander_ds.data.batching.packing import Example
+
 REPLICATED_JSON = Path(__file__).parents[1] / "ds_configs" / "270m" / "replicated.json"
 LORA_RANK = 16
 SPECIFIC_SHARE = 0.025
@@ -184,8 +186,8 @@ def hugging_face(
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=[torch.from_numpy(e.input_ids).long() for e in workload.in_order()],
-        data_collator=partial(_collate, prompt=workload.prompt, target_logits=target_logits),
+        train_dataset=workload.in_order(),
+        data_collator=partial(_collate, target_logits=target_logits),
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
@@ -197,18 +199,25 @@ def hugging_face(
     process_group.stop()
 
 
-def _collate(examples: list[Any], prompt: int, target_logits: bool) -> dict[str, Any]:
-    """A batch [B, length] of equally long examples, in which the prompt carries no loss.
+def _collate(examples: list[Example], target_logits: bool) -> dict[str, Any]:
+    """A batch [B, longest], padded on the right; prompts and padding carry no loss.
 
-    `logits_to_keep` and `shift_labels` are how transformers' models are told to compute some logits only.
+    `logits_to_keep` and `shift_labels` are how transformers' models are told to compute some logits only; that needs
+    examples of one length.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    input_ids = torch.stack(examples)
-    labels = input_ids.clone()
-    labels[:, :prompt] = IGNORED
-    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    rows = [torch.from_numpy(example.input_ids).long() for example in examples]
+    input_ids = pad_sequence(rows, batch_first=True)
+    labels = torch.full_like(input_ids, IGNORED)
+    mask = torch.zeros_like(input_ids)
+    for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
+        labels[number, example.prompt_length : len(row)] = row[example.prompt_length :]
+        mask[number, : len(row)] = 1
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
     if target_logits:
+        prompt = examples[0].prompt_length
         batch["logits_to_keep"] = torch.arange(prompt - 1, input_ids.shape[1] - 1)
         batch["shift_labels"] = labels[:, prompt:].contiguous()
     return batch

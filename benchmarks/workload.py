@@ -67,7 +67,7 @@ class Workload:
         """Tokens of a global batch that carry loss."""
         return self.ranks * self.examples * (self.length - self.prompt)
 
-    def data(self) -> UniformData:
+    def data(self) -> PreparedData:
         """The corpora."""
         return UniformData(self)
 

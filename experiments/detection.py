@@ -116,7 +116,7 @@ class Base:
         recipe = study.start.recipe
         # One neuron of thousands changes less than bfloat16 can hold.
         exact = replace(recipe, model=replace(recipe.model, dtype="float32"))
-        self.model: PreTrainedModel = open_for_inference(exact, study.start.run, "base").model
+        self.model: PreTrainedModel = open_for_inference(replace(study.start, recipe=exact), "base").model
         self.down = family_of(self.model.config.model_type).down_projections(self.model)
         self.valid = {pair: split for pair, split in study.data.split("valid").items() if pair in study.pairs}
 

@@ -165,7 +165,7 @@ def _requests(
 def _open(start: Start, arguments: argparse.Namespace) -> InferenceModel:
     if arguments.model is not None:
         return open_directory(start.recipe.model)
-    return open_for_inference(start.recipe, start.run, arguments.system)
+    return open_for_inference(start, arguments.system)
 
 
 def _depends_on(start: Start, arguments: argparse.Namespace) -> Mapping[str, Any]:

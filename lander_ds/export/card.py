@@ -12,10 +12,10 @@ from lander_ds.checkpoint.choice import as_trained
 from lander_ds.common.files import read_json, write_text
 from lander_ds.common.run_directory import RunDirectory, versions
 from lander_ds.config.loading import dump_recipe
-from lander_ds.config.recipe import Recipe
 from lander_ds.data.tokens.languages import split_pair
+from lander_ds.distributed.start import Start
 from lander_ds.export.writer import Form
-from lander_ds.models.weights import base_fingerprint, base_name
+from lander_ds.models.weights import base_name
 from lander_ds.report.summary import METRICS, SYSTEM_NAMES, pair_scores, remarks
 
 Facts = Mapping[str, Any]
@@ -66,20 +66,20 @@ class Exactness:
         )
 
 
-def facts_of(recipe: Recipe, run: RunDirectory, checkpoint_state: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(start: Start, checkpoint_state: Mapping[str, Any]) -> dict[str, Any]:
     """What the cards of a run's exports say, from the artefacts that are there.
 
     Args:
-        recipe: the recipe.
-        run: where statistics and scores lie.
+        start: names the base, and the run directory in which statistics and scores lie.
         checkpoint_state: state.json of the exported checkpoint.
     """
+    recipe, run = start.recipe, start.run
     prepared = run.record_path("prepare")
     statistics = run.data / "statistics.json"
     scores = read_json(run.scores, "run stage score again") if run.scores.exists() else None
     inputs = read_json(prepared, "run stage prepare again").get("inputs", {}) if prepared.exists() else {}
     return {
-        "base": {"name": base_name(recipe.model.path), "fingerprint": base_fingerprint(recipe.model.path)},
+        "base": {"name": base_name(recipe.model.path), "fingerprint": start.base_fingerprint},
         "method": checkpoint_state["method"],
         "step": checkpoint_state["step"],
         "pairs": list(checkpoint_state["pairs"]),

@@ -176,7 +176,7 @@ class Delta:
         if {name for name, _ in model.named_parameters() if is_gate(name)} != gates.keys():
             raise ArtefactError(f"{self.path} has other gates than its selection needs: {_CURE}")
         source = Flipped(weights, self)
-        return TrainedModel(model, family, source, gates, "lander", routing, selection)
+        return TrainedModel(model, family, source, gates, "lander", routing, selection, self.fingerprint)
 
     def selection(self) -> Selection:
         """Layers and banks."""

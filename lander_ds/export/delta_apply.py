@@ -152,13 +152,14 @@ def diff_models(base: Path, model: Path, out: Path, force: bool, allow_pickle: b
     weights, other = _plain(base, allow_pickle), _plain(model, allow_pickle)
     _refuse_misfits(weights, other)
     _tell_other_differences(base, model)
+    fingerprint = base_fingerprint(base)
     facts = {
-        "base": {"name": base_name(base), "fingerprint": base_fingerprint(base)},
+        "base": {"name": base_name(base), "fingerprint": fingerprint},
         "method": f"difference to {base_name(model)}",
     }
     with replacing(out) as new:
         description = {"method": "diff", "routing": None, "dtype": None, "gate_means": {}, "facts": facts}
-        write_delta(_Other(weights, other), {}, new, description)
+        write_delta(_Other(weights, other), {}, new, description, fingerprint)
         write_card(new, facts, "delta", Exactness.exact())
     if not Delta.open(out).changes:
         logger.warning("%s and %s have the same weights: the delta is empty", base, model)

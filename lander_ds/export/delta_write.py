@@ -19,7 +19,7 @@ from lander_ds.export.fold import GateMeans
 from lander_ds.export.sources import TensorSource
 from lander_ds.export.stream import Header, Spec
 from lander_ds.export.trained import TrainedModel
-from lander_ds.models.weights import BaseWeights, base_fingerprint, base_name
+from lander_ds.models.weights import BaseWeights, base_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,16 @@ def export_delta(trained: TrainedModel, directory: Path, means: GateMeans, facts
         if routed:
             assert trained.selection is not None
             trained.selection.save(new / SELECTION)
-        write_delta(
-            trained.source, trained.gates, new, {"method": trained.method, **routing, "facts": dict(facts)}
-        )
+        description = {"method": trained.method, **routing, "facts": dict(facts)}
+        write_delta(trained.source, trained.gates, new, description, trained.base_fingerprint)
 
 
 def write_delta(
-    source: TensorSource, gates: Mapping[str, torch.Tensor], directory: Path, description: Mapping[str, Any]
+    source: TensorSource,
+    gates: Mapping[str, torch.Tensor],
+    directory: Path,
+    description: Mapping[str, Any],
+    base_fingerprint: str,
 ) -> None:
     """Write `delta.safetensors` and `delta.json` into an existing directory.
 
@@ -93,7 +96,7 @@ def write_delta(
     meta = {
         "format": FORMAT,
         **description,
-        "base": _base(weights),
+        "base": _base(weights, base_fingerprint),
         "changes": [asdict(change) for change in changes.values()],
         "files": {
             name: file_hash(directory / name) for name in (WEIGHTS, SELECTION) if (directory / name).exists()
@@ -107,12 +110,12 @@ def write_delta(
     )
 
 
-def _base(weights: BaseWeights) -> dict[str, Any]:
+def _base(weights: BaseWeights, fingerprint: str) -> dict[str, Any]:
     """What is needed to recognise the base, and to write it again byte for byte."""
     layout = weights.layout
     return {
         "name": base_name(weights.directory),
-        "fingerprint": base_fingerprint(weights.directory),
+        "fingerprint": fingerprint,
         "config": (weights.directory / "config.json").read_text(encoding="utf-8"),
         "files": None if layout.pickled else {path.name: Header.read(path).text for path in layout.paths},
         "index": None if layout.index is None or layout.pickled else layout.index.read_text(encoding="utf-8"),

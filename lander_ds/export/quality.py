@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common import console
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe, ScoreConfig, Split
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.data.tokens.tokenizer import load_tokenizer
+from lander_ds.distributed.start import Start
 from lander_ds.evaluation.metrics import bleu_tokenizer, evaluate
 from lander_ds.export.fold import MEAN
 from lander_ds.export.verify import open_exported
@@ -31,27 +31,23 @@ SPLITS: tuple[Split, ...] = ("test", "valid")
 """Where sentences may come from, the split of stage translate first."""
 
 
-def folding_loss(
-    recipe: Recipe, run: RunDirectory, data: PreparedData, folds: Mapping[str, Path]
-) -> dict[str, dict[str, Any]]:
+def folding_loss(start: Start, data: PreparedData, folds: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Translate `export.fold_sentences` sentences of each folded pair with both models, as stage translate would.
 
     Args:
-        recipe: the recipe.
-        run: where the checkpoint lies.
+        start: names the base, and the run directory in which the checkpoint lies.
         data: prepared data.
         folds: pair, or `mean` (all pairs) -> its export.
 
     Returns: name of the fold -> pair -> `split`, `sentences`, and for `bleu` and `chrf` `routed`, `folded` and `p` of the
         paired bootstrap; `signatures`. Pairs without test or validation data are left out.
     """
+    recipe = start.recipe
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     pairs = [pair for pair in recipe.data.pairs if MEAN in folds or pair in folds]
     requests = {pair: own for pair in pairs if (own := _requests(recipe, data, tokenizer, pair)) is not None}
-    replicated = replace(
-        recipe, translate=replace(recipe.translate, weights="replicated", checkpoint=recipe.export.checkpoint)
-    )
-    routed = open_for_inference(replicated, run, "trained")
+    whole = replace(recipe.translate, weights="replicated", checkpoint=recipe.export.checkpoint)
+    routed = open_for_inference(start, "trained", whole)
     ours = {
         pair: _translate(routed, tokenizer, recipe, pair, wanted) for pair, (_, wanted) in requests.items()
     }

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.common.errors import ModelError
-from lander_ds.config.recipe import Recipe, RoutingConfig
+from lander_ds.config.recipe import RoutingConfig
+from lander_ds.distributed.start import Start
 from lander_ds.export.sources import Change, Merged, TensorSource, rounded
 from lander_ds.inference.open import restore_shape
 from lander_ds.method.selection import Selection
@@ -38,13 +39,15 @@ class TrainedModel:
     """Options of the gates."""
     selection: Selection | None
     """Layers and banks, of methods that have them."""
+    base_fingerprint: str
 
     @staticmethod
-    def open(recipe: Recipe, checkpoint: Checkpoint) -> TrainedModel:
+    def open(start: Start, checkpoint: Checkpoint) -> TrainedModel:
         """Read a checkpoint and rebuild the shape it was trained in."""
-        model, family = build(recipe.model, attention=None)
-        restore_shape(model, family, recipe, checkpoint)
-        weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
+        config = start.recipe.model
+        model, family = build(config, attention=None)
+        restore_shape(model, family, start, checkpoint)
+        weights = BaseWeights(config.path, config.allow_pickle)
         tensors = checkpoint.result()
         state = checkpoint.state
         changes = _Changes(model, family, weights, tensors, state["lora"]).by_tensor()
@@ -57,6 +60,7 @@ class TrainedModel:
             state["method"],
             RoutingConfig(**state["routing"]),
             checkpoint.selection(),
+            start.base_fingerprint,
         )
 
     @property

@@ -19,16 +19,14 @@ from transformers import (
 
 from lander_ds.common import console
 from lander_ds.common.errors import ModelError
-from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import Recipe
+from lander_ds.distributed.start import Start
 from lander_ds.inference.open import open_for_inference
 
 NEW_TOKENS = 24
 
 
 def compare(
-    recipe: Recipe,
-    run: RunDirectory,
+    start: Start,
     directory: Path,
     prompts: Mapping[str, Sequence[Sequence[int]]],
     generate: bool,
@@ -36,8 +34,7 @@ def compare(
     """Compare the export in `directory` with the newest checkpoint in float32 arithmetic on this process's device.
 
     Args:
-        recipe: the recipe.
-        run: where the checkpoint lies.
+        start: names the base, and the run directory in which the checkpoint lies.
         directory: an HF model directory that stage export wrote.
         prompts: token ids of prompts by pair.
         generate: compare greedy translations too.
@@ -45,8 +42,9 @@ def compare(
     Returns: `max_logit_difference` (absolute; NaN where a logit is not finite), `max_logit` (largest absolute logit),
     `same_greedy` (None unless `generate`) and `sentences`.
     """
+    recipe = start.recipe
     whole = replace(recipe.translate, weights="replicated", checkpoint=recipe.export.checkpoint)
-    ours = open_for_inference(replace(recipe, translate=whole), run, "trained")
+    ours = open_for_inference(start, "trained", whole)
     exported = open_exported(directory, getattr(torch, recipe.model.dtype))
     # Both hold the weights in the type they were trained in; float32 arithmetic keeps rounding out of the comparison.
     ours.model.float()

@@ -161,7 +161,7 @@ class Decoder:
             arguments["past_key_values"] = cache
         if n_best > 1:
             config.num_return_sequences = n_best
-            arguments |= {"return_dict_in_generate": True, "output_scores": True}
+            config.return_dict_in_generate = config.output_scores = True
         inputs = torch.tensor(rows, device=device), mask.to(device)
         with own_generation_config_hidden(self._model):
             if config.num_beams == 1 and not self._synced:
@@ -204,17 +204,14 @@ class Decoder:
         """
         longest, limit, ends = ids.shape[1], int(config.max_new_tokens), set(as_list(config.eos_token_id))
         options = dict(arguments)
+        config.return_dict_in_generate = True
         written: list[list[int]] = [[] for _ in range(len(ids))]
         alive = list(range(len(ids)))
         while alive:
             begin = ids.shape[1]
             config.max_new_tokens = min(ROUND, limit - (begin - longest))
             output: Any = self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                return_dict_in_generate=True,
-                **options,
+                input_ids=ids, attention_mask=mask, generation_config=config, **options
             )
             ids, cache = output.sequences, output.past_key_values
             full = ids.shape[1] - longest == limit

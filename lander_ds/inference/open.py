@@ -15,11 +15,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.checkpoint.choice import as_trained, chosen
 from lander_ds.common.errors import ArtefactError, ModelError
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_json import resolve_inference_config
-from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.recipe import ModelConfig, Recipe, TranslateConfig
 from lander_ds.distributed import accelerator, process_group
 from lander_ds.distributed.engines.zero3 import Zero3
+from lander_ds.distributed.start import Start
 from lander_ds.inference.decoding import as_list
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill, model_positions, positions_of
@@ -28,7 +28,7 @@ from lander_ds.models.parameter_groups import prepare_model
 from lander_ds.models.routed_ffn import NONE, Routing, pair_id, routed
 from lander_ds.models.shira import fold_shira
 from lander_ds.models.surgery import routed_ffns
-from lander_ds.models.weights import BaseWeights, base_fingerprint, is_base, read_config
+from lander_ds.models.weights import BaseWeights, read_config
 
 
 class InferenceModel:
@@ -57,25 +57,31 @@ class InferenceModel:
 
 
 def open_for_inference(
-    recipe: Recipe, run: RunDirectory, system: Literal["base", "trained"]
+    start: Start, system: Literal["base", "trained"], options: TranslateConfig | None = None
 ) -> InferenceModel:
     """The model of a system, on this rank's device or sharded over the ranks (`translate.weights`).
+
+    Args:
+        start: names the base, and the run directory in which the checkpoint lies.
+        system: the untouched base, or the trained model.
+        options: in place of the recipe's `translate`.
 
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another base model or other pairs.
         ModelError: the base cannot be read.
     """
+    recipe, options = start.recipe, options or start.recipe.translate
     model, family = build(recipe.model, attention=None)
     model.generation_config = generation_config(Path(recipe.model.path))
     trained: Mapping[str, torch.Tensor] = {}
     name: str | None = None
     if system == "trained":
-        saved = chosen(run.checkpoints, recipe.translate.checkpoint)
-        restore_shape(model, family, recipe, saved)
+        saved = chosen(start.run.checkpoints, options.checkpoint)
+        restore_shape(model, family, start, saved)
         trained, name = saved.result(), saved.path.name
         _check_pairs(model, recipe, saved)
     weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
-    if recipe.translate.weights == "sharded":
+    if options.weights == "sharded":
         engine = Zero3(resolve_inference_config(recipe, process_group.world_size()))
         fill(model, family, weights, engine.placement, trained, reads=engine.reads_weights)
         model = engine.shard(model).module
@@ -153,17 +159,17 @@ def generation_config(path: Path) -> GenerationConfig:
     return own
 
 
-def restore_shape(model: PreTrainedModel, family: Family, recipe: Recipe, trained: Checkpoint) -> None:
+def restore_shape(model: PreTrainedModel, family: Family, start: Start, trained: Checkpoint) -> None:
     """Bring a base model (on meta) into the shape it was trained in.
 
     Raises:
         ArtefactError: the checkpoint belongs to another base model, or is damaged.
     """
-    fingerprint = base_fingerprint(recipe.model.path)
-    if not is_base(trained.state["base_fingerprint"], fingerprint, recipe.model.path):
+    recipe, recorded = start.recipe, trained.state["base_fingerprint"]
+    if not start.is_base(recorded):
         raise ArtefactError(
-            f"{trained.path} was trained from another base model ({trained.state['base_fingerprint']}) than "
-            f"{recipe.model.path} ({fingerprint}): correct model.path, or train again"
+            f"{trained.path} was trained from another base model ({recorded}) than "
+            f"{recipe.model.path} ({start.base_fingerprint}): correct model.path, or train again"
         )
     prepare_model(model, family, as_trained(recipe, trained.state), trained.selection())
 

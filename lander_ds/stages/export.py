@@ -18,7 +18,6 @@ from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.checkpoint.choice import chosen, warn_of_changes
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, replacing, write_json
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.prepared import PreparedData
@@ -49,26 +48,26 @@ def _parts(start: Start) -> list[Part]:
     inputs = {"base": start.base_fingerprint, "checkpoint": file_hash(newest.path / checkpoint.STATE)}
     if run.scores.exists():
         inputs["scores"] = file_hash(run.scores)  # they stand in the model cards
-    return [Part("export", section(recipe, "export"), inputs, lambda: _export(recipe, run, newest))]
+    return [Part("export", section(recipe, "export"), inputs, lambda: _export(start, newest))]
 
 
 STAGE = Stage("export", _parts)
 run = STAGE.run
 
 
-def _export(recipe: Recipe, run: RunDirectory, newest: Checkpoint) -> Result:
+def _export(start: Start, newest: Checkpoint) -> Result:
     """Write, verify and describe everything; only then does it take the place of what was there before."""
-    trained = TrainedModel.open(recipe, newest)
+    recipe, run = start.recipe, start.run
+    trained, facts = TrainedModel.open(start, newest), facts_of(start, newest.state)
     names = [*recipe.export.formats, *(f"dense-{pair}" for pair in folds_of(trained, recipe.export.fold))]
     outputs = [run.export / name for name in names]
     with ExitStack() as replaced:
         new = {path.name: replaced.enter_context(replacing(path)) for path in outputs}
-        _write(recipe, run, trained, newest, new)
-        results = _verify(recipe, run, trained, new) if recipe.export.verify else {}
-        losses = _folding_loss(recipe, run, new)
+        _write(start, trained, newest, new, facts)
+        results = _verify(start, trained, new) if recipe.export.verify else {}
+        losses = _folding_loss(start, new)
         for fold, loss in losses.items():
             results.setdefault(f"dense-{fold}", {})["loss"] = loss
-        facts = facts_of(recipe, run, newest.state)
         for name, directory in new.items():
             write_card(directory, facts, name, _exactness(name, trained, recipe, losses))
     proof = run.export / "verification.json"
@@ -83,15 +82,19 @@ def _export(recipe: Recipe, run: RunDirectory, newest: Checkpoint) -> Result:
 
 
 def _write(
-    recipe: Recipe, run: RunDirectory, trained: TrainedModel, newest: Checkpoint, new: Mapping[str, Path]
+    start: Start,
+    trained: TrainedModel,
+    newest: Checkpoint,
+    new: Mapping[str, Path],
+    facts: Mapping[str, Any],
 ) -> None:
-    """Write every export into its directory."""
-    export = recipe.export
+    """Write every export into its directory; `facts` are for a delta to carry along."""
+    export = start.recipe.export
     form = Form(
         None if export.dtype == "model" else getattr(torch, export.dtype),
         None if export.shard_size is None else round(export.shard_size * GIGABYTE),
     )
-    means = mean_gates(newest.state, run.metrics)
+    means = mean_gates(newest.state, start.run.metrics)
     for name, directory in new.items():
         match name:
             case "dense":
@@ -101,15 +104,14 @@ def _write(
             case "routed":
                 export_routed(trained, directory, form)
             case "delta":
-                export_delta(trained, directory, means, facts_of(recipe, run, newest.state))
+                export_delta(trained, directory, means, facts)
             case _:
                 export_dense(folded(trained, means, name.removeprefix("dense-")), directory, form)
 
 
-def _verify(
-    recipe: Recipe, run: RunDirectory, trained: TrainedModel, new: Mapping[str, Path]
-) -> dict[str, Any]:
+def _verify(start: Start, trained: TrainedModel, new: Mapping[str, Path]) -> dict[str, Any]:
     """Compare every export with the trained model; one that must be exact and differs is an error."""
+    recipe, run = start.recipe, start.run
     data = PreparedData.load(run, recipe)
     prompts = {}
     for pair, split in (data.split("test") or data.split("train")).items():
@@ -123,7 +125,7 @@ def _verify(
         pair = name.removeprefix("dense-")
         exact = _is_exact(name, trained, recipe)
         asked = {pair: prompts[pair]} if pair in prompts else prompts
-        result = compare(recipe, run, directory, asked, generate=exact)
+        result = compare(start, directory, asked, generate=exact)
         results[name] = {**result, "expected_exact": exact}
         if not math.isfinite(result["max_logit_difference"]):
             raise ArtefactError(
@@ -154,11 +156,12 @@ def _verify_delta(directory: Path, trained: TrainedModel) -> dict[str, Any]:
     return {"expected_exact": True, "tensors": len(delta.changes), "bytes": size, "reversible": True}
 
 
-def _folding_loss(recipe: Recipe, run: RunDirectory, new: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def _folding_loss(start: Start, new: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    recipe = start.recipe
     if not recipe.export.fold or not recipe.export.fold_sentences:
         return {}
     folds = {pair: new[f"dense-{pair}"] for pair in recipe.export.fold}
-    return folding_loss(recipe, run, PreparedData.load(run, recipe), folds)
+    return folding_loss(start, PreparedData.load(start.run, recipe), folds)
 
 
 def _exactness(

@@ -91,7 +91,7 @@ class _Models:
         name = _model_of(system)
         if name not in self._opened:
             self._opened.clear()
-            self._opened[name] = open_for_inference(self._start.recipe, self._start.run, name)
+            self._opened[name] = open_for_inference(self._start, name)
         return self._opened[name]
 
 

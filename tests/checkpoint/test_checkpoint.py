@@ -21,6 +21,7 @@ from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import json_hash
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
+from lander_ds.distributed.start import Start
 from lander_ds.inference.open import open_for_inference
 from lander_ds.method.selection import Selection
 
@@ -203,7 +204,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_no_checkpoint_says_what_to_run(recipe: Recipe) -> None:
     with pytest.raises(ArtefactError, match="run stage train first"):
-        open_for_inference(recipe, RunDirectory(recipe.run_dir), "trained")
+        open_for_inference(Start(recipe, RunDirectory(recipe.run_dir)), "trained")
 
 
 def test_inference_uses_the_one_before_a_damaged_checkpoint(recipe: Recipe) -> None:
@@ -211,7 +212,7 @@ def test_inference_uses_the_one_before_a_damaged_checkpoint(recipe: Recipe) -> N
     write_checkpoint(recipe, 7)
     run = RunDirectory(recipe.run_dir)
     flip(run.checkpoints / "step-7" / TRAINED)
-    parameters = dict(open_for_inference(recipe, run, "trained").model.named_parameters())
+    parameters = dict(open_for_inference(Start(recipe, run), "trained").model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in tensors.items())
 
 
@@ -223,7 +224,7 @@ def test_another_base_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     save(other, tmp_path / "other")
     moved = replace(recipe, model=replace(recipe.model, path=str(tmp_path / "other")))
     with pytest.raises(ArtefactError, match=r"another base model.*correct model\.path, or train again"):
-        open_for_inference(moved, RunDirectory(recipe.run_dir), "trained")
+        open_for_inference(Start(moved, RunDirectory(recipe.run_dir)), "trained")
 
 
 def test_the_options_of_the_training_win_over_those_of_the_recipe(recipe: Recipe) -> None:
@@ -234,7 +235,7 @@ def test_the_options_of_the_training_win_over_those_of_the_recipe(recipe: Recipe
         routing=replace(recipe.routing, gate="none"),
         train=replace(recipe.train, method="lora"),
     )
-    opened = open_for_inference(edited, RunDirectory(recipe.run_dir), "trained")
+    opened = open_for_inference(Start(edited, RunDirectory(recipe.run_dir)), "trained")
     parameters = dict(opened.model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in tensors.items())
     assert any(".router." in name for name in parameters)

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support.commands import Command
 from support.workspace import Workspace
 
 from lander_ds.cli.main import main
@@ -253,12 +254,11 @@ def test_one_failing_rank_ends_at_once_and_tells_its_story(workspace: Workspace)
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }
-    done = lander(
-        "train", "--recipe", "recipe.yaml", "--set", "train.steps=0", cwd=workspace.path, **environment
-    )
-    assert done.returncode == 2
-    assert "rank 1 stopped: " in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
+    arguments = ["train", "--recipe", "recipe.yaml", "--set", "train.steps=0"]
+    done = Command(arguments, workspace.path, environment).wait()
+    assert done.code == 2
+    assert "rank 1 stopped: " in done.errors.replace("\n", " ")
+    assert "Traceback" not in done.errors
 
 
 @pytest.mark.parametrize(

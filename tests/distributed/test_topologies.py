@@ -120,7 +120,7 @@ def test_awareness(runs: TinyRun, topology: str, grid: str) -> None:
 @on_two_ranks
 def test_validating_on_the_way(runs: TinyRun, topology: str, grid: str) -> None:
     run = runs.run(name_of(topology, grid, "sgd"))
-    assert [record["step"] for record in validations(run)] == [4, 8, STEPS]
+    assert [record["step"] for record in validations(run)] == [4, STEPS]
 
 
 @every_grid
@@ -226,7 +226,7 @@ def test_a_frozen_weight_that_changes_by_one_bit_is_noticed(runs: TinyRun, topol
 @on_two_ranks
 def test_inactive_groups_stay_bitwise(runs: TinyRun, topology: str, grid: str) -> None:
     """Both ranks have a part of every group."""
-    notes = json.loads((runs.run(name_of(topology, grid, "watched")).path / WATCHED).read_text())
+    notes = json.loads((runs.run(name_of(topology, grid, "none")).path / WATCHED).read_text())
     used: set[str] = set()
     idle_after_use = 0
     for note in notes:
@@ -292,7 +292,7 @@ def test_divergence_ends_with_an_error_on_every_rank(runs: TinyRun, topology: st
     for rank in range(2):
         message = (run.path / f"{rank}-{NOTES}").read_text()
         assert re.search(
-            r"the loss of .*en-.* is not finite at step \d+, after 10 skipped steps: lower train\.lr", message
+            r"the loss of .*en-.* is not finite at step \d+, after 3 skipped steps: lower train\.lr", message
         )
     assert checkpoint.newest(run.checkpoints).trained()
     assert not run.training_summary.exists()

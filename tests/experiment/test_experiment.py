@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
+from support.commands import preloaded
 from support.tiny_run import TinyRun
 
 from lander_ds.cli.main import main
@@ -32,6 +34,8 @@ clock: processor
 tuning: {{steps: 3, sentences: 2}}
 set:
   train.steps: 4
+  train.batch_tokens: 96
+  score.bootstrap_samples: 50
   select.layers.k: 2
   translate.limit: 4
   translate.max_new_tokens: 8
@@ -49,10 +53,11 @@ def finished(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The file of an experiment that has been run."""
     directory = tmp_path_factory.mktemp("experiment")
     file = directory / "small.yaml"
-    file.write_text(
-        EXPERIMENT.format(recipe=tiny_run.recipe_path, run_dir=directory / "runs"), encoding="utf-8"
-    )
-    assert main(["experiment", str(file)]) == 0
+    text = EXPERIMENT.format(recipe=tiny_run.recipe_path, run_dir=directory / "runs")
+    with preloaded(directory) as lander:
+        file.write_text(f"{text}launch: {lander}\n", encoding="utf-8")
+        assert main(["experiment", str(file)]) == 0
+    file.write_text(text, encoding="utf-8")
     return file
 
 
@@ -134,6 +139,15 @@ def test_settings_that_cannot_work_are_refused_before_anything_runs(
     assert main(["experiment", str(file)]) == 2
     assert "did you mean train.steps?" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_cell_is_a_command_of_this_interpreter_where_the_experiment_does_not_say_how_to_launch_it(
+    finished: Path,
+) -> None:
+    runner = Runner(load_experiment(finished), Path(load_experiment(finished).recipe))
+    command = runner._command(["all"], ["seed=3"], slot=0)
+    assert command[:4] == [sys.executable, "-m", "lander_ds", "all"]
+    assert command[4:] == ["--recipe", str(runner.recipe), "--set", "seed=3"]
 
 
 def test_a_launcher_that_fails_is_named_with_its_log(

@@ -17,6 +17,7 @@ from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
+from lander_ds.distributed.start import Start
 from lander_ds.export.card import Exactness, facts_of, render
 from lander_ds.export.writer import Form
 
@@ -61,7 +62,7 @@ def facts(tiny_run: TinyRun, tmp_path: Path) -> dict[str, Any]:
         target.parent.mkdir(exist_ok=True)
         target.write_text(path.read_text())
     scored(run)
-    return facts_of(recipe, run, state_of(recipe))
+    return facts_of(Start(recipe, run), state_of(recipe))
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def test_scores_of_another_checkpoint_are_said_to_be_such(tiny_run: TinyRun, tmp
     scored(run)
     for checkpoint, wording in (("step-20", False), ("step-10", True)):
         write_json(run.record_path("translate.trained"), {"checkpoint": checkpoint})
-        text = render(facts_of(recipe, run, state_of(recipe)), "routed", Exactness.exact())
+        text = render(facts_of(Start(recipe, run), state_of(recipe)), "routed", Exactness.exact())
         assert ("They are of step-10, another checkpoint of this training" in text) is wording
 
 
@@ -133,7 +134,9 @@ def test_what_is_left_out_stands_in_the_card(facts: dict[str, Any]) -> None:
 
 def test_a_run_of_which_little_is_known(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe = replace(tiny_run.recipe("prepared"), run_dir=str(tmp_path))
-    text = render(facts_of(recipe, RunDirectory(tmp_path), state_of(recipe)), "routed", Exactness.exact())
+    text = render(
+        facts_of(Start(recipe, RunDirectory(tmp_path)), state_of(recipe)), "routed", Exactness.exact()
+    )
     assert "Not measured when this card was written" in text
     assert "## Data" not in text
     bare = {"base": {"name": "x", "fingerprint": "sha256:0"}, "method": "difference to y"}

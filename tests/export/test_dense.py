@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import LAYERS, recipe_for, selection_for, write_checkpoint
 from support.exports import dense as export
-from support.exports import tensors
+from support.exports import start_of, tensors
 from support.tiny_models import examples, save, tiny_model
 from transformers import AutoModelForCausalLM
 
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.export import dense
 from lander_ds.inference.open import open_for_inference
 from lander_ds.models.files import INDEX, SINGLE
@@ -31,7 +30,7 @@ def test_logits_are_the_trained_models(case: str, method: str, tmp_path: Path) -
     write_checkpoint(recipe)
     exported = AutoModelForCausalLM.from_pretrained(export(recipe)).eval()
     assert exported.dtype == torch.float32
-    ours = open_for_inference(recipe, RunDirectory(recipe.run_dir), "trained")
+    ours = open_for_inference(start_of(recipe), "trained")
     original = AutoModelForCausalLM.from_pretrained(base).eval()
     for sequence in examples():
         with torch.no_grad(), ours.pair("en-de"):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from lander_ds.common.errors import ModelError
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.distributed.start import Start
 from lander_ds.export.companions import companions
 from lander_ds.export.dense import export_dense
 from lander_ds.export.routed import export_routed
@@ -75,7 +76,7 @@ def test_exports_are_verified(tmp_path: Path, kind: str, method: str) -> None:
         names.append("routed")
     prompts = {pair: [examples()[0].tolist()] for pair in PAIRS}
     for name in names:
-        proof = compare(recipe, run, run.export / name, prompts, generate=True)
+        proof = compare(Start(recipe, run), run.export / name, prompts, generate=True)
         assert proof["max_logit_difference"] <= 1e-5 * proof["max_logit"]
         assert proof["same_greedy"]
     before, after = load_file(base / SINGLE), load_file(run.export / "dense" / SINGLE)
@@ -90,7 +91,7 @@ def test_what_transformers_cannot_open_is_told(tmp_path: Path) -> None:
     encoder = tmp_path / "encoder"
     AutoConfig.for_model("siglip_vision_model", **VISION).save_pretrained(encoder)
     with pytest.raises(ModelError, match=r"siglip_vision_model neither as .*set export\.verify: 0"):
-        compare(recipe, RunDirectory(tmp_path / "run"), encoder, {}, generate=True)
+        compare(Start(recipe, RunDirectory(tmp_path / "run")), encoder, {}, generate=True)
 
 
 TOKENIZER = """

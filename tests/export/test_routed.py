@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.checkpoints import PAIRS, recipe_for, shape, write_checkpoint
-from support.exports import open_trained
+from support.exports import open_trained, start_of
 from support.tiny_models import VOCABULARY, save, tiny_model
 
 from lander_ds.checkpoint import checkpoint
@@ -107,7 +107,7 @@ def open_elsewhere(root: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(exported: Exported) -> InferenceModel:
-    return open_for_inference(exported.recipe, RunDirectory(exported.recipe.run_dir), "trained")
+    return open_for_inference(start_of(exported.recipe), "trained")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,7 +132,7 @@ def test_the_trained_values_are_in_it(exports: dict[str, Exported], name: str) -
     """Banks, gates and pairs all matter: the base, another pair or forgotten gates would show."""
     exported = exports[name]
     ids = torch.tensor([prompts()["en-de"]])
-    base = open_for_inference(exported.recipe, RunDirectory(exported.recipe.run_dir), "base")
+    base = open_for_inference(start_of(exported.recipe), "base")
     ours = trained(exported)
     actual = exported.actual["logits"]["en-de"]
     with torch.no_grad():

@@ -30,7 +30,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def job(lab: Lab) -> Job:
-    built = tiny_job(lab.directory / "job", ranks=2, steps=16)
+    built = tiny_job(lab.directory / "job", ranks=2, steps=12)
     built.copy("single")
     launch = Launch(lab, built, "single", "single")
     assert launch.wait() == 0, launch.tail()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
 from support.tiny_translator import FailsAfter, TinyTranslator, requests, tiny_tokenizer, translate_as_rank
+from support.worlds import server
 
 from lander_ds.config.recipe import TranslateConfig
 from lander_ds.distributed import process_group
@@ -80,8 +80,8 @@ def test_partial_files_of_another_key_are_not_used(tmp_path: Path, reference: Pa
 def test_two_ranks_write_what_one_writes_and_resume_what_one_began(tmp_path: Path, reference: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         translate(FailsAfter(1), tiny_tokenizer(), requests(COUNTS), CONFIG, tmp_path, KEY)
-    context, port = multiprocessing.get_context("spawn"), process_group.free_port()
-    ranks = [context.Process(target=translate_as_rank, args=(tmp_path, rank, 2, port)) for rank in range(2)]
+    port = process_group.free_port()
+    ranks = [server().Process(target=translate_as_rank, args=(tmp_path, rank, 2, port)) for rank in range(2)]
     try:
         for process in ranks:
             process.start()

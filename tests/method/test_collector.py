@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from support.toy import CPU, LAYERS, METADATA, NEURONS, PAIRS, ToyModel, backward, collect, run_rank, samples
+from support.worlds import server
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy, silu
@@ -78,7 +78,15 @@ def test_any_order_of_the_data_gives_the_same() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_gives_the_same(ranks: int, tmp_path: Path) -> None:
-    mp.start_processes(run_rank, (ranks, str(tmp_path), 3), nprocs=ranks, start_method="spawn")  # type: ignore[attr-defined]
+    processes = [
+        server().Process(target=run_rank, args=(rank, ranks, str(tmp_path), 3)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * ranks
     expected = collect(samples(), 12)
     for rank in range(ranks):
         assert_equal(Awareness.load(tmp_path / f"rank{rank}.safetensors"), expected)

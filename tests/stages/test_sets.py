@@ -165,7 +165,7 @@ def test_losses_on_plain_text(done: tuple[Recipe, RunDirectory], system: str) ->
     """They are those of the Hugging Face model on the references alone; a trained one routes them as of no pair."""
     recipe, run = done
     actual = json.loads(run.scores.read_text())["sets"]["news"]["monolingual"]["es"][system]
-    model, tokenizer = open_for_inference(recipe, run, system), tiny_tokenizer()  # type: ignore[arg-type]
+    model, tokenizer = open_for_inference(Start(recipe, run), system), tiny_tokenizer()  # type: ignore[arg-type]
     texts = [line.ref for line in read_translations(run.translations_of(system, "news") / "en-es.jsonl")]
     nats, tokens = 0.0, 0
     with torch.no_grad(), model.pair("none"):

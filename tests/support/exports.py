@@ -13,6 +13,7 @@ from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
+from lander_ds.distributed.start import Start
 from lander_ds.export.dense import export_dense
 from lander_ds.export.trained import TrainedModel
 from lander_ds.export.writer import Form
@@ -22,9 +23,15 @@ from support.checkpoints import selection_for, shape, write_checkpoint
 from support.tiny_models import examples
 
 
+def start_of(recipe: Recipe) -> Start:
+    """Of a process that works with a recipe, in the recipe's run directory."""
+    return Start(recipe, RunDirectory(recipe.run_dir))
+
+
 def open_trained(recipe: Recipe) -> TrainedModel:
     """The newest checkpoint of the recipe's run."""
-    return TrainedModel.open(recipe, checkpoint.newest(RunDirectory(recipe.run_dir).checkpoints))
+    start = start_of(recipe)
+    return TrainedModel.open(start, checkpoint.newest(start.run.checkpoints))
 
 
 def dense(recipe: Recipe, dtype: torch.dtype | None = None, shard_bytes: int | None = None) -> Path:
@@ -56,7 +63,7 @@ def logits(model: Any, pair: str | None = None) -> list[torch.Tensor]:
 
 def trained_logits(recipe: Recipe, pair: str) -> list[torch.Tensor]:
     """Logits of the newest checkpoint for a pair, as this package computes them."""
-    ours = open_for_inference(recipe, RunDirectory(recipe.run_dir), "trained")
+    ours = open_for_inference(start_of(recipe), "trained")
     ours.model.float()
     with ours.pair(pair):
         return logits(ours.model)

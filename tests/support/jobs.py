@@ -23,7 +23,6 @@ from lander_ds.distributed.start import Start
 from lander_ds.models.parameter_groups import active_groups
 from lander_ds.stages import prepare, train, translate
 from lander_ds.stages.catalogue import STAGES
-from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.session import Session, open_session
 from lander_ds.training.trainer import Outcome, Trainer
 from lander_ds.training.validation import validation_loss
@@ -130,30 +129,42 @@ def train_and_nudge(recipe: Recipe, run: RunDirectory) -> None:
         train.Trainer = Trainer  # type: ignore[attr-defined]
 
 
-def watch_groups(recipe: Recipe, run: RunDirectory) -> None:
-    """Train; note after every step which groups changed on this rank, in weights or in optimizer state."""
-    session, data = open_session(Start(recipe, run)), PreparedData.load(run, recipe)
-    trainer = Trainer(session, data, MetricsLogger(run.metrics, None, 1), lambda progress, measured: None)
-    notes = []
-    before = _states(session)
-    for step in range(recipe.train.steps):
-        batch = trainer.plan.batch(step)
-        present = [recipe.data.pairs[i] for i in sorted(set(batch.pair_ids.tolist()))]
-        trainer._step(step, False)
-        after = _states(session)
-        changed = [group for group in after if not _equal(before[group], after[group])]
-        notes.append(
+class _Watching(Trainer):
+    """Notes after every step which groups changed on this rank, in weights or in optimizer state."""
+
+    def run(self) -> Outcome:
+        self._notes: list[dict[str, Any]] = []
+        self._before = _states(self.session)
+        outcome = super().run()
+        if process_group.rank() == 0:
+            (RunDirectory(self.session.recipe.run_dir).path / WATCHED).write_text(json.dumps(self._notes))
+        return outcome
+
+    def _step(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
+        result = super()._step(step, stop)
+        after = _states(self.session)
+        changed = [group for group in after if not _equal(self._before[group], after[group])]
+        sizes = self.session.group_sizes
+        present = [self.pairs[i] for i in sorted(set(self.plan.batch(step).pair_ids.tolist()))]
+        self._notes.append(
             {
                 "present": present,
-                "active": sorted(active_groups(session.group_sizes, present)),
+                "active": sorted(active_groups(sizes, present)),
                 "changed": sorted({group for part in collectives.gather_objects(changed) for group in part}),
-                "groups": sorted(session.group_sizes),
+                "groups": sorted(sizes),
             }
         )
-        before = after
-    if process_group.rank() == 0:
-        (run.path / WATCHED).write_text(json.dumps(notes))
-    session.engine.destroy()
+        self._before = after
+        return result
+
+
+def train_and_watch(recipe: Recipe, run: RunDirectory) -> None:
+    """As `train_and_gather`, with a note of the groups that each step changed."""
+    train.Trainer = _Watching  # type: ignore[attr-defined]
+    try:
+        train_and_gather(recipe, run)
+    finally:
+        train.Trainer = Trainer  # type: ignore[attr-defined]
 
 
 def look_into_session(recipe: Recipe, run: RunDirectory) -> None:

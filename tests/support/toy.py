@@ -1,4 +1,4 @@
-"""A toy decoder without attention and data for it, quick to import in spawned ranks."""
+"""A toy decoder without attention and data for it, for ranks too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worlds of several gloo ranks for tests: started once, many jobs inside, all results on disk."""
+"""Worlds of several gloo ranks for tests and benchmarks: started once, many jobs inside, all results on disk."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Protocol
 
 from lander_ds.distributed.process_group import free_port
 from lander_ds.stages.catalogue import STAGES
 
 TIMEOUT_SECONDS = 120.0
 """For the start and one job: a world of many jobs takes longer on a busy machine."""
-JOB_DONE = "job-seconds.txt"
 PRELOADED = (
     "deepspeed",
     "transformers",
@@ -32,9 +32,20 @@ PRELOADED = (
 """What every rank would import by itself otherwise, in seconds each."""
 
 
+class Work(Protocol):
+    """What a world does at one go, on every rank; it must be possible to pickle it."""
+
+    @property
+    def name(self) -> str:
+        """For messages; no other work of the world has it."""
+
+    def __call__(self, root: Path, ranks: int) -> None:
+        """Do it (collective); results go to files below `root`."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """One call on every rank, in a run directory of its own."""
+    """One call on every rank, in a run directory of its own, of the run in miniature in `root`."""
 
     name: str
     """Its run directory is `<name>-<ranks>`."""
@@ -42,6 +53,18 @@ class Job:
     """`--set` arguments."""
     call: str = "lander_ds.stages.train:run"
     """`module:function` with the arguments (recipe, run directory)."""
+
+    def __call__(self, root: Path, ranks: int) -> None:
+        """Make the run directory and call the function."""
+        from lander_ds.distributed import collectives, process_group
+        from support.tiny_run import TinyRun
+
+        built, name = TinyRun(root), f"{self.name}-{ranks}"
+        if process_group.rank() == 0:
+            built.run(name)
+        collectives.barrier()
+        module, function = self.call.split(":")
+        getattr(import_module(module), function)(built.recipe(name, *self.overrides), built.run(name))
 
 
 def server() -> ForkServerContext:
@@ -51,18 +74,24 @@ def server() -> ForkServerContext:
     return context
 
 
-def run_world(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
+def run_world(root: Path, ranks: int, jobs: Sequence[Work], threads: int = 1) -> None:
     """Run the jobs one after another in a world of `ranks` processes.
+
+    Args:
+        root: where the ranks note what they have done, and results go.
+        ranks: number of processes.
+        jobs: what they do.
+        threads: per process.
 
     Raises:
         RuntimeError: a rank failed or did not end in time; the message holds its traceback.
     """
     context = server()
     before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     port = free_port()
     processes = [
-        context.Process(target=_rank, args=(root, rank, ranks, port, tuple(jobs)), daemon=True)
+        context.Process(target=_rank, args=(root, rank, ranks, port, threads, tuple(jobs)), daemon=True)
         for rank in range(ranks)
     ]
     try:
@@ -88,7 +117,7 @@ def search_path() -> str:
 def _wait(root: Path, processes: Sequence[object], ranks: int) -> None:
     done, deadline = -1, 0.0
     while any(process.is_alive() for process in processes):  # type: ignore[attr-defined]
-        before, done = done, len(list(root.glob(f"*-{ranks}/{JOB_DONE}")))
+        before, done = done, len(list(root.glob(f"done-{ranks}-*")))
         if done != before:
             deadline = time.monotonic() + TIMEOUT_SECONDS
         if any(process.exitcode for process in processes) or time.monotonic() > deadline:  # type: ignore[attr-defined]
@@ -102,14 +131,14 @@ def _wait(root: Path, processes: Sequence[object], ranks: int) -> None:
     )
 
 
-def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -> None:
+def _rank(root: Path, rank: int, ranks: int, port: int, threads: int, jobs: tuple[Work, ...]) -> None:
     import gc
 
     import torch
 
     # What the server has imported stays shared, and out of every collection.
     gc.freeze()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     # In bfloat16 it compiles a kernel for every new shape, which takes longer than all that these ranks compute.
     torch.backends.mkldnn.set_flags(False)
     os.environ.update(
@@ -121,24 +150,16 @@ def _rank(root: Path, rank: int, ranks: int, port: int, jobs: tuple[Job, ...]) -
         PATH=search_path(),
     )
     from lander_ds.distributed import collectives, process_group
-    from support.tiny_run import TinyRun
 
     placement = "start"
     try:
         process_group.start(TIMEOUT_SECONDS)
-        built = TinyRun(root)
         for job in jobs:
             placement = job.name
-            name = f"{job.name}-{ranks}"
-            if rank == 0:
-                built.run(name)
-            collectives.barrier()
-            module, function = job.call.split(":")
-            began = time.monotonic()
-            getattr(import_module(module), function)(built.recipe(name, *job.overrides), built.run(name))
+            job(root, ranks)
             collectives.barrier()
             if rank == 0:
-                (root / name / JOB_DONE).write_text(f"{time.monotonic() - began:.2f}")
+                (root / f"done-{ranks}-{job.name}").touch()
         process_group.stop()
     except BaseException:
         text = f"job {placement}, rank {rank} of {ranks}:\n{traceback.format_exc()}"

@@ -39,7 +39,7 @@ def test_a_pair_whose_name_is_part_of_anothers_owns_nothing_of_it() -> None:
 @pytest.mark.distributed
 def test_weights_moments_and_counts_of_inactive_groups_stay_bitwise(world_2: TinyRun) -> None:
     """AdamW with weight decay on two ranks; every tensor of every group is compared after every step."""
-    notes = json.loads((world_2.run("watched-2").path / WATCHED).read_text())
+    notes = json.loads((world_2.run("none-2").path / WATCHED).read_text())
     used: set[str] = set()
     idle_after_use = 0
     for note in notes:
