@@ -71,7 +71,7 @@ def lander(
     start, data, metrics = Start(recipe, run), workload.data(), TurnMetrics()
     session = open_session(start)
     prefixes = open_prefixes(start, session, data, beat=lambda doing: None)
-    trainer = Trainer(session, data, metrics, save=lambda progress, valid_loss: None, prefixes=prefixes)
+    trainer = Trainer(session, data, metrics, save=lambda progress, measured: None, prefixes=prefixes)
     turns.next()
     trainer.run()
     turns.finish(session.trained_parameters, session.total_parameters, metrics.first_loss)

@@ -29,7 +29,7 @@ def chosen(directory: Path, choice: str, key: str = "translate.checkpoint") -> C
 
     Args:
         directory: `checkpoints/` of a run.
-        choice: `last` (the newest that is whole), `best` (lowest mean validation loss) or `step-N`.
+        choice: `last` (the newest that is whole), `best` (see `retention.best`) or `step-N`.
         key: the recipe key that holds the choice, for messages.
 
     Raises:
@@ -45,8 +45,8 @@ def chosen(directory: Path, choice: str, key: str = "translate.checkpoint") -> C
         return checkpoint.load(directory / f"step-{wanted.pop()}").verified()
     if choice == "best":
         raise ArtefactError(
-            f"{key}: best: no checkpoint in {directory} has a validation loss: train with train.valid_every and "
-            "train.save_every, the latter a multiple of the former, or write last"
+            f"{key}: best: no checkpoint in {directory} was measured as train.keep_best says: train with "
+            "train.valid_every and train.save_every, the latter a multiple of the former, or write last"
         )
     present = ", ".join(f"step-{step}" for step in steps)
     raise ArtefactError(f"{key}: {choice} is not in {directory}: there are {present}")

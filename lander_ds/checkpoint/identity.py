@@ -51,6 +51,7 @@ FREE = (
     "train.max_skipped",
     "train.stall_seconds",
     "train.log_every",
+    "train.trackers",
 )
 """What may change without a word: it changes neither batches nor updates (`steps` moves the end of the schedule)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class Retention:
     every: int = 0
     """Those whose step is a multiple of this; 0: none for that reason."""
     best: bool = True
-    """The one with the lowest mean validation loss."""
+    """The one that `best` finds."""
 
 
 def superfluous(directory: Path, retention: Retention, written: int) -> list[Path]:
@@ -39,13 +40,16 @@ def superfluous(directory: Path, retention: Retention, written: int) -> list[Pat
 
 
 def best(directory: Path, saved: list[int]) -> set[int]:
-    """The step with the lowest finite mean validation loss, where any was measured; of equal ones the first."""
-    losses = {}
+    """The best step by `train.keep_best` of the newest: that with the highest mean chrF of the validation sentences, or with
+    the lowest mean validation loss. Only finite figures count; of equal ones the first. None where nothing was measured."""
+    states = {}
     for step in saved:
-        try:
-            loss = load(directory / f"step-{step}").state.get("valid_loss")
-        except ArtefactError:
-            continue
-        if loss is not None and math.isfinite(loss):
-            losses[step] = loss
-    return {min(losses, key=lambda step: (losses[step], step))} if losses else set()
+        with suppress(ArtefactError):
+            states[step] = load(directory / f"step-{step}").state
+    if not states:
+        return set()
+    by_chrf = states[max(states)].get("train", {}).get("keep_best") == "chrf"
+    key, sign = ("valid_chrf", -1.0) if by_chrf else ("valid_loss", 1.0)
+    figures = {step: state[key] for step, state in states.items() if state.get(key) is not None}
+    costs = {step: sign * figure for step, figure in figures.items() if math.isfinite(figure)}
+    return {min(costs, key=lambda step: (costs[step], step))} if costs else set()

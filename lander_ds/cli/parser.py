@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.errors import ExitCode
+from lander_ds.common.shipped import SIZES
 from lander_ds.stages import catalogue
 from lander_ds.stages.catalogue import ALL, STAGES
 from lander_ds.version import __version__
@@ -18,6 +19,7 @@ Commands = argparse._SubParsersAction
 
 OTHER_COMMANDS: dict[str, str] = {
     ALL: "every stage, in order, in one process group",
+    "init": "write a first recipe for a model and corpora of your own",
     "config": "check, resolve and explain recipes",
     "summary": "print the figures of a run",
     "tokenizer": "train a SentencePiece tokenizer on a recipe's corpora",
@@ -25,6 +27,7 @@ OTHER_COMMANDS: dict[str, str] = {
     "doctor": "before a run: whether all hosts are ready, and how fast their network is",
     "experiment": "a grid of runs over one data plan: methods x seeds, tuned alike, compared in one table",
     "plan": "what fits on a cluster, and how long a step takes there; needs no weights and no GPU",
+    "completion": "print what lets bash, zsh or tcsh complete this command",
 }
 
 _DESCRIPTION = """\
@@ -105,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="only these, with commas, e.g. prepare,train,translate,score",
     )
     for add in (
+        _add_init,
         _add_config,
         _add_summary,
         _add_tokenizer,
@@ -112,18 +116,67 @@ def make_parser() -> argparse.ArgumentParser:
         _add_doctor,
         _add_experiment,
         _add_plan,
+        _add_completion,
     ):
         add(commands)
     return parser
 
 
+def _add_init(commands: Commands[Any]) -> None:
+    example = (
+        "lander init --model models/my-llama --pairs en-de,de-en \\\n"
+        "    --train 'corpora/{pair}.jsonl' --valid 'corpora/dev.{pair}.tsv' --test 'corpora/test.{pair}.tsv'"
+    )
+    parser = _command(commands, "init", OTHER_COMMANDS["init"], example)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="the base model: its directory, or a hub id")
+    add("--pairs", type=_pairs, required=True, metavar="LIST", help="directions, with commas: en-de,de-en")
+    for split in ("train", "valid", "test"):
+        add(
+            f"--{split}",
+            action="append",
+            required=True,
+            metavar="PATH",
+            help=f"{split} corpus; {{pair}}, {{src}} and {{tgt}} are filled in; may be repeated",
+        )
+    add(
+        "--output",
+        type=_path,
+        default="recipe.yaml",
+        metavar="FILE",
+        help="the recipe (default: recipe.yaml)",
+    )
+    add("--run-dir", metavar="DIR", help="where the run will lie (default: runs/ and the recipe's name)")
+    add(
+        "--topology",
+        choices=("zero3", "replicated"),
+        default="zero3",
+        help="how the model is spread over the ranks (default: zero3); lander plan says more",
+    )
+    add("--size", choices=SIZES, help="of the model (default: by its config.json)")
+    parser.set_defaults(target="lander_ds.cli.init:run")
+
+
+def _pairs(text: str) -> tuple[str, ...]:
+    return tuple(pair.strip() for pair in text.split(","))
+
+
+def _add_completion(commands: Commands[Any]) -> None:
+    example = 'eval "$(lander completion bash)"'
+    parser = _command(commands, "completion", OTHER_COMMANDS["completion"], example)
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="for which shell")
+    parser.set_defaults(target="lander_ds.cli.completion:run")
+
+
 def _listing(commands: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:9}  {text}" for name, text in commands.items())
+    return "\n".join(f"  {name:10}  {text}" for name, text in commands.items())
 
 
 def _command(commands: Commands[Any], name: str, text: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
+        # For shell completion; our own listing stands in the description of the whole.
+        help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -300,6 +353,7 @@ def _delta_command(
     example = f"lander delta {name} {first.lower()} {second.lower()} out"
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
+        help=text,
         description=text,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -52,6 +52,7 @@ class RunDirectory:
         self.scores = self.path / "scores.json"
         self.metrics = self.path / "metrics.jsonl"
         self.training_summary = self.path / "training.json"
+        self.trackers = self.path / "trackers.json"
         self.report = self.path / "report.html"
         self.data = self.path / "data"
         self.recipe = self.path / "recipe.resolved.yaml"

@@ -125,8 +125,12 @@ def _check_train(check: Check) -> None:
         )
     if train.patience and not train.valid_every:
         check.refuse("train.patience", "early stopping needs validations; set train.valid_every")
-    if (train.keep_every or not train.keep_best) and not train.keep_last:
-        check.warn("train.keep_last", "0 keeps every checkpoint; keep_every and keep_best have no effect")
+    if (train.keep_every or train.keep_best == "off") and not train.keep_last:
+        check.warn(
+            "train.keep_last", "0 keeps every checkpoint; keep_every and keep_best: off have no effect"
+        )
+    if train.keep_best == "chrf":
+        _check_chrf(check)
     if train.average.last > train.steps:
         check.warn("train.average.last", f"{train.average.last} is more than the {train.steps} steps")
     if train.valid_every > train.steps:
@@ -136,9 +140,24 @@ def _check_train(check: Check) -> None:
             "train.valid_every", "validation needs a corpus with split: valid; add one or set it to 0"
         )
     check.refuse_repeats("train.banks", train.banks)
+    check.refuse_repeats("train.trackers", train.trackers)
     _check_prefix_cache(check)
     _check_method(check)
     _check_learning_rates(check)
+
+
+def _check_chrf(check: Check) -> None:
+    recipe = check.recipe
+    if not recipe.train.valid_every:
+        check.refuse(
+            "train.keep_best", "chrf is measured in validations; set train.valid_every, or write loss"
+        )
+    if recipe.pipelined:
+        check.refuse(
+            "train.keep_best",
+            f"chrf translates, for which topology: {recipe.topology} would need the whole model in one stage; write "
+            "loss, or set topology: replicated or zero3",
+        )
 
 
 def _check_prefix_cache(check: Check) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from lander_ds.config.strict import STRICT
@@ -65,6 +65,16 @@ def _checkpoint_choice(text: str) -> str:
 
 
 CheckpointChoice = Annotated[str, AfterValidator(_checkpoint_choice)]
+
+
+def _once_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "loss" if value else "off"
+    return value
+
+
+KeepBest = Annotated[Literal["loss", "chrf", "off"], BeforeValidator(_once_boolean)]
+"""Recipes and checkpoints of earlier versions say true for loss and false for off."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -408,7 +418,7 @@ class TrainConfig:
     valid_examples: Limit | None = None
     """At most this many validation sentences per pair."""
     patience: Count = 0
-    """Stop after so many validations without improvement; 0 never stops early."""
+    """Stop after so many validations without improvement by the criterion of `keep_best`; 0 never stops early."""
     save_every: Count = 0
     """Checkpoint every so many steps; there is always one at the end."""
     save_in_background: bool = True
@@ -417,15 +427,21 @@ class TrainConfig:
     """Keep only the newest so many checkpoints; 0 keeps all."""
     keep_every: Count = 0
     """With `keep_last`: also keep checkpoints whose step is a multiple of this; 0: none."""
-    keep_best: bool = True
-    """With `keep_last`: also keep the checkpoint with the lowest mean validation loss."""
+    keep_best: KeepBest = "loss"
+    """Which checkpoint is the best: for `patience`, for `checkpoint: best`, and, with `keep_last`, which one is kept as
+    well. `loss`: lowest mean validation loss. `chrf`: highest mean chrF of the validation sentences, which every validation
+    then translates greedily; not in pipelines. `off`: as `loss`, but none is kept for it."""
     max_skipped: Count = 10
     """Steps whose loss or gradients are not finite are skipped and counted; stop after so many in a row."""
     stall_seconds: NonNegative = 1800.0
     """End the job when no step has finished for so long (in detect: no micro-batch), and name the rank that hangs; 0
     waits for ever."""
     log_every: PositiveInt = 1
-    """A log line and TensorBoard scalars every so many steps; metrics.jsonl has every step."""
+    """Figures go to the trackers every so many steps; metrics.jsonl has every step."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where figures go besides metrics.jsonl. Weights & Biases and MLflow need their own packages
+    (`pip install 'lander-ds[track]'`) and read their own environment variables; what fails once training runs is left
+    out with a warning."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """Averaging over steps."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -443,7 +459,7 @@ class TranslateConfig:
     split: Split = "test"
     """Which split is translated."""
     checkpoint: CheckpointChoice = "last"
-    """What the system `trained` is: `last`, `best` (lowest mean validation loss) or `step-N`."""
+    """What the system `trained` is: `last`, `best` (by `train.keep_best`) or `step-N`."""
     limit: Limit | None = None
     """At most this many sentences per pair (the first ones)."""
     shots: Count = 4
@@ -498,7 +514,7 @@ class ExportConfig:
     """`routed`: exact, ships its own modelling file. `dense`: standard architecture, exact without gates. `delta`:
     only what differs from the base, for `lander delta`; exact both ways."""
     checkpoint: CheckpointChoice = "last"
-    """What is exported: `last`, `best` (lowest mean validation loss) or `step-N`."""
+    """What is exported: `last`, `best` (by `train.keep_best`) or `step-N`."""
     fold: tuple[str, ...] = ()
     """Pairs, or `mean`, for each of which `dense-PAIR` is written too: a standard architecture with that pair's mean
     gates folded into the weights (I). An approximation."""

@@ -19,6 +19,7 @@ from lander_ds.evaluation.metrics import check_tokenizers
 from lander_ds.models.hub import with_local_model
 from lander_ds.preflight.files import STAGES_WITH_MODEL, check_files
 from lander_ds.preflight.prompts import check_prompts
+from lander_ds.training.trackers import KINDS, installed
 
 
 def load_checked(path: Path, overrides: Sequence[str], stages: str | Collection[str] | None) -> Recipe:
@@ -55,6 +56,8 @@ def check_recipe(
     check = Check(recipe, {stages} if isinstance(stages, str) else stages, problems)
     check_consistency(check)
     _check_texts(check)
+    if check.stages is not None and check.runs("train"):
+        _check_trackers(check)
     if check.runs("score"):
         _check_score_tokenizers(check)
     problems.refuse()
@@ -86,6 +89,15 @@ def _check_texts(check: Check) -> None:
     except ConfigError as error:
         key, _, message = str(error).partition(" ")
         check.refuse(key.rstrip(":"), message)
+
+
+def _check_trackers(check: Check) -> None:
+    for name in check.recipe.train.trackers:
+        if name in KINDS and not installed(name):
+            check.refuse(
+                "train.trackers",
+                f"{name} is not installed; pip install 'lander-ds[track]', or take it out",
+            )
 
 
 def _check_score_tokenizers(check: Check) -> None:

@@ -143,6 +143,12 @@ def _training_plots(artefacts: Artefacts, pairs: Sequence[str]) -> Iterator[Entr
         "Cross-entropy in nats per target token.",
         plots.losses(artefacts.steps, artefacts.validations, pairs),
     )
+    if translated := [record for record in artefacts.validations if "valid_chrf" in record]:
+        yield (
+            "chrF of the validation sentences",
+            "Translated greedily during training (train.keep_best: chrf); the best checkpoint is that with the best mean.",
+            plots.valid_chrf(translated, pairs),
+        )
     yield (
         "Learning rates and gradient norm",
         "Groups with the same schedule share a line; the norm is the one before clipping.",

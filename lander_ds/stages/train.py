@@ -16,6 +16,7 @@ from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.distributed.watchdog import Watchdog
+from lander_ds.evaluation.valid_chrf import ValidationChrf
 from lander_ds.stages.stage import Part, Result, Stage
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.preemption import Preempted, StopRequest
@@ -23,8 +24,9 @@ from lander_ds.training.prefix_cache import open_prefixes
 from lander_ds.training.progress import Progress
 from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
+from lander_ds.training.trackers import open_trackers
 from lander_ds.training.trainer import Outcome, Trainer
-from lander_ds.training.validation import validation_loss
+from lander_ds.training.validation import Validation, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +54,11 @@ def _parts(start: Start) -> list[Part]:
         **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
         "dtype": recipe.model.dtype,
     }
-    # Changes no result; records of before it existed lack it.
-    del options["train"]["prefix_cache"]
+    # Change no result; records of before they existed lack them.
+    del options["train"]["prefix_cache"], options["train"]["trackers"]
+    # Was a boolean when chrf did not exist.
+    if recipe.train.keep_best != "chrf":
+        options["train"]["keep_best"] = recipe.train.keep_best == "loss"
     return [Part("train", options, inputs, lambda: _train(start, data, inputs))]
 
 
@@ -70,7 +75,10 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
             f"train.steps: {recipe.train.steps}, but {checkpoint.path} has come further already: raise train.steps, "
             f"start anew in another run_dir, or translate and export an earlier one with checkpoint: step-N"
         )
-    with Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog:
+    with (
+        open_trackers(recipe, run, checkpoint is not None) as trackers,
+        Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog,
+    ):
         session = open_session(start, checkpoint)
         _announce(session)
         before = session.engine.frozen_digest()
@@ -78,22 +86,26 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
         progress = Progress() if checkpoint is None else Progress(**checkpoint.state["progress"])
         if process_group.rank() == 0:
             run.training_summary.unlink(missing_ok=True)
-        metrics = MetricsLogger(run.metrics, session.engine.monitor, recipe.train.log_every, progress.done)
+        metrics = MetricsLogger(
+            run.metrics, session.engine.monitor, recipe.train.log_every, progress.done, trackers
+        )
         saver = Saver(session, run, identity)
-        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes)
+        by_chrf = recipe.train.keep_best == "chrf"
+        chrf = ValidationChrf(recipe, session.model.model, data, watchdog.beat) if by_chrf else None
+        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes, chrf)
         # Another signal must not end the process before the last checkpoint is there.
         with StopRequest():
             outcome = trainer.run()
             watchdog.beat("validation at the end")
             if trainer.valid and not recipe.train.valid_every and not outcome.preempted:
-                metrics.validation(outcome.steps, validation_loss(session, trainer.valid))
+                metrics.validation(outcome.steps, Validation(validation_loss(session, trainer.valid)))
             metrics.close()
             watchdog.beat("writing the last checkpoint")
             saver.finish()
-    if outcome.preempted:
-        raise Preempted(
-            f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"
-        )
+        if outcome.preempted:
+            raise Preempted(
+                f"asked to stop: step {outcome.steps} is saved; start the same command with --auto-resume to go on"
+            )
     unchanged = all(collectives.gather_objects(before == session.engine.frozen_digest()))
     summary = _summary(session, outcome, unchanged, time.monotonic() - started)
     if process_group.rank() == 0:

@@ -1,15 +1,17 @@
-"""What training writes down: metrics.jsonl (every step), TensorBoard (through DeepSpeed's monitor), log lines."""
+"""What training writes down: metrics.jsonl (every step), TensorBoard (through DeepSpeed's monitor), trackers, log lines."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lander_ds.common.files import write_text
 from lander_ds.distributed import process_group
+from lander_ds.training.trackers import Trackers
+from lander_ds.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -17,16 +19,19 @@ logger = logging.getLogger(__name__)
 class MetricsLogger:
     """Rank 0 writes; the other ranks do nothing."""
 
-    def __init__(self, path: Path, monitor: Any, log_every: int, done: int = 0) -> None:
+    def __init__(
+        self, path: Path, monitor: Any, log_every: int, done: int = 0, trackers: Trackers | None = None
+    ) -> None:
         """Start `path` anew, or go on in it.
 
         Args:
             path: metrics.jsonl.
             monitor: the DeepSpeed engine's monitor.
-            log_every: steps between log lines and TensorBoard points.
+            log_every: steps between points in TensorBoard and trackers.
             done: steps already done; what the file says of later ones is dropped, because they are done again.
+            trackers: further ones that are told the same; default: none.
         """
-        self._monitor, self._log_every = monitor, log_every
+        self._monitor, self._log_every, self._trackers = monitor, log_every, trackers or Trackers({})
         self._stream = None
         if process_group.rank() == 0:
             write_text(path, "".join(_until(path, done)))
@@ -47,18 +52,19 @@ class MetricsLogger:
                 scalars.update({f"gate/layer{layer}/{pair}": value for pair, value in gates.items()})
             self._scalars(scalars, record["step"])
 
-    def validation(self, step: int, losses: dict[str, float]) -> float:
-        """Record a validation; returns the mean over pairs."""
-        mean = sum(losses.values()) / len(losses)
-        self._write({"step": step, "valid_loss": losses, "valid_loss_mean": mean})
-        self._scalars({"valid/mean": mean, **{f"valid/{pair}": v for pair, v in losses.items()}}, step)
-        logger.info(
-            "step %d: validation loss %.4f (%s)",
-            step,
-            mean,
-            ", ".join(f"{p} {v:.3f}" for p, v in losses.items()),
-        )
-        return mean
+    def validation(self, step: int, measured: Validation) -> None:
+        """Record a validation."""
+        record: dict[str, Any] = {"valid_loss": measured.losses, "valid_loss_mean": measured.mean_loss}
+        scalars = {"valid/mean": measured.mean_loss}
+        scalars.update({f"valid/{pair}": loss for pair, loss in measured.losses.items()})
+        logger.info("step %d: validation loss %.4f (%s)", step, measured.mean_loss, _listed(measured.losses))
+        if (mean := measured.mean_chrf) is not None:
+            record |= {"valid_chrf": measured.chrf, "valid_chrf_mean": mean}
+            scalars["chrf/mean"] = mean
+            scalars.update({f"chrf/{pair}": score for pair, score in measured.chrf.items()})
+            logger.info("step %d: validation chrF %.2f (%s)", step, mean, _listed(measured.chrf))
+        self._write({"step": step, **record})
+        self._scalars(scalars, step)
 
     def close(self) -> None:
         """Flush and close the file."""
@@ -73,6 +79,11 @@ class MetricsLogger:
     def _scalars(self, values: dict[str, float], step: int) -> None:
         if process_group.rank() == 0 and self._monitor is not None and self._monitor.enabled:
             self._monitor.write_events([(name, value, step) for name, value in values.items()])
+        self._trackers.log(values, step)
+
+
+def _listed(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{pair} {figure:.3f}" for pair, figure in figures.items())
 
 
 def _until(path: Path, done: int) -> Iterator[str]:

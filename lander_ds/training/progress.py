@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Criterion = Literal["loss", "chrf"]
 
 GATE_STEPS = 32
 """So many gate values of a layer and pair are kept: exports that fold gates into weights take their mean."""
@@ -19,7 +21,9 @@ class Progress:
     done: int = 0
     """Steps done, skipped ones included."""
     best: float | None = None
-    """Lowest mean validation loss."""
+    """Lowest mean validation loss, or highest mean chrF."""
+    criterion: Criterion = "loss"
+    """What `best` is one of."""
     without_gain: int = 0
     """Validations since then."""
     skipped: int = 0
@@ -31,11 +35,17 @@ class Progress:
     gates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Layer -> pair -> mean c (the share of the general banks) in each of the last `GATE_STEPS` steps with the pair."""
 
+    def judge_by(self, criterion: Criterion) -> None:
+        """Validations are compared by `criterion`; what was the best by another one is forgotten."""
+        if criterion != self.criterion:
+            self.criterion, self.best, self.without_gain = criterion, None, 0
+
     def validated(self, mean: float) -> None:
-        """Take note of a mean validation loss."""
+        """Take note of a mean validation loss or chrF."""
+        sign = 1.0 if self.criterion == "loss" else -1.0
         # No comparison with NaN is true: as the best it would stay for ever. Older checkpoints may hold one.
-        known = self.best if self.best is not None and math.isfinite(self.best) else math.inf
-        if mean < known:
+        known = sign * self.best if self.best is not None and math.isfinite(self.best) else math.inf
+        if sign * mean < known:
             self.best, self.without_gain = mean, 0
         else:
             self.without_gain += 1

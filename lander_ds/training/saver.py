@@ -14,6 +14,7 @@ from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.engines.engine import AVERAGE
 from lander_ds.training.progress import Progress
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session
+from lander_ds.training.validation import Validation
 
 
 class Saver:
@@ -29,10 +30,10 @@ class Saver:
         """
         train = session.recipe.train
         self._session, self._run, self._identity = session, run, identity
-        retention = Retention(train.keep_last, train.keep_every, train.keep_best)
+        retention = Retention(train.keep_last, train.keep_every, train.keep_best != "off")
         self._writer = Writer(run.checkpoints, retention, train.save_in_background)
 
-    def __call__(self, progress: Progress, valid_loss: float | None) -> None:
+    def __call__(self, progress: Progress, measured: Validation | None) -> None:
         """Save `step-N`; returns once everything is in host memory (collective)."""
         session = self._session
         dims, ranks = session.dims, collectives.gather_objects(session.engine.group_steps())
@@ -55,7 +56,8 @@ class Saver:
             "ranks": process_group.world_size(),
             "group_steps": {name: count for steps in ranks for name, count in steps.items()},
             "progress": progress.as_json(),
-            "valid_loss": valid_loss,
+            "valid_loss": None if measured is None else measured.mean_loss,
+            "valid_chrf": None if measured is None else measured.mean_chrf,
         }
         with_selection = session.recipe.train.method in METHODS_WITH_SELECTION
         selection = self._run.selection if with_selection else None

@@ -101,9 +101,10 @@ def open_session(start: Start, resumed: Checkpoint | None = None) -> Session:
     selection = load_selection(recipe, run, start.base_fingerprint)
     per_rank = micro_batches(recipe, dims.data_parallel_ranks)
     config = start.deepspeed_config(dims.data_parallel_ranks, per_rank)
-    config.setdefault(
-        "tensorboard", {"enabled": True, "output_path": str(run.path), "job_name": "tensorboard"}
-    )
+    if "tensorboard" in recipe.train.trackers:
+        config.setdefault(
+            "tensorboard", {"enabled": True, "output_path": str(run.path), "job_name": "tensorboard"}
+        )
     model, family = build(recipe.model)
     prepare_model(model, family, recipe, selection)
     # Parameters are still whole here, on meta.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from lander_ds.training.preemption import StopRequest
 from lander_ds.training.progress import Progress
 from lander_ds.training.schedule import lr_factor, noise_alpha
 from lander_ds.training.session import Session
-from lander_ds.training.validation import validation_loss
+from lander_ds.training.validation import Validation, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Outcome:
     """Steps whose loss or gradients were not finite."""
 
 
-Save = Callable[[Progress, float | None], None]
-"""Writes a checkpoint (collective): progress, and the mean validation loss of this very step if it was measured."""
+Save = Callable[[Progress, Validation | None], None]
+"""Writes a checkpoint (collective): progress, and what was measured after this very step, if anything was."""
 
 
 class Trainer:
@@ -66,6 +66,7 @@ class Trainer:
         progress: Progress | None = None,
         watchdog: Watchdog | None = None,
         prefixes: Prefixes | None = None,
+        chrf: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """Prepare.
 
@@ -77,10 +78,14 @@ class Trainer:
             progress: of the checkpoint that training goes on from; default: none.
             watchdog: told of every step.
             prefixes: hidden states of the training examples below what is trained; default: they are computed.
+            chrf: translates validation sentences with the model as it is (collective) and returns chrF by pair, by which
+                validations are then compared; default: by their losses.
         """
         recipe = session.recipe
         self.session, self.metrics, self.save = session, metrics, save
         self.progress, self.watchdog, self.prefixes = progress or Progress(), watchdog, prefixes
+        self.chrf = chrf
+        self.progress.judge_by("loss" if chrf is None else "chrf")
         self.train = recipe.train
         self.pairs = recipe.data.pairs
         train = data.split("train")
@@ -113,23 +118,31 @@ class Trainer:
                 left = train.steps - progress.done
                 self.metrics.step({**record, "eta_seconds": spent / (progress.done - first) * left})
                 bar.advance(note=_note(record))
-                mean = None
+                measured = None
                 if self.valid and self._due(train.valid_every, progress.done):
                     self._beat(f"validation after step {progress.done}")
-                    mean = self.metrics.validation(progress.done, validation_loss(self.session, self.valid))
-                    progress.validated(mean)
+                    measured = self._validate()
                     stopped = self._out_of_patience()
                 last = stopped or preempted or progress.done == train.steps
                 if last or self._due(train.save_every, progress.done):
                     self._beat(f"saving step {progress.done}")
-                    self.save(progress, mean)
+                    self.save(progress, measured)
         if stopped:
             logger.info(
-                "no better validation loss %d times in a row: stopped at step %d",
+                "no better validation %s %d times in a row: stopped at step %d",
+                progress.criterion,
                 progress.without_gain,
                 progress.done,
             )
         return Outcome(progress.done, stopped, preempted, progress.skipped)
+
+    def _validate(self) -> Validation:
+        """Measure, record and compare (collective)."""
+        losses = validation_loss(self.session, self.valid)
+        measured = Validation(losses, {} if self.chrf is None else self.chrf())
+        self.metrics.validation(self.progress.done, measured)
+        self.progress.validated(measured.mean_loss if measured.mean_chrf is None else measured.mean_chrf)
+        return measured
 
     def _out_of_patience(self) -> bool:
         return bool(self.train.patience) and self.progress.without_gain >= self.train.patience

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
 
 from lander_ds.data.batching.micro_batches import micro_batch_tokens, micro_batches_for, packed, whole_split
 from lander_ds.data.prepared import PreparedSplit
 from lander_ds.distributed import accelerator, collectives
 from lander_ds.models.translation_model import BatchTotals
 from lander_ds.training.session import Session
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured on the validation data after a step."""
+
+    losses: Mapping[str, float]
+    """Mean loss per target token in nats, by pair."""
+    chrf: Mapping[str, float] = field(default_factory=dict)
+    """chrF of the translations, by pair; empty where nothing is translated."""
+
+    @property
+    def mean_loss(self) -> float:
+        """Over pairs."""
+        return fmean(self.losses.values())
+
+    @property
+    def mean_chrf(self) -> float | None:
+        """Over pairs; None where nothing is translated."""
+        return fmean(self.chrf.values()) if self.chrf else None
 
 
 def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> dict[str, float]:

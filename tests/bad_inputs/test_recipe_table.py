@@ -83,6 +83,19 @@ OVERRIDES = [
         "train.patience: early stopping needs validations; set train.valid_every",
     ),
     ("train", ["train.valid_every=5", "data.corpora.1.split=test"], "train.valid_every", "split: valid"),
+    (
+        "train",
+        ["train.keep_best=chrf"],
+        "train.keep_best: chrf is measured in validations; set train.valid_every, or write loss",
+    ),
+    (
+        "train",
+        [*TWO_STAGES, "train.keep_best=chrf", "train.valid_every=5"],
+        "train.keep_best: chrf translates, for which topology: pipeline would need the whole model",
+        "set topology: replicated or zero3",
+    ),
+    ("train", ["train.trackers=[wandb, wandb]"], "train.trackers: wandb is given twice"),
+    ("train", ["train.trackers=[wandbd]"], "train.trackers.0: expected one of", "did you mean wandb?"),
     ("train", ["train.lr={general: 0, specific: 0, gates: 0}"], "train.lr: nothing would be trained"),
     ("train", ["train.method=lora", "train.lr.lora=0"], "train.lr: nothing would be trained: train.lr.lora"),
     ("train", ["train.banks=[]"], "train.banks: method: lander needs a bank"),
@@ -271,6 +284,19 @@ def test_damaged_file(
 ) -> None:
     damage(workspace)
     refused("train", [], (fragment,))
+
+
+def test_a_tracker_needs_its_client(
+    refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, workspace: Workspace
+) -> None:
+    monkeypatch.setattr("lander_ds.preflight.recipe.installed", lambda name: name != "mlflow")
+    refused(
+        "train",
+        ["train.trackers=[wandb, mlflow]"],
+        ("train.trackers: mlflow is not installed; pip install 'lander-ds[track]', or take it out",),
+    )
+    # Whoever only looks at a recipe needs no client.
+    assert main(["config", "--recipe", workspace.recipe.name, "--set", "train.trackers=[mlflow]"]) == 0
 
 
 def test_float16_needs_a_gpu(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

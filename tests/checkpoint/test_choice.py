@@ -43,7 +43,7 @@ def test_the_one_that_is_asked_for(
     [
         (
             "best",
-            r"export\.checkpoint: best: no checkpoint in .* has a validation loss: train with train\.valid_every",
+            r"export\.checkpoint: best: no checkpoint in .* was measured as train\.keep_best says: train with ",
         ),
         ("step-3", r"export\.checkpoint: step-3 is not in .*: there are step-2, step-4"),
     ],

@@ -51,6 +51,21 @@ def test_of_equally_good_ones_the_first(tmp_path: Path) -> None:
     assert best(written(tmp_path, {40: 1.5, 20: 1.5}), list(STEPS)) == {20}
 
 
+@pytest.mark.parametrize(("newest_by", "expected"), [("chrf", {20}), ("loss", {30})])
+def test_the_newest_says_what_the_best_is_best_in(tmp_path: Path, newest_by: str, expected: set[int]) -> None:
+    scores = {10: (2.0, None), 20: (1.9, 40.0), 30: (1.5, 38.0), 40: (1.7, 40.0), 50: (None, None)}
+    for step, (loss, chrf) in scores.items():
+        by = newest_by if step == max(scores) else "loss"
+        write(tmp_path, step, valid_loss=loss, valid_chrf=chrf, train={"keep_best": by})
+    assert best(tmp_path, list(STEPS)) == expected
+
+
+def test_checkpoints_of_before_chrf_existed(tmp_path: Path) -> None:
+    for step, loss in {10: 2.0, 20: 1.5, 30: 1.7}.items():
+        write(tmp_path, step, valid_loss=loss, train={"keep_best": True})
+    assert best(tmp_path, [10, 20, 30]) == {20}
+
+
 @pytest.mark.parametrize("worthless", [float("nan"), float("-inf"), float("inf")])
 def test_what_is_not_finite_is_not_the_best(tmp_path: Path, worthless: float) -> None:
     assert best(written(tmp_path, {10: worthless, 20: 1.5, 30: 1.2, 40: worthless}), list(STEPS)) == {30}

@@ -52,6 +52,13 @@ def test_values_get_the_types_of_the_schema(workspace: Workspace) -> None:
     assert recipe.train.betas == (0.9, 0.95)
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("true", "loss"), ("false", "off"), ("off", "off"), ("chrf", "chrf")]
+)
+def test_keep_best_was_once_a_boolean(written: str, meant: str, workspace: Workspace) -> None:
+    assert load_recipe(workspace.recipe, [f"train.keep_best={written}"]).train.keep_best == meant
+
+
 def test_yaml_1_1_surprises_are_gone(tmp_path: Path) -> None:
     text = RECIPE.replace(
         "  max_length: 64\n",

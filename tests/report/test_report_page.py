@@ -154,6 +154,19 @@ def test_a_metrics_line_cut_short_is_left_out_and_a_damaged_one_is_named(
         render_report(complete[0], copy)
 
 
+def test_validations_that_translated_have_a_plot_of_their_own(
+    copy: RunDirectory, complete: tuple[Recipe, RunDirectory]
+) -> None:
+    for path in (copy.awareness, copy.selection):
+        path.unlink()
+    lines = [json.loads(line) for line in copy.metrics.read_text().splitlines()]
+    validation = next(line for line in lines if "valid_loss" in line)
+    # As of a pair without validation data: it has no figure.
+    validation |= {"valid_chrf": {PAIRS[0]: 31.5}, "valid_chrf_mean": 31.5}
+    copy.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "chrF of the validation sentences" in titles(render_report(complete[0], copy))
+
+
 def test_the_stage_writes_once_and_again_when_something_changed(
     light: RunDirectory, complete: tuple[Recipe, RunDirectory]
 ) -> None:

@@ -21,7 +21,7 @@ from lander_ds.distributed.engines import zero3
 from lander_ds.distributed.engines.deepspeed_internals import local_shard
 from lander_ds.distributed.start import Start
 from lander_ds.models.parameter_groups import active_groups
-from lander_ds.stages import prepare, train
+from lander_ds.stages import prepare, train, translate
 from lander_ds.stages.catalogue import STAGES
 from lander_ds.training.session import Session, open_session
 from lander_ds.training.trainer import Outcome, Trainer
@@ -60,6 +60,18 @@ def gathered(run: RunDirectory) -> dict[str, torch.Tensor]:
     for path in run.path.glob(f"*-{GATHERED}"):
         whole.update(load_file(path))
     return whole
+
+
+def train_and_translate(recipe: Recipe, run: RunDirectory) -> None:
+    """Stages train and translate."""
+    train.run(recipe, run)
+    translate.run(recipe, run)
+
+
+def train_in_two_goes(recipe: Recipe, run: RunDirectory) -> None:
+    """Stage train up to step 2, then on from its checkpoint."""
+    train.run(replace(recipe, train=replace(recipe.train, steps=2)), run)
+    train.run(recipe, run, auto_resume=True)
 
 
 def train_lower(recipe: Recipe, run: RunDirectory) -> None:

@@ -125,6 +125,12 @@ def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
     return directory
 
 
+def save_roomy(directory: Path) -> Path:
+    """A model with enough layers and positions for the recipes of real ones; returns its directory."""
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=6, n_head=4)
+    return save(AutoModelForCausalLM.from_config(config, dtype=torch.float32), directory)
+
+
 @cache
 def examples() -> tuple[torch.Tensor, ...]:
     """Three token sequences [length], two of them longer than the sliding windows."""

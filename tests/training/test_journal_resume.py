@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lander_ds.training.metrics_logger import MetricsLogger
+from lander_ds.training.validation import Validation
 
 
 class _NoMonitor:
@@ -34,7 +35,7 @@ def write(path: Path, steps: range, done: int = 0, loss: float = 1.0) -> None:
     for step in steps:
         journal.step(record(step, loss))
         if step % 2 == 0:
-            journal.validation(step, {"en-de": loss})
+            journal.validation(step, Validation({"en-de": loss}))
     journal.close()
 
 

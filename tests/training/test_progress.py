@@ -13,6 +13,7 @@ def test_a_new_training_has_done_nothing() -> None:
     assert Progress().as_json() == {
         "done": 0,
         "best": None,
+        "criterion": "loss",
         "without_gain": 0,
         "skipped": 0,
         "skipped_in_a_row": 0,
@@ -35,6 +36,27 @@ def test_a_mean_that_is_no_number_is_no_gain() -> None:
     progress.validated(2.0)
     progress.validated(float("nan"))
     assert (progress.best, progress.without_gain) == (2.0, 1)
+
+
+def test_of_chrf_more_is_better() -> None:
+    progress, seen = Progress(), []
+    progress.judge_by("chrf")
+    for mean in (0.0, 2.0, 1.5, 2.0, float("nan"), 2.5):
+        progress.validated(mean)
+        seen.append((progress.best, progress.without_gain))
+    assert seen == [(0.0, 0), (2.0, 0), (2.0, 1), (2.0, 2), (2.0, 3), (2.5, 0)]
+
+
+def test_the_best_by_another_criterion_is_forgotten() -> None:
+    progress = Progress()
+    progress.validated(1.5)
+    progress.validated(1.7)
+    progress.judge_by("loss")
+    assert (progress.best, progress.without_gain) == (1.5, 1)
+    progress.judge_by("chrf")
+    assert (progress.best, progress.without_gain) == (None, 0)
+    progress.validated(30.0)
+    assert (progress.best, progress.without_gain) == (30.0, 0)
 
 
 @pytest.mark.parametrize("worthless", [float("nan"), float("inf")])

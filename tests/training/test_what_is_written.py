@@ -24,6 +24,7 @@ from lander_ds.method.selection import Selection
 from lander_ds.stages import train
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.session import load_selection, micro_batches
+from lander_ds.training.validation import Validation
 
 pytestmark = pytest.mark.distributed
 
@@ -201,6 +202,9 @@ def test_the_journal_starts_anew_and_is_whole_after_every_step(tmp_path: Path) -
     }
     journal.step({**record, "lr": {}, "gates": {}})
     assert json.loads(path.read_text())["loss"] == 1.5, "written before the next step begins"
-    assert journal.validation(1, {"en-de": 1.0, "en-fr": 2.0}) == 1.5
+    journal.validation(1, Validation({"en-de": 1.0, "en-fr": 2.0}))
+    journal.validation(1, Validation({"en-de": 1.0}, {"en-de": 30.0, "en-fr": 40.0}))
     journal.close()
-    assert len(path.read_text().splitlines()) == 2
+    _, plain, translated = map(json.loads, path.read_text().splitlines())
+    assert plain == {"step": 1, "valid_loss": {"en-de": 1.0, "en-fr": 2.0}, "valid_loss_mean": 1.5}
+    assert (translated["valid_chrf"], translated["valid_chrf_mean"]) == ({"en-de": 30.0, "en-fr": 40.0}, 35.0)

@@ -76,7 +76,7 @@ def checkpoints_at_once(train: TrainConfig) -> int:
     if train.keep_last == 0:
         return written
     spaced = train.steps // train.keep_every if train.keep_every else 0
-    best = int(train.keep_best and train.valid_every > 0)
+    best = int(train.keep_best != "off" and train.valid_every > 0)
     return min(written, train.keep_last + spaced + best + 1)
 
 

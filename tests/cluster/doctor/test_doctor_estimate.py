@@ -47,7 +47,7 @@ def test_more_ranks_hold_less_each(tiny_run: TinyRun) -> None:
         ({"save_every": 25}, 4),
         ({"save_every": 10, "keep_last": 2}, 3),
         ({"save_every": 10, "keep_last": 2, "valid_every": 10}, 4),
-        ({"save_every": 10, "keep_last": 2, "keep_every": 50, "keep_best": False}, 5),
+        ({"save_every": 10, "keep_last": 2, "keep_every": 50, "keep_best": "off"}, 5),
         ({"save_every": 50, "keep_last": 9}, 2),
     ],
 )
