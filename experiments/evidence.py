@@ -65,6 +65,8 @@ def _trials(results: Mapping[str, Any]) -> str:
     for trial in sorted(results["trials"], key=lambda trial: float(trial["rate"])):
         text = f"{trial['rate']:g}: {trial['chrf']:.1f}"
         rows[trial["method"]].append(f"**{text}**" if trial["chosen"] else text)
+    if not rows:
+        return ""
     lines = ["| method | learning rate: validation chrF2 after the trial |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {method} | {', '.join(texts)} |" for method, texts in rows.items())])
 
