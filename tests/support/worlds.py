@@ -17,7 +17,7 @@ from typing import Protocol
 from lander_ds.distributed.process_group import free_port
 from lander_ds.stages.catalogue import STAGES
 
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 240.0
 """For the start and one job: a world of many jobs takes longer on a busy machine."""
 PRELOADED = (
     "deepspeed",

@@ -201,7 +201,7 @@ TRACKED = (
 @needs_wandb
 @needs_mlflow
 def test_a_training_on_two_ranks_that_goes_on(tiny_run: TinyRun) -> None:
-    run_world(tiny_run.root, 2, (Job("tracked", TRACKED, "support.jobs:train_in_two_goes"),))
+    run_world(tiny_run.root, 2, (Job("tracked", TRACKED, "support.jobs:track_in_two_goes"),))
     run = tiny_run.run("tracked-2")
     losses = [
         (record["step"], record["loss"])
