@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import processor  # noqa: F401 - before DeepSpeed is imported
 import torch
-from figures import processor as processor_name
-from step import set_environment
+from figures import circumstances
+from step import WARM_UP, set_environment
 from systems import IGNORED, REPLICATED_JSON, recipe_of
 from transformers import AutoModelForCausalLM
 from workload import Workload
@@ -34,7 +32,6 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import ModelConfig
 from lander_ds.data.batching.micro_batches import packed
 from lander_ds.data.batching.packing import PackedBatch
-from lander_ds.data.batching.plan import BatchPlan
 from lander_ds.distributed import process_group
 from lander_ds.distributed.parallel_dims import parallel_dims
 from lander_ds.distributed.start import Start
@@ -44,7 +41,6 @@ from lander_ds.models.translation_model import BatchTotals
 from lander_ds.training.spreading import spread
 
 ROOT = Path(__file__).parents[1]
-WARM_UP = 2
 GOALS = {"ratio_full": 0.70, "hook_share": 0.05}
 
 Pass = Callable[[PackedBatch], None]
@@ -90,8 +86,7 @@ def passes(workload: Workload, directory: Path) -> dict[str, Pass]:
 def measure(workload: Workload, systems: dict[str, Pass]) -> dict[str, list[float]]:
     """Processor seconds of every pass after the warm-up, by system."""
     splits = list(workload.data().split("train").values())
-    lengths, targets = [split.lengths for split in splits], [split.target_lengths for split in splits]
-    plan = BatchPlan(lengths, targets, batch_tokens=workload.tokens, temperature=1.0, seed=workload.seed)
+    plan = workload.plan(splits)
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     names = list(systems)
     for number in range(workload.steps):
@@ -154,9 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         "model": str(options.model),
         "tokens": options.tokens,
         "dtype": options.dtype,
-        "machine": {"processor": processor_name(), "threads": threads, "load_before": load},
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        **circumstances(threads, load),
     }
     if options.json:
         print(json.dumps(actual, indent=2))

@@ -105,6 +105,18 @@ def result(
         "tokens_per_step": workload.tokens_per_step,
         "target_tokens_per_step": workload.target_tokens_per_step,
         "warm_up_steps": warm_up,
+        **circumstances(threads, load),
+    }
+
+
+def circumstances(threads: int, load: float) -> dict[str, Any]:
+    """Where, when and how something was measured.
+
+    Args:
+        threads: of each rank.
+        load: the machine's load average before the first step.
+    """
+    return {
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),

@@ -196,7 +196,7 @@ def _run(root: Path, ranks: int, jobs: Sequence[Job]) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // ranks)))
     try:
         with _stdout_to_stderr():
-            worlds.run_world(root, ranks, jobs, threads)
+            worlds.run_world(root, ranks, jobs, threads, JOB_SECONDS)
     except RuntimeError as error:
         raise LanderError(f"the measurement failed: {error}") from None
 
@@ -262,7 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--json", action="store_true", help='print {"cases": [{case, quantity, predicted, measured}]}'
     )
     options = parser.parse_args(arguments)
-    worlds.TIMEOUT_SECONDS = JOB_SECONDS
     try:
         cases = validate(options.model)
     except LanderError as error:

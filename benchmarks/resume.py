@@ -25,7 +25,6 @@ import torch
 from faults import set_environment
 from miniature import Miniature, Unexpected, make_miniature
 from resume_ranks import BLOCK, COPY, TIMES
-from support import worlds
 from support.compare import distance, metrics, relative
 from support.tiny_run import TinyRun, make_tiny_run
 from support.training_runs import ADAMW, NOISY, sets
@@ -117,7 +116,7 @@ def matrix(built: TinyRun, places: Sequence[Placement], optimizers: Sequence[str
         jobs = [
             job(source(placement, name), placement, name, "lander_ds.stages.train:run") for name in optimizers
         ]
-        run_world(built.root, placement.ranks, jobs)
+        run_world(built.root, placement.ranks, jobs, timeout=WORLD_SECONDS)
     cases = []
     for placement in places:
         say(f"resuming in {placement.name}")
@@ -129,6 +128,7 @@ def matrix(built: TinyRun, places: Sequence[Placement], optimizers: Sequence[str
             built.root,
             placement.ranks,
             [job(title, placement, name, "resume_ranks:go_on") for _, name, title in todo],
+            timeout=WORLD_SECONDS,
         )
         for saved, name, title in todo:
             whole, resumed = directory(built, source(saved, name), saved), directory(built, title, placement)
@@ -177,7 +177,7 @@ def overhead(built: Miniature, rounds: int) -> dict[str, Any]:
     say("timing saves")
     options = (*ADAMW, f"train.valid_every={rounds}", f"train.batch_tokens={BATCH_TOKENS}")
     run = built.run("timed-2")
-    run_world(built.root, 2, [Job("timed", options, "resume_ranks:time_saves")])
+    run_world(built.root, 2, [Job("timed", options, "resume_ranks:time_saves")], timeout=WORLD_SECONDS)
     times: dict[str, list[float]] = json.loads((run.path / TIMES).read_text())
 
     def ratio(kind: str) -> float:
@@ -259,7 +259,6 @@ def main() -> int:
     """Run; returns the exit code: 1 when a limit is broken."""
     options = parse()
     set_environment()
-    worlds.TIMEOUT_SECONDS = WORLD_SECONDS
     # So that ranks and directories do not outlive it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result: dict[str, Any] = {"cases": []}

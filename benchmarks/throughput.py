@@ -11,19 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import processor  # noqa: F401 - before DeepSpeed is imported
-from figures import Measured
-from figures import processor as processor_name
+from figures import Measured, circumstances
 from step import WARM_UP, set_environment, sit
 from turns import SystemFailed
 from workload import PAIRS, Workload, chosen_layers
@@ -32,7 +29,7 @@ from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.batching.packing import Example, pack
-from lander_ds.data.batching.plan import BatchPlan, cut
+from lander_ds.data.batching.plan import cut
 from lander_ds.data.prepared import PreparedData, PreparedSplit
 from lander_ds.models.loading import hf_config
 from lander_ds.preflight.recipe import load_checked
@@ -83,13 +80,7 @@ class RealWorkload(Workload):
     def packed_targets_and_waste(self) -> tuple[int, float]:
         """Of the measured steps of `lander`: target tokens, and the share of computed tokens that are padding."""
         splits = list(self.data().split("train").values())
-        plan = BatchPlan(
-            [split.lengths for split in splits],
-            [split.target_lengths for split in splits],
-            batch_tokens=self.tokens_per_step,
-            temperature=1.0,
-            seed=self.seed,
-        )
+        plan = self.plan(splits)
         targets = tokens = computed = 0
         for number in range(WARM_UP, self.steps):
             batch = plan.batch(number)
@@ -214,9 +205,7 @@ def main() -> int:
         "mean_length": workload.length,
         "layers": workload.layers,
         "dtype": workload.dtype,
-        "machine": {"processor": processor_name(), "threads_per_rank": threads, "load_before": load},
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        **circumstances(threads, load),
     }
     if options.json:
         print(json.dumps(actual, indent=2))

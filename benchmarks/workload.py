@@ -6,6 +6,7 @@ system is timed on tokens that another one does not have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -71,16 +72,20 @@ class Workload:
         """The corpora."""
         return UniformData(self)
 
-    def in_order(self) -> list[Example]:
-        """The examples as they are trained: by step, then by rank."""
-        splits = list(self.data().split("train").values())
-        plan = BatchPlan(
+    def plan(self, splits: Sequence[PreparedSplit]) -> BatchPlan:
+        """The global batches of this trainer, from the training splits of all pairs."""
+        return BatchPlan(
             [split.lengths for split in splits],
             [split.target_lengths for split in splits],
             batch_tokens=self.tokens_per_step,
             temperature=1.0,
             seed=self.seed,
         )
+
+    def in_order(self) -> list[Example]:
+        """The examples as they are trained: by step, then by rank."""
+        splits = list(self.data().split("train").values())
+        plan = self.plan(splits)
         ordered: list[Example] = []
         for step in range(self.steps):
             batch = plan.batch(step)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lander_ds.report.figures import STYLE, colour_of, legend, new_figure, styled
+from lander_ds.report.figures import colour_of, legend, new_figure, styled, svg
 
 Results = Mapping[str, Any]
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as a file; equal figures give equal text."""
-    stream = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    # Matplotlib leaves blanks at line ends.
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+    """The figure as a file, without the blanks that matplotlib leaves at line ends."""
+    return "\n".join(line.rstrip() for line in svg(figure).decode().splitlines()) + "\n"
 
 
 @styled

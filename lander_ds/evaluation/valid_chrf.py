@@ -17,7 +17,7 @@ from lander_ds.distributed import collectives, process_group
 from lander_ds.inference.decoding import Decoder
 from lander_ds.inference.open import InferenceModel, generation_config
 from lander_ds.inference.requests import requests_for
-from lander_ds.inference.translate import Request, batches
+from lander_ds.inference.translate import Request, batches, longest_first
 
 
 class ValidationChrf:
@@ -57,10 +57,11 @@ class ValidationChrf:
 
     def _chrf(self, pair: str, requests: Sequence[Request]) -> float:
         mine: dict[str, str] = {}
-        longest_first = sorted(requests, key=lambda request: (-len(request.prompt), request.id))
         with InferenceModel(self._model).pair(pair):
             prefix = self._decoder.shared_prefix([request.prompt for request in requests])
-            for batch in batches(longest_first, self._recipe.translate.batch_size, fill=self._synced):
+            for batch in batches(
+                longest_first(requests), self._recipe.translate.batch_size, fill=self._synced
+            ):
                 self._beat(f"translating validation sentences of {pair}")
                 prompts = [request.prompt for request in batch.requests]
                 hypotheses = self._decoder.decode(prompts, prefix, batch.requests[0].stop)

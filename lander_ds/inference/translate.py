@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +100,7 @@ def translate(
     # One rank looks, so that no rank sees what another has begun to write.
     finished = collectives.from_rank_zero({pair: set(partial.finished(pair)) for pair in requests})
     remaining = {
-        pair: sorted(
-            (r for r in requests[pair] if r.id not in finished[pair]), key=lambda r: (-len(r.prompt), r.id)
-        )
-        for pair in requests
+        pair: longest_first(r for r in requests[pair] if r.id not in finished[pair]) for pair in requests
     }
     done = sum(map(len, finished.values()))
     if done:
@@ -135,6 +132,11 @@ def translate(
     collectives.barrier()
     sentences, tokens, truncated = counts.tolist()
     return Work(sentences, tokens, truncated, time.monotonic() - started)
+
+
+def longest_first(requests: Iterable[Request]) -> list[Request]:
+    """In the order in which they are translated."""
+    return sorted(requests, key=lambda request: (-len(request.prompt), request.id))
 
 
 def _translation(request: Request, best: Sequence[Hypothesis]) -> Translation:

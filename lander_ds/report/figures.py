@@ -96,9 +96,14 @@ def legend_columns(labels: Sequence[str]) -> int:
     return max(1, min(len(labels), 78 // (6 + max(map(len, labels), default=0))))
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as `data:image/svg+xml;base64,...`; equal figures give equal bytes."""
+def svg(figure: Figure) -> bytes:
+    """The figure as a file; equal figures give equal bytes."""
     stream = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as `data:image/svg+xml;base64,...`."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()

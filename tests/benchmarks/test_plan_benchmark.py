@@ -7,7 +7,6 @@ import json
 import plan
 import pytest
 from plan import Case, validate
-from support import worlds
 
 
 @pytest.mark.distributed
@@ -29,8 +28,6 @@ def test_predictions_are_what_ranks_hold() -> None:
 def test_the_exit_code_tells_a_prediction_that_is_off(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The benchmark sets it.
-    monkeypatch.setattr(worlds, "TIMEOUT_SECONDS", worlds.TIMEOUT_SECONDS)
     good, bad = Case("a", "weights", 104, 100), Case("b", "weights", 106, 100)
     monkeypatch.setattr(plan, "validate", lambda model: [good])
     assert plan.main(["--json"]) == 0

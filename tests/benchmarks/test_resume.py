@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import resume
 from resume import LIMITS, PLACES, breaches, parse, table
-from support import worlds
 from support.scripts import run_script
 
 
@@ -82,8 +81,6 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     small = {"SAVED_AT": 4, "STEPS": 8, "WIDTH": 64, "NEURONS": 512, "BATCH_TOKENS": 192}
     for name, value in small.items():
         monkeypatch.setattr(resume, name, value)
-    # The benchmark sets it.
-    monkeypatch.setattr(worlds, "TIMEOUT_SECONDS", worlds.TIMEOUT_SECONDS)
     places = ["--places", "zero3 x1,pipeline 2x1", "--optimizers", "adamw", "--rounds", "1", "--json"]
     code = run_script(resume.main, *places)
     shown = capsys.readouterr()

@@ -74,7 +74,9 @@ def server() -> ForkServerContext:
     return context
 
 
-def run_world(root: Path, ranks: int, jobs: Sequence[Work], threads: int = 1) -> None:
+def run_world(
+    root: Path, ranks: int, jobs: Sequence[Work], threads: int = 1, timeout: float = TIMEOUT_SECONDS
+) -> None:
     """Run the jobs one after another in a world of `ranks` processes.
 
     Args:
@@ -82,6 +84,7 @@ def run_world(root: Path, ranks: int, jobs: Sequence[Work], threads: int = 1) ->
         ranks: number of processes.
         jobs: what they do.
         threads: per process.
+        timeout: seconds for the start and for each job.
 
     Raises:
         RuntimeError: a rank failed or did not end in time; the message holds its traceback.
@@ -91,13 +94,15 @@ def run_world(root: Path, ranks: int, jobs: Sequence[Work], threads: int = 1) ->
     os.environ["OMP_NUM_THREADS"] = str(threads)
     port = free_port()
     processes = [
-        context.Process(target=_rank, args=(root, rank, ranks, port, threads, tuple(jobs)), daemon=True)
+        context.Process(
+            target=_rank, args=(root, rank, ranks, port, threads, timeout, tuple(jobs)), daemon=True
+        )
         for rank in range(ranks)
     ]
     try:
         for process in processes:
             process.start()
-        _wait(root, processes, ranks)
+        _wait(root, processes, ranks, timeout)
     finally:
         for process in processes:
             if process.is_alive():
@@ -114,24 +119,24 @@ def search_path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
-def _wait(root: Path, processes: Sequence[object], ranks: int) -> None:
+def _wait(root: Path, processes: Sequence[object], ranks: int, timeout: float) -> None:
     done, deadline = -1, 0.0
     while any(process.is_alive() for process in processes):  # type: ignore[attr-defined]
         before, done = done, len(list(root.glob(f"done-{ranks}-*")))
         if done != before:
-            deadline = time.monotonic() + TIMEOUT_SECONDS
+            deadline = time.monotonic() + timeout
         if any(process.exitcode for process in processes) or time.monotonic() > deadline:  # type: ignore[attr-defined]
             break
         time.sleep(0.05)
     if all(process.exitcode == 0 for process in processes):  # type: ignore[attr-defined]
         return
     wording = [path.read_text() for path in sorted(root.glob(f"failure-{ranks}-*.txt"))]
-    raise RuntimeError(
-        "\n".join(wording) or f"a world of {ranks} ranks did not end a job in {TIMEOUT_SECONDS} s"
-    )
+    raise RuntimeError("\n".join(wording) or f"a world of {ranks} ranks did not end a job in {timeout} s")
 
 
-def _rank(root: Path, rank: int, ranks: int, port: int, threads: int, jobs: tuple[Work, ...]) -> None:
+def _rank(
+    root: Path, rank: int, ranks: int, port: int, threads: int, timeout: float, jobs: tuple[Work, ...]
+) -> None:
     import gc
 
     import torch
@@ -153,7 +158,7 @@ def _rank(root: Path, rank: int, ranks: int, port: int, threads: int, jobs: tupl
 
     placement = "start"
     try:
-        process_group.start(TIMEOUT_SECONDS)
+        process_group.start(timeout)
         for job in jobs:
             placement = job.name
             job(root, ranks)
