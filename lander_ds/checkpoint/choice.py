@@ -87,6 +87,8 @@ def warn_of_changes(
     """
     # Another base is refused when the model is opened.
     inputs = {"base": state["base_fingerprint"], "data": data_hash or state["data_hash"]}
+    if replay := state.get("replay_hash"):
+        inputs["replay"] = replay
     if run.selection.exists():
         inputs["selection"] = file_hash(run.selection)
     for key, before, now in changes(state, identity_of(recipe, inputs)):

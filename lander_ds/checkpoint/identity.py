@@ -21,6 +21,7 @@ FIXED = (
     "method",
     "base_fingerprint",
     "data_hash",
+    "replay_hash",
     "pairs",
     "dtype",
     "selection_hash",
@@ -58,6 +59,7 @@ FREE = (
 CURES = {
     "base_fingerprint": "correct model.path",
     "data_hash": "run prepare with the corpora and options of then",
+    "replay_hash": "run prepare with the texts of data.replay of then",
     "selection_hash": "bring back the selection of then",
 }
 
@@ -67,7 +69,7 @@ def identity_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         recipe: of the training.
-        inputs: hashes of data, base and selection.
+        inputs: hashes of data, base, selection and replay.
     """
     train = asdict(recipe.train)
     return {
@@ -75,6 +77,8 @@ def identity_of(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
         "base_fingerprint": inputs["base"],
         "data_hash": inputs["data"],
         "selection_hash": inputs.get("selection"),
+        "replay_hash": inputs.get("replay"),
+        "replay_share": recipe.data.replay.share or None,
         "pairs": list(recipe.data.pairs),
         "dtype": recipe.model.dtype,
         "seed": recipe.seed,

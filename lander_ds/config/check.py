@@ -47,7 +47,8 @@ class Check:
         for name in _PLACEHOLDER.findall(text):
             if name not in allowed:
                 valid = ", ".join(f"{{{option}}}" for option in allowed)
-                self.refuse(key, f"unknown placeholder {{{name}}}; it may use {valid}")
+                cure = f"it may use {valid}" if allowed else "nothing is filled in here; write it out"
+                self.refuse(key, f"unknown placeholder {{{name}}}; {cure}")
 
     def warn(self, key: str, message: str) -> None:
         """Tell that `key` has no effect or is risky."""

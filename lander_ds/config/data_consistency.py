@@ -6,12 +6,21 @@ import re
 
 from lander_ds.config.check import Check
 from lander_ds.config.document import nearest
-from lander_ds.config.recipe import SACREBLEU, ColumnConfig, CorpusConfig, PromptConfig, Recipe
+from lander_ds.config.recipe import (
+    SACREBLEU,
+    ColumnConfig,
+    CorpusConfig,
+    PromptConfig,
+    Recipe,
+    TextColumnConfig,
+)
 
 _CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
 _PAIR = re.compile(rf"({_CODE})-({_CODE})")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*")
 """Of a test set: it becomes the name of a directory, and a key of `--set`."""
+_PLAIN = re.compile(r"\.txt(\.\w+)?$", re.IGNORECASE)
+"""Ends the names of files of plain text."""
 
 
 def check_data(check: Check) -> None:
@@ -23,6 +32,7 @@ def check_data(check: Check) -> None:
         _check_coverage(check)
         _check_template(check)
         _check_sets(check)
+    _check_replay(check)
 
 
 def served(corpus: CorpusConfig, pairs: tuple[str, ...]) -> tuple[str, ...]:
@@ -130,6 +140,32 @@ def _check_sets(check: Check) -> None:
         if not untrained:
             check.warn(key, "has no effect: every direction of evaluate.sets is among data.pairs")
         _check_source(check, key, corpus)
+
+
+def _check_replay(check: Check) -> None:
+    """Texts without a pair: a share without texts, or texts without a share, is an oversight."""
+    replay = check.recipe.data.replay
+    if replay.corpora and not replay.share:
+        check.refuse("data.replay.share", "0 uses none of data.replay.corpora; write for example share: 0.1")
+    if replay.share and not replay.corpora:
+        check.refuse(
+            "data.replay.corpora", "no corpus to replay; write for example - {path: 'general.en.txt'}"
+        )
+    for index, corpus in enumerate(replay.corpora):
+        key, columns = f"data.replay.corpora.{index}", corpus.columns
+        if not corpus.path:
+            check.refuse(f"{key}.path", "is empty; name a file or directory")
+        check.refuse_placeholders(f"{key}.path", corpus.path, ())
+        for name, value in vars(columns).items():
+            if value is not None and not value.strip():
+                check.refuse(f"{key}.columns.{name}", "is empty; name a column")
+        if columns.prompt == columns.text:
+            check.refuse(
+                f"{key}.columns", f"prompt and text are the same column {columns.text!r}; correct one"
+            )
+        plain = corpus.format == "text" or (corpus.format == "auto" and _PLAIN.search(corpus.path))
+        if plain and columns != TextColumnConfig():
+            check.refuse(f"{key}.columns", "files of plain text have no columns; remove it, or use JSONL")
 
 
 def _check_corpus(check: Check, key: str, corpus: CorpusConfig) -> None:

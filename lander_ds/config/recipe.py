@@ -31,6 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
 Split = Literal["train", "detect", "valid", "test"]
 CorpusFormat = Literal["auto", "jsonl", "tsv", "moses", "tmx", "hf"]
+TextFormat = Literal["auto", "text", "jsonl", "hf"]
 
 CHAT = "chat"
 """The prompt template of that name is the tokenizer's."""
@@ -198,6 +199,43 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TextColumnConfig:
+    """Names of the columns: JSONL keys or HF columns; dots reach into nested ones. Files of plain text have none."""
+
+    text: str = "text"
+    """What the model learns to write."""
+    prompt: str | None = None
+    """What it reads before that, of instruction data; the answer begins on the next line, or, with `template: chat`, is the
+    assistant's turn. Default: nothing."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TextCorpusConfig:
+    """Monolingual text, or instructions with their answers."""
+
+    path: PathText
+    """File, or directory (HF data set)."""
+    format: TextFormat = "auto"
+    """`auto` decides by the file name; `text` has one text per line. Files may be plain, .gz, .bz2, .xz or .zst."""
+    columns: TextColumnConfig = field(default_factory=TextColumnConfig)
+    """Where the texts stand in each row."""
+    limit: Limit | None = None
+    """Use at most this many texts of the corpus (the first ones that are kept)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ReplayConfig:
+    """Text without a pair among the training data, so that the model keeps what it knows. It is trained through what all
+    pairs own, the general banks and the gates."""
+
+    share: ShareBelowOne = 0.0
+    """Share of the tokens of a global batch, on average."""
+    corpora: tuple[TextCorpusConfig, ...] = ()
+    """Where the texts come from. Texts of which a line stands in valid or test (`data.filters.test_overlap`) and duplicates
+    are dropped; of plain text, what is longer than `data.max_length` tokens is cut into pieces."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Corpora and how they become token ids."""
 
@@ -209,6 +247,8 @@ class DataConfig:
     """What is dropped."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """What the model reads."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Text without a pair that is trained on as well."""
     max_length: Annotated[int, Field(ge=4)] = 256
     """Longest example in tokens, prompt and target together; longer ones are dropped and counted."""
     detect_examples: Count = 128

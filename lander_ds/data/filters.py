@@ -67,9 +67,8 @@ class Sentences:
             if self._mode == "normalised" and (normal := normalise(text)):
                 self._normalised.add(text_hash(normal))
 
-    def overlap(self, row: Row) -> Reason | None:
-        """Why a row is dropped, if it has one of these sentences."""
-        texts = (row.src, row.tgt)
+    def overlap(self, *texts: str) -> Reason | None:
+        """Why a row with these texts is dropped, if one of them is among these sentences."""
         if self._mode == "off":
             return None
         exact, normalised = self._reasons
@@ -79,6 +78,33 @@ class Sentences:
             text_hash(normalise(text)) in self._normalised for text in texts
         ):
             return normalised
+        return None
+
+
+class TextFilter:
+    """The filters of texts without a pair: none is empty, too short or there twice, and no line of one is to be kept apart.
+
+    Args:
+        config: the recipe's filters.
+        apart: sentences of which the texts must have none.
+    """
+
+    def __init__(self, config: FilterConfig, apart: Sentences) -> None:
+        self._config, self._apart = config, apart
+        self._seen = HashSet()
+
+    def reason(self, row: Row) -> Reason | None:
+        """Why a text is dropped, or None when it is kept."""
+        text = visible(row.tgt)
+        if not text:
+            return "empty"
+        if len(text) < self._config.min_chars:
+            return "too_short"
+        for line in (*row.src.splitlines(), *row.tgt.splitlines()):
+            if reason := self._apart.overlap(line):
+                return reason
+        if self._config.drop_duplicates and not self._seen.add(text_hash(f"{visible(row.src)}\0{text}")):
+            return "duplicate"
         return None
 
 
@@ -101,7 +127,7 @@ class Filter:
         src, tgt = visible(row.src), visible(row.tgt)
         if self._config.drop_identical and src == tgt:
             return "identical"
-        if self._apart and (reason := self._apart.overlap(row)):
+        if self._apart and (reason := self._apart.overlap(row.src, row.tgt)):
             return reason
         if self._config.drop_duplicates and not self._seen.add(text_hash(f"{src}\0{tgt}")):
             return "duplicate"

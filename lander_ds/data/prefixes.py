@@ -36,7 +36,7 @@ class Layout:
         """Lay out the training examples.
 
         Args:
-            splits: by pair id.
+            splits: by pair id, and, where there are any, texts without a pair (-1) at the end.
             ranks: that compute; chunk c is computed by rank c mod `ranks`.
         """
         self._splits = splits
@@ -66,7 +66,7 @@ class Layout:
 
     def number(self, pair_ids: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Numbers of examples by pair and position in the pair's split."""
-        numbers: np.ndarray = self._first[pair_ids] + indices
+        numbers: np.ndarray = self._first[pair_ids % len(self._splits)] + indices
         return numbers
 
     def chunk(self, number: int) -> list[Example]:

@@ -3,7 +3,8 @@
 A cache entry `<cache>/prepared-<hash>/` holds `{pair}.{split}.arrow`, `rejected.jsonl` and `manifest.json`.
 It is written under another name and renamed when it is complete. `data/prepared.json` in the run directory
 says which entry belongs to the run. Every named test set has an entry of its own, which `data/sets/NAME/prepared.json`
-names, so that sets come and go without a change of what is trained on.
+names, so that sets come and go without a change of what is trained on. So have the texts of `data.replay`
+(`data/replay/prepared.json`), so that runs with and without them share the rest.
 """
 
 from __future__ import annotations
@@ -137,6 +138,17 @@ class PreparedData:
         """
         return _open(run, recipe, set_directory(run, name), set_options(recipe, name))
 
+    @staticmethod
+    def load_replay(run: RunDirectory, recipe: Recipe) -> PreparedData | None:
+        """The texts of `data.replay`, as `train` of one pair that is none; None where the recipe has none.
+
+        Raises:
+            ArtefactError: prepare has not run for this recipe's texts, or its cache is gone.
+        """
+        if not recipe.data.replay.corpora:
+            return None
+        return _open(run, recipe, replay_directory(run), replay_options(recipe))
+
 
 def _open(run: RunDirectory, recipe: Recipe, directory: Path, options: Mapping[str, Any]) -> PreparedData:
     pointer_path = directory / "prepared.json"
@@ -163,8 +175,8 @@ def _entry(run: RunDirectory, recipe: Recipe, pointer: Path, entry: object) -> P
 def prepared_options(recipe: Recipe) -> dict[str, Any]:
     """Everything in a recipe that the prepared data depends on, as JSON values."""
     data = asdict(recipe.data)
-    # Where the cache lies and how many processes fill it change nothing in it.
-    del data["cache_dir"], data["workers"], data["seed"]
+    # Where the cache lies and how many processes fill it change nothing in it; replay has an entry of its own.
+    del data["cache_dir"], data["workers"], data["seed"], data["replay"]
     data["prompt"] = prompt_options(recipe.data.prompt)
     return {
         "data": data,
@@ -182,6 +194,24 @@ def set_options(recipe: Recipe, name: str) -> dict[str, Any]:
         "set": asdict(recipe.evaluate.sets[name]) | {"pairs": list(pairs)},
         "shots": shown,
     }
+
+
+def replay_options(recipe: Recipe) -> dict[str, Any]:
+    """Everything in a recipe that the prepared texts of `data.replay` depend on, as JSON values."""
+    data, filters = recipe.data, recipe.data.filters
+    return {
+        "corpora": [asdict(corpus) for corpus in data.replay.corpora],
+        "filters": [filters.min_chars, filters.drop_duplicates, filters.test_overlap],
+        "max_length": data.max_length,
+        "chat": data.prompt.chat,
+        "sets": {name: asdict(config) for name, config in recipe.evaluate.sets.items()},
+        "model": {"path": recipe.model.path, "trust_remote_code": recipe.model.trust_remote_code},
+    }
+
+
+def replay_directory(run: RunDirectory) -> Path:
+    """What a run keeps of the preparation of `data.replay`."""
+    return run.data / "replay"
 
 
 def set_directory(run: RunDirectory, name: str) -> Path:

@@ -202,7 +202,7 @@ class TranslationModel(nn.Module):
         Returns: of a span that is not the last, what travels on. Of the last:
             scalar: target loss / totals.target_tokens (+ budget loss); summed over all micro-batches and data-parallel
             ranks it is the loss of the global batch.
-            [2, M] float64: sum of losses (nats) and target tokens per pair.
+            [2, M + 1] float64: sum of losses (nats) and target tokens per pair, and of texts without one.
             [] float64: budget loss of this micro-batch (already divided), before its weight.
         """
         if self.announce is not None:
@@ -298,8 +298,8 @@ class TranslationModel(nn.Module):
             real = (batch.sample_ids >= 0).to(mean.dtype)
             budget = ((mean - self.objective.budget).abs() * real).sum() / totals.examples
             total = total + self.objective.budget_weight * budget
-        per_pair = torch.zeros(2, self.pairs, dtype=torch.float64, device=losses.device)
-        owners = batch.pair_ids[batch.target_positions]
+        per_pair = torch.zeros(2, self.pairs + 1, dtype=torch.float64, device=losses.device)
+        owners = batch.pair_ids[batch.target_positions] % (self.pairs + 1)
         per_pair[0].index_add_(0, owners, losses.detach().double())
         per_pair[1].index_add_(0, owners, torch.ones_like(losses, dtype=torch.float64))
         return total, per_pair, budget.detach().double()

@@ -13,7 +13,7 @@ from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
-from lander_ds.data.sources.corpus import Corpus, resolve, resolve_set
+from lander_ds.data.sources.corpus import Corpus, resolve, resolve_replay, resolve_set
 from lander_ds.distributed import accelerator
 from lander_ds.evaluation.baseline import baseline_path
 from lander_ds.models.files import adapter_fault
@@ -72,9 +72,12 @@ def _check_corpora(check: Check) -> None:
         corpora = resolve(recipe.data)
         # The tokenizer is trained on no test set.
         if check.runs("prepare"):
+            resolve_replay(recipe.data)
             corpora += [corpus for name in recipe.evaluate.sets for corpus in resolve_set(recipe, name)]
     except DataError as error:
-        named = re.search(r"data\.corpora\[\d+\]|evaluate\.(sets\.[\w+-]+|shots\[\d+\])", str(error))
+        named = re.search(
+            r"data\.(replay\.)?corpora\[\d+\]|evaluate\.(sets\.[\w+-]+|shots\[\d+\])", str(error)
+        )
         check.refuse(_path_key(named[0]) if named else "data.corpora", str(error))
         return
     _refuse_same_lines_for_every_pair(check, corpora)

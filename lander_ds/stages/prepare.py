@@ -23,11 +23,14 @@ from lander_ds.data.filters import check_filters
 from lander_ds.data.prepared import (
     PreparedData,
     prepared_options,
+    replay_directory,
+    replay_options,
     set_directory,
     set_options,
 )
+from lander_ds.data.replay import build_replay, kept_apart, replay_hash
 from lander_ds.data.sets import TRAINED, set_recipe, what_was_trained_on
-from lander_ds.data.sources.corpus import Corpus, resolve, resolve_set
+from lander_ds.data.sources.corpus import Corpus, resolve, resolve_replay, resolve_set
 from lander_ds.data.sources.sacrebleu_sets import origin
 from lander_ds.data.tokens.encoding import Encoder
 from lander_ds.data.tokens.prompt import check_prompt
@@ -39,10 +42,11 @@ logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
-    """The corpora read, filtered and tokenised into a cache entry, and the run pointed at it; then a part per test set of
-    `evaluate.sets`, which is another entry.
+    """The corpora read, filtered and tokenised into a cache entry, and the run pointed at it; then a part for the texts of
+    `data.replay` and one per test set of `evaluate.sets`, which are other entries.
 
-    Writes `data/prepared.json`, `data/statistics.json` and `data/rejected.jsonl`, and for sets `data/sets/NAME/...`.
+    Writes `data/prepared.json`, `data/statistics.json` and `data/rejected.jsonl`, and the same in `data/replay` and
+    `data/sets/NAME`.
 
     Raises:
         ConfigError: data options that cannot work.
@@ -57,22 +61,45 @@ def _parts(start: Start) -> list[Part]:
     fingerprint = tokenizer_fingerprint(tokenizer, recipe.data.prompt.chat)
     inputs = contents | {"tokenizer": fingerprint}
 
-    def make(
-        recipe: Recipe, corpora: list[Corpus], digest: str, trained_on: Callable[[], TrainedOn] | None = None
-    ) -> tuple[Path, dict[str, Any]]:
+    def make(digest: str, fill: Callable[[Encoder, Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The cache entry of that name, filled, and its manifest."""
         cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else run.path / "cache"
         entry = cache / f"prepared-{digest[:20]}"
         with Encoder(
             tokenizer, recipe.model.path, recipe.model.trust_remote_code, recipe.data.workers
         ) as encoder:
-            manifest = build(recipe, corpora, encoder, entry, digest, start.force, trained_on)
+            manifest = fill(encoder, entry)
         _check_ids(PreparedData(entry), Path(recipe.model.path), tokenizer)
         return entry, manifest
 
     def prepare() -> Result:
         digest = entry_hash(recipe, corpora, contents, fingerprint)
-        return _finished(*make(recipe, corpora, digest), run, run.data, options, "Prepared data")
+        made = make(
+            digest, lambda encoder, entry: build(recipe, corpora, encoder, entry, digest, start.force)
+        )
+        return _finished(*made, run, run.data, options, "Prepared data")
+
+    def replay() -> Part:
+        texts, apart = resolve_replay(recipe.data), kept_apart(recipe, corpora)
+        hashes = _content_hashes([*texts, *apart])
+
+        def prepare_replay() -> Result:
+            digest = replay_hash(recipe, texts, apart, hashes, fingerprint)
+            made = make(
+                digest,
+                lambda encoder, entry: build_replay(
+                    recipe, texts, apart, encoder, entry, digest, start.force
+                ),
+            )
+            return _finished(*made, run, replay_directory(run), replay_options(recipe), "Texts for replay")
+
+        return Part(
+            "prepare_replay",
+            replay_options(recipe),
+            hashes | {"tokenizer": fingerprint},
+            prepare_replay,
+            usable=lambda: _usable(lambda: PreparedData.load_replay(run, recipe)),
+        )
 
     @cache
     def trained_on() -> TrainedOn:
@@ -87,9 +114,12 @@ def _parts(start: Start) -> list[Part]:
                 logger.info("prepare: test set %s: %s: %s", name, key, " ".join(text.split()))
             training = PreparedData.load(run, recipe).content_hash(*TRAINED)
             digest = json_hash([entry_hash(of_set, own, hashes, fingerprint), training])
-            entry, manifest = make(of_set, own, digest, trained_on)
+            made = make(
+                digest,
+                lambda encoder, entry: build(of_set, own, encoder, entry, digest, start.force, trained_on),
+            )
             directory, title = set_directory(run, name), f"Test set {name}"
-            return _finished(entry, manifest, run, directory, set_options(recipe, name), title)
+            return _finished(*made, run, directory, set_options(recipe, name), title)
 
         return Part(
             f"prepare.{name}",
@@ -107,7 +137,8 @@ def _parts(start: Start) -> list[Part]:
         prepare,
         usable=lambda: _usable(lambda: PreparedData.load(run, recipe)),
     )
-    return [whole, *(part(name) for name in recipe.evaluate.sets)]
+    texts = [replay()] if recipe.data.replay.corpora else []
+    return [whole, *texts, *(part(name) for name in recipe.evaluate.sets)]
 
 
 STAGE = Stage("prepare", _parts)
@@ -175,7 +206,7 @@ def _check(recipe: Recipe) -> None:
             raise ConfigError(f"data.{name}: {getattr(data, name)} is too small: use {least} or more")
 
 
-def _usable(load: Callable[[], PreparedData]) -> bool:
+def _usable(load: Callable[[], PreparedData | None]) -> bool:
     try:
         load()
     except ArtefactError:

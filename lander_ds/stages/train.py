@@ -42,7 +42,7 @@ def _parts(start: Start) -> list[Part]:
         TrainingDiverged, SaveFailed: see there.
     """
     recipe, run = start.recipe, start.run
-    data = PreparedData.load(run, recipe)
+    data, replay = PreparedData.load(run, recipe), PreparedData.load_replay(run, recipe)
     inputs = {
         "data": data.content_hash("train", "valid"),
         "base": start.base_fingerprint,
@@ -50,6 +50,8 @@ def _parts(start: Start) -> list[Part]:
     }
     if recipe.train.method in METHODS_WITH_SELECTION:
         inputs["selection"] = file_hash(run.selection) if run.selection.exists() else "missing"
+    if replay is not None:
+        inputs["replay"] = replay.content_hash("train")
     options = {
         **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
         "dtype": recipe.model.dtype,
@@ -59,14 +61,18 @@ def _parts(start: Start) -> list[Part]:
     # Was a boolean when chrf did not exist.
     if recipe.train.keep_best != "chrf":
         options["train"]["keep_best"] = recipe.train.keep_best == "loss"
-    return [Part("train", options, inputs, lambda: _train(start, data, inputs))]
+    if replay is not None:
+        options["replay_share"] = recipe.data.replay.share
+    return [Part("train", options, inputs, lambda: _train(start, data, replay, inputs))]
 
 
 STAGE = Stage("train", _parts)
 run = STAGE.run
 
 
-def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Result:
+def _train(
+    start: Start, data: PreparedData, replay: PreparedData | None, inputs: Mapping[str, str]
+) -> Result:
     recipe, run, started = start.recipe, start.run, time.monotonic()
     identity = identity_of(recipe, inputs)
     checkpoint = starting_point(run.checkpoints, identity, start.force, start.auto_resume, start.is_base)
@@ -82,7 +88,7 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
         session = open_session(start, checkpoint)
         _announce(session)
         before = session.engine.frozen_digest()
-        prefixes = open_prefixes(start, session, data, watchdog.beat)
+        prefixes = open_prefixes(start, session, data, watchdog.beat, replay)
         progress = Progress() if checkpoint is None else Progress(**checkpoint.state["progress"])
         if process_group.rank() == 0:
             run.training_summary.unlink(missing_ok=True)
@@ -92,7 +98,7 @@ def _train(start: Start, data: PreparedData, inputs: Mapping[str, str]) -> Resul
         saver = Saver(session, run, identity)
         by_chrf = recipe.train.keep_best == "chrf"
         chrf = ValidationChrf(recipe, session.model.model, data, watchdog.beat) if by_chrf else None
-        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes, chrf)
+        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes, chrf, replay)
         # Another signal must not end the process before the last checkpoint is there.
         with StopRequest():
             outcome = trainer.run()

@@ -46,6 +46,7 @@ class MetricsLogger:
                 "train/grad_norm": record["grad_norm"],
                 "train/tokens_per_second": record["tokens_per_second"],
                 **{f"loss/{pair}": value for pair, value in record["loss_per_pair"].items()},
+                **({"loss/replay": record["replay_loss"]} if "replay_loss" in record else {}),
                 **{f"lr/{group}": value for group, value in record["lr"].items()},
             }
             for layer, gates in record["gates"].items():

@@ -35,7 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 def open_prefixes(
-    start: Start, session: Session, data: PreparedData, beat: Callable[[str], None]
+    start: Start,
+    session: Session,
+    data: PreparedData,
+    beat: Callable[[str], None],
+    replay: PreparedData | None = None,
 ) -> Prefixes | None:
     """The kept hidden states of the training examples, computed where they are not there yet (collective).
 
@@ -44,6 +48,7 @@ def open_prefixes(
         session: the model, before its first step.
         data: the corpora.
         beat: told what is being done.
+        replay: texts without a pair that are trained on as well; default: none.
 
     Returns: None where the recipe does not ask for them, or nothing lies below the lowest trained layer.
 
@@ -59,10 +64,14 @@ def open_prefixes(
         return None
     train = data.split("train")
     splits = [train[pair] for pair in recipe.data.pairs]
+    contents = [data.content_hash("train")]
+    if replay is not None:
+        splits += replay.split("train").values()
+        contents.append(replay.content_hash("train"))
     width = int(model.config.hidden_size)
     digest = json_hash(
         [
-            *(FORMAT, CHUNK_TOKENS, data.content_hash("train"), list(recipe.data.pairs), layer),
+            *(FORMAT, CHUNK_TOKENS, *contents, list(recipe.data.pairs), layer),
             *(session.fingerprint, recipe.model.dtype, accelerator.device().type),
             *(torch.__version__, transformers.__version__),
         ]

@@ -14,12 +14,14 @@ import torch
 from lander_ds.common import console
 from lander_ds.common.errors import LanderError
 from lander_ds.data.batching.micro_batches import packed
-from lander_ds.data.batching.plan import BatchPlan, GlobalBatch
+from lander_ds.data.batching.plan import BatchPlan, GlobalBatch, Replay
 from lander_ds.data.prefixes import Prefixes
 from lander_ds.data.prepared import PreparedData, PreparedSplit
+from lander_ds.data.sources.corpus import TEXT
 from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.watchdog import Watchdog
 from lander_ds.models.parameter_groups import active_groups
+from lander_ds.models.routed_ffn import NO_PAIR
 from lander_ds.models.translation_model import BatchTotals, GateStatistics
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.optimizer import learning_rate
@@ -67,6 +69,7 @@ class Trainer:
         watchdog: Watchdog | None = None,
         prefixes: Prefixes | None = None,
         chrf: Callable[[], Mapping[str, float]] | None = None,
+        replay: PreparedData | None = None,
     ) -> None:
         """Prepare.
 
@@ -80,6 +83,7 @@ class Trainer:
             prefixes: hidden states of the training examples below what is trained; default: they are computed.
             chrf: translates validation sentences with the model as it is (collective) and returns chrF by pair, by which
                 validations are then compared; default: by their losses.
+            replay: texts without a pair that are trained on as well; default: none.
         """
         recipe = session.recipe
         self.session, self.metrics, self.save = session, metrics, save
@@ -89,17 +93,24 @@ class Trainer:
         self.train = recipe.train
         self.pairs = recipe.data.pairs
         train = data.split("train")
-        self.splits: list[PreparedSplit] = [train[pair] for pair in self.pairs]
+        self.splits: dict[int, PreparedSplit] = {i: train[pair] for i, pair in enumerate(self.pairs)}
+        """Training data by pair id."""
         valid = data.split("valid")
         self.valid = {i: valid[pair] for i, pair in enumerate(self.pairs) if len(valid.get(pair, ()))}
         """Validation data by pair id, of the pairs that have any."""
         self.plan = BatchPlan(
-            [split.lengths for split in self.splits],
-            [split.target_lengths for split in self.splits],
+            [split.lengths for split in self.splits.values()],
+            [split.target_lengths for split in self.splits.values()],
             batch_tokens=recipe.train.batch_tokens,
             temperature=recipe.train.temperature,
             seed=recipe.seed,
+            replay=None if replay is None else self._replay(replay),
         )
+
+    def _replay(self, replay: PreparedData) -> Replay:
+        """Add the texts to what is trained on; the batch plan has to know of them."""
+        texts = self.splits[NO_PAIR] = replay.split("train")[TEXT]
+        return Replay(texts.lengths, texts.target_lengths, self.session.recipe.data.replay.share)
 
     def run(self) -> Outcome:
         """Train to the end, until patience runs out, or until a signal asks to stop (collective)."""
@@ -180,14 +191,17 @@ class Trainer:
         own = figures.budget.new_tensor([float(stop), time.process_time() - processor])
         mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), own])
         *sums, budget, asked, processor_seconds = collectives.sum_over_ranks(mine).tolist()
-        losses, tokens = sums[: len(self.pairs)], sums[len(self.pairs) :]
+        # The last of both are of texts without a pair.
+        losses, tokens = sums[: len(sums) // 2], sums[len(sums) // 2 :]
         seconds = time.monotonic() - begun
         present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
+        replayed = {"replay_loss": _finite(losses[-1] / tokens[-1])} if tokens[-1] > 0 else {}
         grad_norm = session.engine.grad_norm
         record = {
             "step": step + 1,
             "loss": _finite(sum(losses) / sum(tokens)),
             "loss_per_pair": {self.pairs[i]: _finite(losses[i] / tokens[i]) for i in present},
+            **replayed,
             "budget_loss": _finite(budget),
             "tokens": int(batch.lengths.sum()),
             "target_tokens": batch.target_tokens,
@@ -206,7 +220,7 @@ class Trainer:
     def _set_groups(self, step: int, batch: GlobalBatch) -> dict[str, float]:
         """Learning rates of this step; only groups that a pair of the batch owns are active."""
         session = self.session
-        present = {self.pairs[i] for i in set(batch.pair_ids.tolist())}
+        present = {self.pairs[i] for i in set(batch.pair_ids.tolist()) - {NO_PAIR}}
         active = active_groups(session.group_sizes, present)
         factor = lr_factor(step, self.train)
         rates = {name: learning_rate(name, self.train) * factor for name in session.group_sizes}
@@ -255,12 +269,11 @@ class Trainer:
             return
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        bad = [pair for pair, loss in record["loss_per_pair"].items() if loss is None]
-        what = (
-            f"the loss of {', '.join(bad)}"
-            if bad
-            else f"the gradient of a batch of {', '.join(record['loss_per_pair'])}"
-        )
+        losses = dict(record["loss_per_pair"])
+        if "replay_loss" in record:
+            losses["data.replay"] = record["replay_loss"]
+        bad = [pair for pair, loss in losses.items() if loss is None]
+        what = f"the loss of {', '.join(bad)}" if bad else f"the gradient of a batch of {', '.join(losses)}"
         if process_group.rank() == 0:
             logger.warning("step %d skipped: %s is not finite", record["step"], what)
         if progress.skipped_in_a_row > self.train.max_skipped:

@@ -57,6 +57,45 @@ def test_numbers_out_of_range(override: str, message: str, workspace: Workspace)
     assert message in refusal(workspace, override)
 
 
+@pytest.mark.parametrize(
+    ("replay", "message"),
+    [
+        ("{corpora: [{path: general.txt}]}", "data.replay.share: 0 uses none of data.replay.corpora"),
+        ("{share: 0.1}", "data.replay.corpora: no corpus to replay"),
+        ("{share: 1, corpora: [{path: a.txt}]}", "data.replay.share: must be at least 0 and below 1"),
+        ("{share: 0.1, corpora: [{path: ''}]}", "data.replay.corpora.0.path: is empty; name a file"),
+        (
+            "{share: 0.1, corpora: [{path: 'general.{tgt}.txt'}]}",
+            "data.replay.corpora.0.path: unknown placeholder {tgt}; nothing is filled in here",
+        ),
+        (
+            "{share: 0.1, corpora: [{path: a.txt.gz, columns: {text: content}}]}",
+            "data.replay.corpora.0.columns: files of plain text have no columns",
+        ),
+        (
+            "{share: 0.1, corpora: [{path: a.jsonl, columns: {prompt: text}}]}",
+            "data.replay.corpora.0.columns: prompt and text are the same column 'text'",
+        ),
+        (
+            "{share: 0.1, corpora: [{path: a.jsonl, columns: {prompt: ' '}}]}",
+            "data.replay.corpora.0.columns.prompt: is empty; name a column",
+        ),
+        (
+            "{share: 0.1, corpora: [{path: absent.txt}]}",
+            "data.replay.corpora.0.path: absent.txt: no such file or directory",
+        ),
+        ("{share: 0.1, corpora: [{path: a.tsv, format: tsv}]}", "data.replay.corpora.0.format"),
+    ],
+)
+def test_replay_that_cannot_work(replay: str, message: str, workspace: Workspace) -> None:
+    assert message in refusal(workspace, f"data.replay={replay}")
+
+
+def test_a_sound_replay(workspace: Workspace) -> None:
+    Path("general.txt").write_text("A text.\n")
+    check(workspace, "data.replay={share: 0.1, corpora: [{path: general.txt}]}")
+
+
 THREE_STAGES = ("topology=pipeline_zero3", "pipeline_stages=3")
 
 

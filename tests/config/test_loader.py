@@ -243,11 +243,13 @@ PATH_KEYS = (
     "model.path",
     "data.corpora.0.path",
     "data.cache_dir",
+    "data.replay.corpora.0.path",
     "evaluate.sets.news.path",
     "evaluate.shots.0.path",
     "score.baseline",
 )
 SHOTS = "evaluate.shots=[{path: dev}]"
+REPLAY = "data.replay={share: 0.1, corpora: [{path: general.txt}]}"
 
 
 def at(recipe: Recipe, key: str) -> object:
@@ -263,10 +265,10 @@ def at(recipe: Recipe, key: str) -> object:
 @pytest.mark.parametrize("key", PATH_KEYS)
 def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert at(load(tmp_path, RECIPE, SHOTS, f"{key}=~/a/{{pair}}"), key) == "/home/me/a/{pair}"
-    assert at(load(tmp_path, RECIPE, SHOTS, f"{key}=a/~/b"), key) == "a/~/b"
+    assert at(load(tmp_path, RECIPE, SHOTS, REPLAY, f"{key}=~/a/b"), key) == "/home/me/a/b"
+    assert at(load(tmp_path, RECIPE, SHOTS, REPLAY, f"{key}=a/~/b"), key) == "a/~/b"
     assert f"{key}: ~nobody-of-this-name is no user's home directory" in refusal(
-        tmp_path, RECIPE, SHOTS, f"{key}=~nobody-of-this-name/a"
+        tmp_path, RECIPE, SHOTS, REPLAY, f"{key}=~nobody-of-this-name/a"
     )
 
 

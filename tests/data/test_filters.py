@@ -142,7 +142,7 @@ class TestInvisibleCharacters:
         assert Filter(config, held_out).reason(hidden) == "test_overlap_normalised"
         other = Sentences(config)
         other.add(f"A hid{character}den sentence", "Satz")
-        assert other.overlap(row("A hidden sentence", "b")) == "test_overlap_normalised"
+        assert other.overlap("A hidden sentence", "b") == "test_overlap_normalised"
 
     def test_of_duplicates_and_empty_sides(self, character: str) -> None:
         keep = Filter(FilterConfig(), None)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lander_ds.common.errors import ConfigError, DataError
 from lander_ds.data.batching.packing import Example, pack
-from lander_ds.data.batching.plan import DRAWS_PER_BLOCK, BatchPlan, GlobalBatch, cut, random_bits
+from lander_ds.data.batching.plan import DRAWS_PER_BLOCK, BatchPlan, GlobalBatch, Replay, cut, random_bits
 
 
 def make_plan(
@@ -203,3 +203,37 @@ def test_pack_properties(shapes: list[tuple[int, int]]) -> None:
     )
     expected = [token for e in examples for token in e.input_ids[max(e.prompt_length, 1) :].tolist()]
     assert packed.targets.tolist() == expected
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_replay_has_its_share_of_the_tokens(share: float) -> None:
+    lengths, texts = [np.full(300, 12), np.full(100, 20)], np.arange(40, 90)
+    replay = Replay(texts, texts - 1, share)
+    sizes = {"batch_tokens": 400, "temperature": 2.0, "seed": 3}
+    plan = BatchPlan(lengths, [pair // 2 for pair in lengths], **sizes, replay=replay)  # type: ignore[arg-type]
+    batches = [plan.batch(step) for step in range(400)]
+    ids = np.concatenate([batch.pair_ids for batch in batches])
+    assert set(ids.tolist()) == {-1, 0, 1}
+    tokens = np.concatenate([batch.lengths for batch in batches])
+    assert tokens[ids == -1].sum() / tokens.sum() == pytest.approx(share, rel=0.1)
+    # Between the pairs nothing changes.
+    assert (ids == 0).sum() / (ids == 1).sum() == pytest.approx(3.0**0.5, rel=0.1)
+    for batch in batches[:20]:
+        replayed = batch.pair_ids == -1
+        assert batch.lengths[replayed].tolist() == texts[batch.indices[replayed]].tolist()
+        assert len(batch.target_tokens_per_pair) == 2
+        of_texts = int((texts - 1)[batch.indices[replayed]].sum())
+        assert batch.target_tokens == batch.target_tokens_per_pair.sum() + of_texts
+
+
+def test_a_text_that_no_batch_holds() -> None:
+    sizes = np.array([5, 9])
+    with pytest.raises(DataError, match=r"example 1 of data\.replay has 9 tokens.*train\.batch_tokens \(8\)"):
+        BatchPlan(
+            [sizes - 4],
+            [sizes - 5],
+            batch_tokens=8,
+            temperature=1.0,
+            seed=1,
+            replay=Replay(sizes, sizes, 0.1),
+        )

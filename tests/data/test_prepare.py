@@ -15,7 +15,7 @@ from support.data_helpers import SAMPLE, MakeRecipe, write_jsonl
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import CorpusConfig, FilterConfig, ModelConfig, PromptConfig, Recipe, Split
-from lander_ds.data import build as build_module
+from lander_ds.data import entry as entry_module
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.plan import BatchPlan
 from lander_ds.data.prepared import PreparedData
@@ -263,7 +263,7 @@ class TestCache:
         def interrupt(*args: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(build_module, "_publish", interrupt)
+        monkeypatch.setattr(entry_module, "publish_entry", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepared(recipe)
         assert entries(recipe) == []

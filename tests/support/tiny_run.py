@@ -121,6 +121,8 @@ def make_tiny_run(root: Path) -> TinyRun:
         for pair in PAIRS:
             lines = list(_short_lines(SAMPLE / f"{split}.{pair}.jsonl", count))
             (root / f"{split}.{pair}.jsonl").write_text("".join(lines), encoding="utf-8")
+    general = [json.loads(line)["tgt"] for line in _short_lines(SAMPLE / "train.en-cs.jsonl", 40)]
+    (root / "general.txt").write_text("\n".join(general), encoding="utf-8")
     (root / "recipe.yaml").write_text(RECIPE.format(root=root, steps=STEPS), encoding="utf-8")
     for topology, config in JSONS.items():
         (root / f"{topology}.json").write_text(json.dumps(config), encoding="utf-8")

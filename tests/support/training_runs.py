@@ -52,6 +52,11 @@ OUTPUT = (
 FULL = (*sets(train__method="full", train__steps=4, train__clip=0.5), "model.path=$root/untied")
 LOWER = (*NOISY, *sets(train__steps=4, train__clip=0.2))
 AVERAGED = (*ADAMW, *sets(train__steps=4, train__save_every=1, train__average__last=3))
+REPLAY = (
+    *ADAMW,
+    *sets(train__steps=4),
+    "data.replay={share: 0.4, corpora: [{path: $root/general.txt}]}",
+)
 BFLOAT16 = sets(model__dtype="bfloat16", train__steps=4)
 WHOLE = (
     *sets(train__steps=4, translate__max_new_tokens=8, score__bootstrap_samples=20),
@@ -92,6 +97,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("shira", (*SHIRA, *ROOMY)),
         Job("full", (*FULL, *ROOMY), PREPARE_AND_TRAIN),
         Job("lower", (*LOWER, *ROOMY), TRAIN_LOWER),
+        Job("replay", (*REPLAY, *ROOMY), PREPARE_AND_TRAIN),
         Job("relayed", (*RELAYED, *ROOMY)),
         Job("bfloat16", BFLOAT16),
         Job("whole", WHOLE, EVERY_STAGE),
@@ -110,6 +116,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("output", OUTPUT, GATHER),
         Job("full", sets(train__method="full", train__steps=6, train__weight_decay=0.1)),
         Job("cached", CACHED),
+        Job("replay", (*REPLAY, "train.prefix_cache=disk"), PREPARE_AND_TRAIN),
         Job("layers", LAYERS, GATHER),
         Job("lora", LORA, GATHER),
         Job("shira", SHIRA, GATHER),

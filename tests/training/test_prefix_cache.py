@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.compare import assert_same_training, metrics
+from support.tiny_run import TinyRun
 
+from lander_ds.checkpoint import checkpoint
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import DataConfig, ModelConfig, Recipe, TrainConfig
@@ -124,3 +127,18 @@ def test_nothing_below_the_trained_layers(tmp_path: Path, caplog: pytest.LogCapt
     off = Case(tmp_path)
     off.start.recipe = replace(off.start.recipe, train=TrainConfig())
     assert off.open() is None
+
+
+@pytest.mark.distributed
+def test_texts_without_a_pair_are_replayed_and_kept(world_1: TinyRun, world_2: TinyRun) -> None:
+    """On one rank computed, on two read from the cache: the same training, of which the texts are a part."""
+    one, two = world_1.run("replay-1"), world_2.run("replay-2")
+    assert_same_training(two, one, 1e-4)
+    record = metrics(one)[0]
+    assert record["replay_loss"] > 0
+    assert set(record["loss_per_pair"]) <= {"en-de", "en-fr", "en-es"}
+    parts = [*record["loss_per_pair"].values(), record["replay_loss"]]
+    assert min(parts) < record["loss"] < max(parts)
+    assert "replay_loss" not in metrics(world_1.run("adamw-1"))[0]
+    state = checkpoint.newest(one.checkpoints).state
+    assert (state["replay_share"], len(state["replay_hash"])) == (0.4, 64)

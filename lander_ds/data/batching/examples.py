@@ -19,7 +19,7 @@ def examples(
     Args:
         batch: from `BatchPlan.batch`.
         positions: one part of `cut`.
-        splits: the split of every pair in the batch, by pair id.
+        splits: the split of every pair in the batch, by pair id; a mapping where -1 is among them.
     """
     examples = []
     for position in positions:

@@ -68,7 +68,7 @@ def packed(
 
     Args:
         batch: the global batch.
-        splits: prepared data by pair id.
+        splits: prepared data by pair id; -1 for texts without a pair.
         rank, ranks: which share.
         micro_batches: how many per rank.
         device: where they go.

@@ -30,9 +30,9 @@ class GlobalBatch:
     step: int
     """Step number from 0."""
     pair_ids: np.ndarray
-    """[E] int32: position of the pair in the recipe."""
+    """[E] int32: position of the pair in the recipe; -1 for a text without one (`data.replay`)."""
     indices: np.ndarray
-    """[E] int64: position in that pair's training split."""
+    """[E] int64: position in that pair's training split, or among those texts."""
     sample_ids: np.ndarray
     """[E] int64: number of the draw, unique over the run. Keys the gate noise."""
     lengths: np.ndarray
@@ -55,12 +55,25 @@ class _Draws:
     lengths: np.ndarray
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Texts without a pair."""
+
+    lengths: np.ndarray
+    """[size] tokens of each."""
+    target_lengths: np.ndarray
+    """[size] target tokens of each."""
+    share: float
+    """Of the tokens of a global batch, on average; more than 0, less than 1."""
+
+
 class BatchPlan:
     """Draws examples with temperature sampling over pairs and fills global batches up to a token budget.
 
     Draw d takes a pair with probability proportional to size ** (1 / temperature), then the next example of
     that pair's shuffled order; a pair that is through is shuffled anew. An example that no longer fits
-    opens the next batch, so nothing is skipped.
+    opens the next batch, so nothing is skipped. Texts without a pair are drawn as often as gives them their share of the
+    tokens.
 
     Args:
         lengths: per pair, [size] tokens of each example.
@@ -68,6 +81,7 @@ class BatchPlan:
         batch_tokens: token budget of a global batch.
         temperature: 1 samples in proportion to size, larger values more evenly, infinity evenly.
         seed: decides everything random.
+        replay: what there is besides pairs; default: nothing.
 
     Raises:
         ConfigError: the temperature is not positive.
@@ -82,6 +96,7 @@ class BatchPlan:
         batch_tokens: int,
         temperature: float,
         seed: int,
+        replay: Replay | None = None,
     ) -> None:
         if not temperature > 0:
             raise ConfigError(
@@ -94,21 +109,25 @@ class BatchPlan:
                 raise DataError(
                     f"pair number {number} of data.pairs has no training example: add a corpus for it"
                 )
-            longest = int(np.argmax(sizes))
-            if sizes[longest] > batch_tokens:
-                raise DataError(
-                    f"training example {longest} of pair number {number} of data.pairs has {sizes[longest]} "
-                    f"tokens, more than a global batch: raise train.batch_tokens ({batch_tokens}) or lower "
-                    "data.max_length"
-                )
+            _check_fit(sizes, f"pair number {number} of data.pairs", batch_tokens)
         self._lengths, self._target_lengths = list(lengths), list(target_lengths)
         self._batch_tokens, self._seed = batch_tokens, seed
         weights = np.array([len(sizes) for sizes in lengths], dtype=np.float64) ** (1.0 / temperature)
-        self._cumulative = np.cumsum(weights / weights.sum())[:-1]
+        weights /= weights.sum()
+        self._pairs = len(lengths)
+        if replay is not None:
+            # Behind the pairs, under the next number.
+            _check_fit(replay.lengths, "data.replay", batch_tokens)
+            self._lengths.append(replay.lengths)
+            self._target_lengths.append(replay.target_lengths)
+            drawn_tokens = float(weights @ [sizes.mean() for sizes in lengths])
+            odds = replay.share / (1.0 - replay.share) * drawn_tokens / float(replay.lengths.mean())
+            weights = np.append(weights, odds) / (1.0 + odds)
+        self._cumulative = np.cumsum(weights)[:-1]
         self._starts: list[int] = [0]  # the first draw of each step
         self._open_tokens = 0  # in the step that is not yet full
         # Per block: how often each pair was drawn before it. Enough to make any block again.
-        self._drawn_before: list[np.ndarray] = [np.zeros(len(lengths), dtype=np.int64)]
+        self._drawn_before: list[np.ndarray] = [np.zeros(len(self._lengths), dtype=np.int64)]
         self._blocks: OrderedDict[int, _Draws] = OrderedDict()
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -125,6 +144,7 @@ class BatchPlan:
         targets = np.zeros(len(self._lengths), dtype=np.int64)
         for pair, sizes in enumerate(self._target_lengths):
             targets[pair] = sizes[indices[pair_ids == pair]].sum(dtype=np.int64)
+        pair_ids = np.where(pair_ids < self._pairs, pair_ids, np.int32(-1))
         return GlobalBatch(
             step=step,
             pair_ids=pair_ids,
@@ -132,7 +152,7 @@ class BatchPlan:
             sample_ids=np.arange(first, end, dtype=np.int64),
             lengths=np.concatenate([d.lengths for d in draws])[window],
             target_tokens=int(targets.sum()),
-            target_tokens_per_pair=targets,
+            target_tokens_per_pair=targets[: self._pairs],
         )
 
     def _plan_next_block(self) -> None:
@@ -185,6 +205,15 @@ class BatchPlan:
             self._orders[pair] = (kept_first, kept)
         chosen: np.ndarray = kept[epochs - kept_first, positions]
         return chosen
+
+
+def _check_fit(lengths: np.ndarray, what: str, batch_tokens: int) -> None:
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > batch_tokens:
+        raise DataError(
+            f"training example {longest} of {what} has {lengths[longest]} tokens, more than a global batch: raise "
+            f"train.batch_tokens ({batch_tokens}) or lower data.max_length"
+        )
 
 
 def random_bits(count: int, *key: int | np.ndarray, first: int = 0) -> np.ndarray:

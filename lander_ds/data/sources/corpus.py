@@ -15,6 +15,8 @@ from lander_ds.config.recipe import (
     DataConfig,
     Recipe,
     Split,
+    TextCorpusConfig,
+    TextFormat,
 )
 from lander_ds.data.sources.files import COMPRESSIONS, without_compression
 from lander_ds.data.sources.sacrebleu_sets import sacrebleu_files
@@ -31,18 +33,30 @@ FORMAT_OF_SUFFIX: dict[str, CorpusFormat] = {
     ".arrow": "hf",
 }
 
+TEXT_FORMAT_OF_SUFFIX: dict[str, TextFormat] = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "hf",
+    ".arrow": "hf",
+}
+
+TEXT = "text"
+"""Stands where the corpora of `data.replay` have no pair."""
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """One corpus of one pair: an entry of `data.corpora` with everything filled in."""
+    """One corpus of one pair: an entry of `data.corpora` with everything filled in; or one of `data.replay.corpora`."""
 
     key: str
     """Where it stands in the recipe, `data.corpora[0]`."""
     pair: str
-    """The pair it serves."""
+    """The pair it serves, or `TEXT`."""
     split: Split
     """What it is for."""
-    format: CorpusFormat
+    format: CorpusFormat | TextFormat
     """Never `auto`."""
     paths: tuple[Path, ...]
     """The file or directory; two files, source and target, for Moses."""
@@ -51,7 +65,7 @@ class Corpus:
     tgt: str
     """Language of the side that the file calls target."""
     columns: ColumnConfig
-    """Column names without placeholders."""
+    """Column names without placeholders; of `TEXT` those of prompt (empty: there is none) and text."""
     swap: bool
     """Sources and targets change places after reading."""
     limit: int | None
@@ -61,6 +75,11 @@ class Corpus:
     def name(self) -> str:
         """The file as a person writes it."""
         return str(self.paths[0])
+
+    @property
+    def content(self) -> str:
+        """What one of its lines holds, for messages."""
+        return "text" if self.pair == TEXT else "sentence pair"
 
 
 def resolve(data: DataConfig) -> list[Corpus]:
@@ -95,6 +114,36 @@ def resolve_set(recipe: Recipe, name: str) -> list[Corpus]:
         resolved = (_resolve_one(source, f"evaluate.shots[{number}]", pair) for pair in shown)
         corpora += [replace(corpus, split="train") for corpus in resolved]
     return corpora
+
+
+def resolve_replay(data: DataConfig) -> list[Corpus]:
+    """Every corpus of `data.replay`, in the order of the recipe.
+
+    Raises:
+        DataError: a file is missing or its format unknown.
+    """
+    return [
+        _resolve_text(config, f"data.replay.corpora[{number}]")
+        for number, config in enumerate(data.replay.corpora)
+    ]
+
+
+def _resolve_text(config: TextCorpusConfig, key: str) -> Corpus:
+    path, kind = Path(config.path), config.format
+    if kind == "auto" and path.is_dir():
+        kind = "hf"
+    if kind == "auto" and path.exists():
+        suffix = without_compression(path).suffix.lower()
+        if suffix not in TEXT_FORMAT_OF_SUFFIX:
+            known = ", ".join(TEXT_FORMAT_OF_SUFFIX)
+            raise DataError(
+                f"{path}: unknown kind of file ({key}.path): name it {known} (plain, .gz, .bz2, .xz or .zst), or set the "
+                "format of this corpus"
+            )
+        kind = TEXT_FORMAT_OF_SUFFIX[suffix]
+    _check_exists(path, kind, f"{key}.path")
+    columns = ColumnConfig(src=config.columns.prompt or "", tgt=config.columns.text)
+    return Corpus(key, TEXT, "train", kind, (path,), "", "", columns, False, config.limit)
 
 
 def _check_complete(data: DataConfig, corpora: list[Corpus]) -> None:
@@ -137,13 +186,17 @@ def _locate(
         kind = _recognise(path, src, tgt, key)
     if kind == "moses":
         return kind, _moses_sides(path, src, tgt, key)
+    _check_exists(path, kind, key)
+    return kind, (path,)
+
+
+def _check_exists(path: Path, kind: str, key: str) -> None:
     if not path.exists():
         raise DataError(f"{path}: no such file or directory ({key}): correct the path")
     if path.is_dir() and kind != "hf":
         raise DataError(
             f"{path}: is a directory, but {kind} wants a file ({key}): name the file, or use format: hf"
         )
-    return kind, (path,)
 
 
 def _recognise(path: Path, src: str, tgt: str, key: str) -> CorpusFormat:

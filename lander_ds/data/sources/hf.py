@@ -14,7 +14,7 @@ import datasets
 
 from lander_ds.common.errors import DataError
 from lander_ds.config.recipe import Split
-from lander_ds.data.sources.corpus import Corpus
+from lander_ds.data.sources.corpus import TEXT, Corpus
 from lander_ds.data.sources.files import Advance
 from lander_ds.data.sources.mappings import Located, rows_of_mappings
 from lander_ds.data.sources.rows import Rejection, Row
@@ -113,7 +113,7 @@ def _table_options(corpus: Corpus, suffix: str) -> dict[str, Any]:
     columns = corpus.columns
     named = (columns.src, columns.tgt, columns.src_lang, columns.tgt_lang)
     # Or pandas takes `null`, `N/A` and `nan` for nothing, and 007 for a number.
-    text = {name: str for name in named if name is not None}
+    text = {name: str for name in named if name}
     options: dict[str, Any] = {"converters": text, "keep_default_na": False, "na_filter": False}
     return options | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {})
 
@@ -122,7 +122,7 @@ def _check_one_pair(corpus: Corpus, files: Sequence[Path]) -> None:
     """Refuse a directory whose names tell several language pairs, unless columns tell their rows apart."""
     columns = corpus.columns
     apart = columns.src.split(".")[-1] == corpus.src and columns.tgt.split(".")[-1] == corpus.tgt
-    if apart or columns.src_lang or columns.tgt_lang:
+    if apart or columns.src_lang or columns.tgt_lang or corpus.pair == TEXT:
         return
     root = corpus.paths[0]
     languages: dict[tuple[str, ...], str] = {}

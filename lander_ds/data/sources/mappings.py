@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from lander_ds.common.errors import DataError
-from lander_ds.data.sources.corpus import Corpus
+from lander_ds.data.sources.corpus import TEXT, Corpus
 from lander_ds.data.sources.rows import Rejection, Row, lookup, make_row
 from lander_ds.data.tokens.languages import normalise_code
 
@@ -23,7 +23,8 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
     columns = corpus.columns
     wanted = [(columns.src_lang, corpus.src), (columns.tgt_lang, corpus.tgt)]
     languages = [(column, normalise_code(code)) for column, code in wanted if column is not None]
-    names = [columns.src, columns.tgt, *(column for column, _ in languages)]
+    # A text need not have a prompt.
+    names = [*filter(None, (columns.src, columns.tgt)), *(column for column, _ in languages)]
     never_seen = set(names)
     keys: list[str] = []
     matched = False
@@ -49,7 +50,8 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
             other_languages.add("-".join(str(values[column]) for column, _ in languages))
         if all(normalise_code(str(values[column])) == code for column, code in languages):
             matched = True
-            yield make_row(corpus.name, line, values[columns.src], values[columns.tgt])
+            src, tgt = values.get(columns.src, ""), values[columns.tgt]
+            yield make_row(corpus.name, line, src, tgt, one_lined=corpus.pair != TEXT)
     if keys and never_seen:
         missing = next(name for name in names if name in never_seen)
         shown = ", ".join(repr(key[:30]) for key in keys[:12])

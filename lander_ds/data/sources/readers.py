@@ -32,7 +32,7 @@ def read(corpus: Corpus, advance: Advance = lambda count: None) -> Iterator[Row 
 
     Raises:
         DataError: the file is empty, broken, or not what the recipe says; or not one line of it holds a
-            sentence pair.
+            sentence pair (or text).
     """
     readers: Mapping[str, Callable[[Corpus, Advance], Iterator[Row | Rejection]]] = {
         "jsonl": _read_jsonl,
@@ -40,6 +40,7 @@ def read(corpus: Corpus, advance: Advance = lambda count: None) -> Iterator[Row 
         "moses": _read_moses,
         "tmx": read_tmx,
         "hf": read_hf,
+        "text": _read_text,
     }
     rejected: Counter[str] = Counter()
     first: Rejection | None = None
@@ -55,10 +56,10 @@ def read(corpus: Corpus, advance: Advance = lambda count: None) -> Iterator[Row 
     if usable:
         return
     if first is None:
-        raise DataError(f"{corpus.name}: is empty ({corpus.key}.path): give a corpus with sentence pairs")
+        raise DataError(f"{corpus.name}: is empty ({corpus.key}.path): give a corpus with {corpus.content}s")
     counts = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
     raise DataError(
-        f"{corpus.name}: not one line holds a sentence pair ({counts}; first: line {first.line}: "
+        f"{corpus.name}: not one line holds a {corpus.content} ({counts}; first: line {first.line}: "
         f"{first.text[:80]!r}): check that the file is UTF-8 text of format {corpus.format}, or set "
         f"{corpus.key}.format and .columns"
     )
@@ -76,6 +77,11 @@ def _decoded_lines(corpus: Corpus, advance: Advance) -> Iterator[tuple[int, str 
 
 def _not_utf8(file: str, number: int, line: bytes) -> Rejection:
     return Rejection(file, number, "invalid_utf8", line.decode(errors="backslashreplace"))
+
+
+def _read_text(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
+    for number, line in _decoded_lines(corpus, advance):
+        yield line if isinstance(line, Rejection) else make_row(corpus.name, number, "", line)
 
 
 def _read_jsonl(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:

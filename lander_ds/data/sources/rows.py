@@ -29,16 +29,16 @@ _LINE_BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sentence pair of a corpus, stripped and on one line."""
+    """One sentence pair of a corpus, stripped and on one line; or a text without a pair, stripped."""
 
     file: str
     """Where it stands."""
     line: int
     """Line number from 1 (row number in an HF data set; the line of `</tu>` in TMX)."""
     src: str
-    """Source text."""
+    """Source text; what stands before a text without a pair, or nothing."""
     tgt: str
-    """Target text."""
+    """Target text; the text without a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,22 @@ class Rejection:
     """What stands there, for a person to look at."""
 
 
-def make_row(file: str, line: int, src: Any, tgt: Any) -> Row | Rejection:
-    """A row, or its rejection: `malformed` when a value is no text, `invalid_utf8` when it is no UTF-8."""
+def make_row(file: str, line: int, src: Any, tgt: Any, one_lined: bool = True) -> Row | Rejection:
+    """A row, or its rejection: `malformed` when a value is no text, `invalid_utf8` when it is no UTF-8.
+
+    Args:
+        file, line: where it stands.
+        src, tgt: its values.
+        one_lined: write every text on one line.
+    """
     if not isinstance(src, str) or not isinstance(tgt, str):
         return Rejection(file, line, "malformed", f"not two texts: {src!r}, {tgt!r}")
     try:
         (src + tgt).encode()
     except UnicodeEncodeError:
         return Rejection(file, line, "invalid_utf8", repr(src + " | " + tgt))
-    return Row(file, line, one_line(src), one_line(tgt))
+    clean = one_line if one_lined else str.strip
+    return Row(file, line, clean(src), clean(tgt))
 
 
 def one_line(text: str) -> str:

@@ -71,9 +71,12 @@ class Encoder:
         if workers == 1:
             self._encoder = TextEncoder(tokenizer)
         else:
-            # Not forked: this process has threads (tokenizers, torch), and a fork of those can hang.
+            # Not forked from here: this process has threads (tokenizers, torch), and a fork of those can hang. The server
+            # has none, and imports once what every worker needs.
+            context = get_context("forkserver")
+            context.set_forkserver_preload([__name__])
             self._pool = ProcessPoolExecutor(
-                workers, get_context("spawn"), initializer=_start_worker, initargs=(path, trust_remote_code)
+                workers, context, initializer=_start_worker, initargs=(path, trust_remote_code)
             )
 
     def __enter__(self) -> Encoder:
