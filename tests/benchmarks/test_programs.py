@@ -8,7 +8,18 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-PROGRAMS = ("cluster", "detect", "faults", "memory", "parity", "plan", "resume", "step", "throughput")
+PROGRAMS = (
+    "acceptance",
+    "cluster",
+    "detect",
+    "faults",
+    "memory",
+    "parity",
+    "plan",
+    "resume",
+    "step",
+    "throughput",
+)
 # One interpreter for all, because it takes seconds to import what they share.
 CALLS = """\
 import runpy
