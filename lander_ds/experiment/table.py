@@ -26,7 +26,7 @@ td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-
 <table><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
-{% for metric, signature in signatures.items() %}<p>{{ metric }}: <code>{{ signature }}</code></p>
+{% for metric, signature in signatures %}<p>{{ metric }}: <code>{{ signature }}</code></p>
 {% endfor %}</html>
 """
 
@@ -56,6 +56,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     for (variant, at), methods in sorted(groups.items()):
         title = f"{TITLES[at]}: {variant}" if several else TITLES[at]
         made.append(_table(results, variant, at, methods, title))
+        for name in dict.fromkeys(name for cells in methods.values() for name in cells[0]["sets"]):
+            made.append(_set_table(results, variant, at, methods, name, f"{title}: test set {name}"))
     return made
 
 
@@ -72,11 +74,7 @@ def _table(
 ) -> Table:
     pairs = list(next(iter(methods.values()))[0]["scores"])
     times = results["step_seconds"].get(variant, {})
-    against = {
-        row["a"]: row
-        for row in results["comparisons"]
-        if (row["variant"], row["at"], row["on"]) == (variant, at, TEST)
-    }
+    against = _comparisons(results, variant, at, TEST)
     header = [
         "method",
         "lr",
@@ -106,11 +104,63 @@ def _table(
                 *(f"{fmean(cell['scores'][pair]['chrf'] for cell in cells):.1f}" for pair in pairs),
                 _with_spread(cells, "chrf"),
                 _with_spread(cells, "bleu"),
-                "" if versus is None else f"{versus['mean_chrf_diff']:+.2f}",
-                "" if versus is None else f"{versus['p']:.3f}",
+                *_versus(versus),
             ]
         )
     return Table(title, header, rows)
+
+
+def _set_table(
+    results: Mapping[str, Any],
+    variant: str,
+    at: str,
+    methods: Mapping[str, Sequence[Mapping[str, Any]]],
+    name: str,
+    title: str,
+) -> Table:
+    """chrF2 and share of translations in a wrong language, per direction of a named set."""
+    of_set = {
+        method: [cell["sets"][name] for cell in cells if name in cell["sets"]]
+        for method, cells in methods.items()
+    }
+    pairs = list(next(cells for cells in of_set.values() if cells)[0]["scores"])
+    against = _comparisons(results, variant, at, name)
+    rows = []
+    for method, cells in of_set.items():
+        if not cells:
+            continue
+        scores = {pair: [cell["scores"][pair] for cell in cells] for pair in pairs}
+        rows.append(
+            [
+                method,
+                *(
+                    f"{fmean(one['chrf'] for one in scores[pair]):.1f}, "
+                    f"{fmean(one['off_target'] for one in scores[pair]):.0%}"
+                    for pair in pairs
+                ),
+                _with_spread(cells, "chrf"),
+                f"{fmean(bits for cell in cells for bits in cell['bits_per_byte'].values()):.3f}",
+                *_versus(against.get(method)),
+            ]
+        )
+    rows.sort(key=lambda row: -float(row[len(pairs) + 1].split()[0]))
+    return Table(title, ["method", *pairs, "chrF", "bits per byte", "difference", "p"], rows)
+
+
+def _comparisons(results: Mapping[str, Any], variant: str, at: str, on: str) -> dict[str, Mapping[str, Any]]:
+    """Method -> its comparison with the baseline."""
+    return {
+        row["a"]: row
+        for row in results["comparisons"]
+        if (row["variant"], row["at"], row["on"]) == (variant, at, on)
+    }
+
+
+def _versus(comparison: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Difference and p-value."""
+    if comparison is None:
+        return "", ""
+    return f"{comparison['mean_chrf_diff']:+.2f}", f"{comparison['p']:.3f}"
 
 
 def _mean(cells: Sequence[Mapping[str, Any]], metric: str) -> float:
@@ -140,13 +190,27 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         parts.append(f"### {table.title}\n\n{body}\n")
     if not parts:
         return "No cell of a comparison is finished yet.\n"
-    signatures = "\n".join(f"- {metric}: `{text}`" for metric, text in results["signatures"].items())
+    signatures = "\n".join(f"- {what}: `{text}`" for what, text in _signatures(results))
     parts.append(
-        f"Columns of directions are chrF2; means and standard deviations are over seeds; `step` is the time of a step "
+        f"Columns of directions are chrF2, of named sets with the share of translations in a wrong language; `bits per "
+        f"byte` is the loss of their plain text; means and standard deviations are over seeds; `step` is the time of a step "
         f"over that of `{results['baseline']}`; `difference` is in chrF2 against `{results['baseline']}`, with the "
         f"p-value of a paired bootstrap in which all seeds share the drawn sentences.\n\n{signatures}\n"
     )
     return "\n".join(parts)
+
+
+def _signatures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Metric, with the directions where they have not all the same, and signature."""
+    pairs: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for pair, of_pair in results["signatures"].items():
+        for metric, text in of_pair.items():
+            pairs[metric, text].append(pair)
+    every = len(results["signatures"])
+    return [
+        (metric if len(of) == every else f"{metric} ({', '.join(of)})", text)
+        for (metric, text), of in pairs.items()
+    ]
 
 
 def as_csv(results: Mapping[str, Any]) -> str:
@@ -163,5 +227,5 @@ def as_html(results: Mapping[str, Any]) -> str:
     """A page without scripts."""
     template = Environment(autoescape=True).from_string(_HTML)
     return template.render(
-        name=results["experiment"], tables=tables(results), signatures=results["signatures"]
+        name=results["experiment"], tables=tables(results), signatures=_signatures(results)
     )
