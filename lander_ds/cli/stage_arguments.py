@@ -66,7 +66,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=1,
         metavar="N",
-        help="write JSON lines with the N best and their scores",
+        help="write JSON lines with the N best, or N samples (translate.sampling), and their scores",
     )
     parser.set_defaults(parser=parser)
 

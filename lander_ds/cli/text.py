@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.inference.open import InferenceModel, open_directory, open_for_inference, positions_in
+from lander_ds.inference.provenance import decoding_options
 from lander_ds.inference.segments import STANDARD, Segment, is_json_lines, read_segments, written
 from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import read_translations
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """That of `--recipe` or `--run`, decoding with as many beams as translations are wanted."""
+    """That of `--recipe` or `--run`, decoding with as many beams as translations are wanted, if it searches for them."""
     path, overrides = arguments.recipe, list(arguments.overrides)
     if arguments.run is not None:
         path = RunDirectory(arguments.run).recipe
@@ -66,6 +67,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.model is not None:
         overrides.append(f"model.path={json.dumps(str(arguments.model))}")
     recipe = load_checked(path, overrides, "text")
+    if recipe.translate.sampling.temperature:
+        return recipe
     beams = max(recipe.translate.beams, arguments.n_best)
     return replace(recipe, translate=replace(recipe.translate, beams=beams))
 
@@ -171,11 +174,9 @@ def _open(start: Start, arguments: argparse.Namespace) -> InferenceModel:
 def _depends_on(start: Start, arguments: argparse.Namespace) -> Mapping[str, Any]:
     """Everything that translations of the same prompts depend on."""
     recipe = start.recipe
-    decoding = asdict(recipe.decoding)
-    names = ("beams", "length_penalty", "max_new_tokens")
     own = Path(recipe.model.path) / GENERATION_CONFIG_NAME
     depends: dict[str, Any] = {
-        **{name: decoding[name] for name in names},
+        **decoding_options(recipe),
         "dtype": recipe.model.dtype,
         "pair": arguments.pair,
         "n_best": arguments.n_best,

@@ -121,7 +121,19 @@ def test_the_best_with_their_scores(root: Path) -> None:
         assert row["hyp"] == (row["n_best"][0]["hyp"] if scores else "")
 
 
-@pytest.mark.parametrize("flags", [(), ("--n-best", "2")])
+def test_samples_with_their_scores(root: Path) -> None:
+    warm = ("--set", "translate.sampling.temperature=1.0")
+    written = [json.loads(line) for line in lines(root, "--n-best", "3", *warm)]
+    assert [row["src"] for row in written] == LINES
+    # The first sample is the one that is drawn alone, also of a line that stands elsewhere in another batch.
+    assert [row["hyp"] for row in written] == lines(root, *warm, "--set", "translate.batch_size=1")
+    (root / "other.txt").write_text("\n".join(reversed(LINES)) + "\n", encoding="utf-8")
+    again = [json.loads(line) for line in lines(root, "--n-best", "3", *warm, source=str(root / "other.txt"))]
+    assert [row["hyp"] for row in reversed(again)] == [row["hyp"] for row in written]
+    assert all(len({one["hyp"] for one in row["n_best"]}) == 3 for row in written if row["src"].strip())
+
+
+@pytest.mark.parametrize("flags", [(), ("--n-best", "2"), ("--set", "translate.sampling.temperature=1.0")])
 def test_an_interrupted_translation_goes_on(
     root: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
