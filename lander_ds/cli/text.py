@@ -33,7 +33,14 @@ from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
-from lander_ds.inference.open import InferenceModel, open_directory, open_for_inference, positions_in
+from lander_ds.inference.decoding import end_tokens, line_end_tokens, split_stop
+from lander_ds.inference.open import (
+    InferenceModel,
+    generation_config,
+    open_directory,
+    open_for_inference,
+    positions_in,
+)
 from lander_ds.inference.provenance import decoding_options
 from lander_ds.inference.segments import STANDARD, Segment, is_json_lines, read_segments, written
 from lander_ds.inference.translate import Request, translate
@@ -94,6 +101,10 @@ def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment
     recipe, pair = start.recipe, arguments.pair
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     requests = _requests(recipe, pair, arguments.input, segments, tokenizer)
+    if arguments.prompts:
+        if process_group.rank() == 0:
+            _put(arguments.output, _prompts(recipe, segments, requests, tokenizer))
+        return
     key = json_hash([_depends_on(start, arguments), [[r.id, r.prompt, r.stop] for r in requests]])
     with _work_directory(arguments.output) as work:
         if arguments.force and process_group.rank() == 0:
@@ -111,13 +122,45 @@ def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment
         if process_group.rank() == 0:
             translations = {t.src: t for t in read_translations(work / f"{pair}.jsonl")} if requests else {}
             text = written(segments, translations, n_best=arguments.n_best > 1)
-            if arguments.output in (None, STANDARD):
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            else:
-                write_text(Path(arguments.output), text)
-                shutil.rmtree(work, ignore_errors=True)
+            _put(arguments.output, text)
+            shutil.rmtree(work, ignore_errors=True)
     collectives.barrier()
+
+
+def _put(output: str | None, text: str) -> None:
+    if output in (None, STANDARD):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        write_text(Path(output), text)
+
+
+def _prompts(
+    recipe: Recipe,
+    segments: Sequence[Segment],
+    requests: Sequence[Request],
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """What another program needs to translate the same lines as this one, as JSON."""
+    asked = {request.src: list(request.prompt) for request in requests}
+    # Every request of a pair ends alike.
+    stop, special = split_stop(tokenizer, requests[0].stop if requests else "")
+    ends = end_tokens(generation_config(Path(recipe.model.path)), tokenizer)
+    lines = [(segment.line, line) for segment in segments for line in filter(None, segment.lines)]
+    content = {
+        "end_ids": list(dict.fromkeys([*ends, *special, *line_end_tokens(tokenizer)])),
+        "stop": stop,
+        "prompts": [
+            {
+                "line": number,
+                "src": line,
+                "ids": asked[line],
+                "tokens": tokenizer.convert_ids_to_tokens(asked[line]),
+            }
+            for number, line in lines
+        ],
+    }
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 @contextmanager

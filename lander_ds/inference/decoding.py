@@ -80,7 +80,7 @@ class Decoder:
         synced: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._synced = model, tokenizer, synced
-        self._ends = end_tokens(model, tokenizer)
+        self._ends = end_tokens(model.generation_config, tokenizer)
         self._lines = line_end_tokens(tokenizer)
         self._positions = positions_of(model.config)
         self._pad = int(tokenizer.pad_token_id)
@@ -157,7 +157,7 @@ class Decoder:
         if self._positions is not None:
             # The last new token is not read again.
             config.max_new_tokens = max(1, min(config.max_new_tokens, self._positions - longest + 1))
-        stop, special = self._split_stop(stop)
+        stop, special = split_stop(self._tokenizer, stop)
         ends = [*self._ends, *special]
         config.eos_token_id = list(dict.fromkeys([*ends, *self._lines]))
         arguments: dict[str, Any] = {}
@@ -255,16 +255,6 @@ class Decoder:
             for row, one in enumerate(drawn)
         ]
 
-    def _split_stop(self, stop: str) -> tuple[str, list[int]]:
-        """The text before the first special token in `stop` (decoded texts hold none), and the ids of all of them."""
-        special = {
-            str(token): index
-            for index, token in self._tokenizer.added_tokens_decoder.items()
-            if token.special and str(token) in stop
-        }
-        text = stop[: min((stop.index(token) for token in special), default=len(stop))]
-        return text if text.strip(" ") else "", list(special.values())
-
     def _hypothesis(self, ids: list[int], ends: Sequence[int], stop: str) -> Hypothesis:
         closing = (index for index, token in enumerate(ids) if token in ends or token in self._lines)
         last = next(closing, None)
@@ -312,10 +302,21 @@ class _StopText(StoppingCriteria):
         return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def split_stop(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[str, list[int]]:
+    """The text before the first special token in `stop` (decoded texts hold none), and the ids of all of them."""
+    special = {
+        str(token): index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and str(token) in stop
+    }
+    text = stop[: min((stop.index(token) for token in special), default=len(stop))]
+    return text if text.strip(" ") else "", list(special.values())
+
+
+def end_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a text: the tokenizer's, and those of the model's generation configuration (several in chat models).
     Not that of config.json, which transformers fills with a number of its own where the file has none."""
-    named = model.generation_config.eos_token_id
+    named = config.eos_token_id
     return list(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, as_list(named))]))
 
 
