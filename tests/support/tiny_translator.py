@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from lander_ds.inference.translate import Request, translate
 COUNTS = {"en-de": 7, "en-fr": 2}
 """Requests by pair."""
 KEY = "k" * 64
+_GREEDY = TranslateConfig(batch_size=3, max_new_tokens=8)
+_SAMPLED = replace(_GREEDY, sampling=SamplingConfig(temperature=1.0, top_k=40, seed=4))
 CONFIGS = {
-    "greedy": TranslateConfig(batch_size=3, max_new_tokens=8),
-    "sampled": TranslateConfig(
-        batch_size=3, max_new_tokens=8, sampling=SamplingConfig(temperature=1.0, top_k=40, seed=4)
-    ),
+    "greedy": _GREEDY,
+    "sampled": _SAMPLED,
+    # Several ranks then keep step, as sharded weights need it.
+    "sampled-in-step": replace(_SAMPLED, weights="sharded"),
 }
 """Ways to decode, by the name of the directory that the translations are written to."""
 
