@@ -66,7 +66,12 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=1,
         metavar="N",
-        help="write JSON lines with the N best and their scores",
+        help="write JSON lines with the N best, or N samples (translate.sampling), and their scores",
+    )
+    add(
+        "--prompts",
+        action="store_true",
+        help="write the prompts in place of translations, for other programs (docs/serving.md)",
     )
     parser.set_defaults(parser=parser)
 
@@ -75,7 +80,8 @@ def finish_translate(arguments: argparse.Namespace) -> None:
     """Tell the stage from the translation of text."""
     error = arguments.parser.error
     if arguments.input is None:
-        given = [name for name in ("pair", "output", "run", "model") if getattr(arguments, name) is not None]
+        flags = ("pair", "output", "run", "model", "prompts")
+        given = [name for name in flags if getattr(arguments, name) not in (None, False)]
         if given:
             error(f"--{given[0]} needs --input FILE")
         if arguments.recipe is None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,15 @@ from lander_ds.data.tokens.text_encoder import TextEncoder
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
-from lander_ds.inference.open import InferenceModel, open_directory, open_for_inference, positions_in
+from lander_ds.inference.decoding import end_tokens, line_end_tokens, split_stop
+from lander_ds.inference.open import (
+    InferenceModel,
+    generation_config,
+    open_directory,
+    open_for_inference,
+    positions_in,
+)
+from lander_ds.inference.provenance import decoding_options
 from lander_ds.inference.segments import STANDARD, Segment, is_json_lines, read_segments, written
 from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import read_translations
@@ -58,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """That of `--recipe` or `--run`, decoding with as many beams as translations are wanted."""
+    """That of `--recipe` or `--run`, decoding with as many beams as translations are wanted, if it searches for them."""
     path, overrides = arguments.recipe, list(arguments.overrides)
     if arguments.run is not None:
         path = RunDirectory(arguments.run).recipe
@@ -66,6 +74,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.model is not None:
         overrides.append(f"model.path={json.dumps(str(arguments.model))}")
     recipe = load_checked(path, overrides, "text")
+    if recipe.translate.sampling.temperature:
+        return recipe
     beams = max(recipe.translate.beams, arguments.n_best)
     return replace(recipe, translate=replace(recipe.translate, beams=beams))
 
@@ -91,6 +101,10 @@ def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment
     recipe, pair = start.recipe, arguments.pair
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     requests = _requests(recipe, pair, arguments.input, segments, tokenizer)
+    if arguments.prompts:
+        if process_group.rank() == 0:
+            _put(arguments.output, _prompts(recipe, segments, requests, tokenizer))
+        return
     key = json_hash([_depends_on(start, arguments), [[r.id, r.prompt, r.stop] for r in requests]])
     with _work_directory(arguments.output) as work:
         if arguments.force and process_group.rank() == 0:
@@ -108,13 +122,45 @@ def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment
         if process_group.rank() == 0:
             translations = {t.src: t for t in read_translations(work / f"{pair}.jsonl")} if requests else {}
             text = written(segments, translations, n_best=arguments.n_best > 1)
-            if arguments.output in (None, STANDARD):
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            else:
-                write_text(Path(arguments.output), text)
-                shutil.rmtree(work, ignore_errors=True)
+            _put(arguments.output, text)
+            shutil.rmtree(work, ignore_errors=True)
     collectives.barrier()
+
+
+def _put(output: str | None, text: str) -> None:
+    if output in (None, STANDARD):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        write_text(Path(output), text)
+
+
+def _prompts(
+    recipe: Recipe,
+    segments: Sequence[Segment],
+    requests: Sequence[Request],
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """What another program needs to translate the same lines as this one, as JSON."""
+    asked = {request.src: list(request.prompt) for request in requests}
+    # Every request of a pair ends alike.
+    stop, special = split_stop(tokenizer, requests[0].stop if requests else "")
+    ends = end_tokens(generation_config(Path(recipe.model.path)), tokenizer)
+    lines = [(segment.line, line) for segment in segments for line in filter(None, segment.lines)]
+    content = {
+        "end_ids": list(dict.fromkeys([*ends, *special, *line_end_tokens(tokenizer)])),
+        "stop": stop,
+        "prompts": [
+            {
+                "line": number,
+                "src": line,
+                "ids": asked[line],
+                "tokens": tokenizer.convert_ids_to_tokens(asked[line]),
+            }
+            for number, line in lines
+        ],
+    }
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -171,11 +217,9 @@ def _open(start: Start, arguments: argparse.Namespace) -> InferenceModel:
 def _depends_on(start: Start, arguments: argparse.Namespace) -> Mapping[str, Any]:
     """Everything that translations of the same prompts depend on."""
     recipe = start.recipe
-    decoding = asdict(recipe.decoding)
-    names = ("beams", "length_penalty", "max_new_tokens")
     own = Path(recipe.model.path) / GENERATION_CONFIG_NAME
     depends: dict[str, Any] = {
-        **{name: decoding[name] for name in names},
+        **decoding_options(recipe),
         "dtype": recipe.model.dtype,
         "pair": arguments.pair,
         "n_best": arguments.n_best,

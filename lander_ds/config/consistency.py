@@ -14,6 +14,7 @@ from lander_ds.config.recipe import (
     LoraConfig,
     Recipe,
     RoutingConfig,
+    SamplingConfig,
     ShieldConfig,
     ShiraConfig,
 )
@@ -28,6 +29,7 @@ def check_consistency(check: Check) -> None:
     _check_routing(check)
     _check_train(check)
     _check_translate(check)
+    _check_sampling(check)
     _check_score(check)
     _check_export(check)
 
@@ -229,12 +231,27 @@ def _check_translate(check: Check) -> None:
     check.refuse_repeats("translate.systems", translate.systems)
     if "fewshot" in translate.systems and translate.shots < 1:
         check.refuse("translate.shots", "the system fewshot needs at least 1; raise it or remove fewshot")
-    if translate.beams == 1 and translate.length_penalty != 1.0:
+    if translate.beams == 1 and not translate.sampling.temperature and translate.length_penalty != 1.0:
         check.warn("translate.length_penalty", "has no effect in greedy search (beams: 1)")
     if check.stages is not None and translate.split not in _splits(check.recipe) | {"detect"}:
         check.refuse(
             "translate.split", f"no corpus has split: {translate.split}; add one or choose another split"
         )
+
+
+def _check_sampling(check: Check) -> None:
+    translate, sampling = check.recipe.translate, check.recipe.translate.sampling
+    # Stage export translates to measure what folding costs.
+    if not check.runs("translate", "score", "text", "export"):
+        return
+    if sampling.temperature and translate.beams > 1:
+        check.refuse(
+            "translate.sampling.temperature",
+            f"{sampling.temperature:g} draws translations, and {translate.beams} beams search for the best one; set "
+            "temperature: 0, or translate.beams: 1",
+        )
+    if not sampling.temperature and sampling != SamplingConfig():
+        check.warn("translate.sampling", "has no effect without translate.sampling.temperature")
 
 
 def _check_score(check: Check) -> None:

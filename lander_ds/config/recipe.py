@@ -491,6 +491,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class SamplingConfig:
+    """Drawing translations instead of searching for the best one. What is drawn for a sentence depends on the seed, its
+    prompt and the number of the sample alone."""
+
+    temperature: NonNegative = 0.0
+    """0: no sampling. 1 draws from the model's own probabilities, less prefers likely tokens."""
+    top_k: Count = 0
+    """Draw among the so many most likely tokens; 0: among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the most likely tokens whose probabilities add up to this."""
+    seed: Seed | None = None
+    """Another seed draws other translations. Default: the recipe's."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TranslateConfig:
     """Decoding of the test split."""
 
@@ -507,7 +522,9 @@ class TranslateConfig:
     beams: PositiveInt = 1
     """1 is greedy search."""
     length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0
-    """Exponent of the length in beam search."""
+    """Exponent of the length in scores: those that beam search goes by, and those that are written with several samples."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling in place of greedy search."""
     batch_size: PositiveInt = 16
     """Sentences decoded together on a rank."""
     max_new_tokens: PositiveInt | None = None
@@ -622,6 +639,8 @@ class Recipe:
 
     @property
     def decoding(self) -> TranslateConfig:
-        """`translate` with the longest translation filled in."""
+        """`translate` with the longest translation and the seed filled in."""
         longest = self.translate.max_new_tokens or self.data.max_length
-        return replace(self.translate, max_new_tokens=longest)
+        sampling = self.translate.sampling
+        seed = self.seed if sampling.seed is None else sampling.seed
+        return replace(self.translate, max_new_tokens=longest, sampling=replace(sampling, seed=seed))

@@ -10,7 +10,7 @@ from pathlib import Path
 from sacrebleu.metrics import CHRF
 from transformers import PreTrainedModel
 
-from lander_ds.config.recipe import Recipe
+from lander_ds.config.recipe import Recipe, SamplingConfig
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
@@ -47,7 +47,7 @@ class ValidationChrf:
         # Under ZeRO-3 every rank takes part in every call of the model.
         self._synced = recipe.topology == "zero3" and process_group.world_size() > 1
         model.generation_config = generation_config(Path(recipe.model.path))
-        greedy = replace(recipe.decoding, beams=1, length_penalty=1.0)
+        greedy = replace(recipe.decoding, beams=1, length_penalty=1.0, sampling=SamplingConfig())
         self._decoder = Decoder(model, tokenizer, greedy, synced=self._synced)
 
     def __call__(self) -> dict[str, float]:

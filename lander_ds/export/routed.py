@@ -84,6 +84,7 @@ def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:
         "model_type": "lander",
         "auto_map": {
             "AutoConfig": "modeling_lander.LanderConfig",
+            "AutoModel": "modeling_lander.LanderModel",
             "AutoModelForCausalLM": "modeling_lander.LanderForCausalLM",
         },
         "dtype": str(dtype or model.dtype).removeprefix("torch."),

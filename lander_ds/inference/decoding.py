@@ -1,4 +1,4 @@
-"""Batched greedy and beam search with a KV cache, through HF `generate`.
+"""Batched greedy search, sampling and beam search with a KV cache, through HF `generate`.
 
 Prompts of a pair that begin alike (few-shot examples) share one KV cache: the common beginning is read once
 per pair instead of once per sentence. Shapes: B sentences, P tokens of common beginning, R tokens of the
@@ -17,6 +17,7 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from lander_ds.config.recipe import TranslateConfig
+from lander_ds.inference.sampling import Sampler
 from lander_ds.models.loading import positions_of
 
 MIN_SHARED_TOKENS = 16
@@ -43,7 +45,7 @@ class Hypothesis:
     truncated: bool
     """Whether the model was cut short: it had written `max_new_tokens` and not come to a stop."""
     score: float | None = None
-    """Of beam search: logarithm of its probability over length to the power of the length penalty; None if only one was
+    """Logarithm of its probability under the model over length to the power of the length penalty; None if only one was
     wanted."""
 
 
@@ -66,7 +68,7 @@ class Decoder:
     Args:
         model: a causal language model in eval mode.
         tokenizer: its tokenizer, with end-of-sequence and padding tokens.
-        config: beams, length penalty, longest translation.
+        config: beams, length penalty, sampling, longest translation.
         synced: keep calling the model until every rank has finished its batch (ZeRO-3 needs all ranks in every call).
     """
 
@@ -78,14 +80,16 @@ class Decoder:
         synced: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._synced = model, tokenizer, synced
-        self._ends = end_tokens(model, tokenizer)
+        self._ends = end_tokens(model.generation_config, tokenizer)
         self._lines = line_end_tokens(tokenizer)
         self._positions = positions_of(model.config)
         self._pad = int(tokenizer.pad_token_id)
+        self._sampling, self._length_penalty = config.sampling, config.length_penalty
         self._config = GenerationConfig(
             do_sample=False,
             num_beams=config.beams,
-            length_penalty=config.length_penalty,
+            # Transformers warns of one that is not used.
+            length_penalty=config.length_penalty if config.beams > 1 else None,
             early_stopping=False,
             max_new_tokens=config.max_new_tokens,
             pad_token_id=self._pad,
@@ -127,14 +131,18 @@ class Decoder:
 
         Args:
             prompts: B token id sequences; all begin with the prefix.
-            n_best: hypotheses per prompt, at most as many as there are beams.
+            n_best: hypotheses per prompt; when searching, at most as many as there are beams.
             prefix: from `shared_prefix`.
             stop: text that ends a translation too; empty: none. Special tokens in it each end one.
 
         Returns:
-            Per prompt, in their order, `n_best` hypotheses, the best first.
+            Per prompt, in their order, `n_best` hypotheses: the best first, or samples in the order of their numbers.
         """
         device, shared = self._model.device, prefix.length
+        sampler = None
+        if self._sampling.temperature:
+            sampler = Sampler(self._sampling, prompts, n_best, device)
+            prompts = [prompt for prompt in prompts for _ in range(n_best)]
         longest = max(map(len, prompts))
         # Left padding, behind the shared prefix: [B, P + R].
         padding = [longest - len(prompt) for prompt in prompts]
@@ -149,23 +157,25 @@ class Decoder:
         if self._positions is not None:
             # The last new token is not read again.
             config.max_new_tokens = max(1, min(config.max_new_tokens, self._positions - longest + 1))
-        stop, special = self._split_stop(stop)
+        stop, special = split_stop(self._tokenizer, stop)
         ends = [*self._ends, *special]
         config.eos_token_id = list(dict.fromkeys([*ends, *self._lines]))
         arguments: dict[str, Any] = {}
+        if sampler is not None:
+            arguments["logits_processor"] = LogitsProcessorList([sampler])
         if stop:
             arguments["stopping_criteria"] = StoppingCriteriaList([_StopText(self._tokenizer, stop, longest)])
         if prefix.cache is not None:
             cache = copy.deepcopy(prefix.cache)
             cache.batch_repeat_interleave(len(prompts) * int(self._config.num_beams))
             arguments["past_key_values"] = cache
-        if n_best > 1:
+        if searches := n_best > 1 and sampler is None:
             config.num_return_sequences = n_best
             config.return_dict_in_generate = config.output_scores = True
         inputs = torch.tensor(rows, device=device), mask.to(device)
         with own_generation_config_hidden(self._model):
             if config.num_beams == 1 and not self._synced:
-                written = self._greedy(*inputs, config, stop, arguments)
+                written = self._greedy(*inputs, config, stop, arguments, sampler)
             else:
                 output: Any = self._model.generate(
                     input_ids=inputs[0],
@@ -174,11 +184,11 @@ class Decoder:
                     synced_gpus=self._synced,
                     **arguments,
                 )
-                sequences = output if n_best == 1 else output.sequences
+                sequences = output.sequences if searches else output
                 written = sequences[:, longest:].tolist()
         every = [self._hypothesis(row, ends, stop) for row in written]
         if n_best > 1:
-            scores = output.sequences_scores.tolist()
+            scores = output.sequences_scores.tolist() if sampler is None else self._scores(sampler, every)
             every = [replace(one, score=score) for one, score in zip(every, scores, strict=True)]
         return [every[first : first + n_best] for first in range(0, len(every), n_best)]
 
@@ -189,8 +199,9 @@ class Decoder:
         config: GenerationConfig,
         stop: str,
         arguments: Mapping[str, Any],
+        sampler: Sampler | None,
     ) -> list[list[int]]:
-        """New tokens of each row by greedy search.
+        """New tokens of each row by greedy search, over the noisy logits of a sampler where there is one.
 
         `generate` computes every row until the last one ends. Here it is called for `ROUND` tokens at a time, and
         rows that have ended are taken out in between: a sentence that runs on costs one row, not a batch.
@@ -200,7 +211,8 @@ class Decoder:
             mask: [B, P + R], of ids.
             config: of the whole search.
             stop: text that ends a row.
-            arguments: further ones of `generate`; `past_key_values` among them is used up.
+            arguments: further ones of `generate`, the sampler among them; `past_key_values` is used up.
+            sampler: is told which rows go on.
         """
         longest, limit, ends = ids.shape[1], int(config.max_new_tokens), set(as_list(config.eos_token_id))
         options = dict(arguments)
@@ -231,18 +243,17 @@ class Decoder:
                 if len(running) < len(ids):
                     ids, mask = ids[kept], mask[kept]
                     cache.batch_select_indices(kept)
+                    if sampler is not None:
+                        sampler.keep(running)
                 options["past_key_values"] = cache
         return written
 
-    def _split_stop(self, stop: str) -> tuple[str, list[int]]:
-        """The text before the first special token in `stop` (decoded texts hold none), and the ids of all of them."""
-        special = {
-            str(token): index
-            for index, token in self._tokenizer.added_tokens_decoder.items()
-            if token.special and str(token) in stop
-        }
-        text = stop[: min((stop.index(token) for token in special), default=len(stop))]
-        return text if text.strip(" ") else "", list(special.values())
+    def _scores(self, sampler: Sampler, drawn: Sequence[Hypothesis]) -> list[float]:
+        """Of the rows of a sampler."""
+        return [
+            sampler.log_probability(row, one.tokens) / one.tokens**self._length_penalty
+            for row, one in enumerate(drawn)
+        ]
 
     def _hypothesis(self, ids: list[int], ends: Sequence[int], stop: str) -> Hypothesis:
         closing = (index for index, token in enumerate(ids) if token in ends or token in self._lines)
@@ -291,10 +302,21 @@ class _StopText(StoppingCriteria):
         return torch.tensor(stopped, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def split_stop(tokenizer: PreTrainedTokenizerBase, stop: str) -> tuple[str, list[int]]:
+    """The text before the first special token in `stop` (decoded texts hold none), and the ids of all of them."""
+    special = {
+        str(token): index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and str(token) in stop
+    }
+    text = stop[: min((stop.index(token) for token in special), default=len(stop))]
+    return text if text.strip(" ") else "", list(special.values())
+
+
+def end_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a text: the tokenizer's, and those of the model's generation configuration (several in chat models).
     Not that of config.json, which transformers fills with a number of its own where the file has none."""
-    named = model.generation_config.eos_token_id
+    named = config.eos_token_id
     return list(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, as_list(named))]))
 
 

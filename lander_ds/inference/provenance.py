@@ -54,19 +54,28 @@ def data_hash(start: Start) -> str | None:
 
 def options_of(recipe: Recipe, system: System, test_set: NamedSet | None = None) -> dict[str, Any]:
     """What in the recipe a system's translations depend on; batch size and sharding only change the speed."""
-    options = asdict(recipe.decoding)
-    wanted = ["limit", "beams", "length_penalty", "max_new_tokens"]
+    wanted = ["limit"]
     if test_set is None:
         wanted.append("split")
     if system == "fewshot":
         wanted.append("shots")
-    depends = {"system": system, "dtype": recipe.model.dtype, **{name: options[name] for name in wanted}}
+    named = {name: getattr(recipe.translate, name) for name in wanted}
+    depends = {"system": system, "dtype": recipe.model.dtype, **named, **decoding_options(recipe)}
     # Prompts with examples are rendered when they are wanted; the others are part of the prepared data.
     return depends | (
         {"prompt": prompt_options(recipe.data.prompt), "seed": recipe.data_seed}
         if system == "fewshot"
         else {}
     )
+
+
+def decoding_options(recipe: Recipe) -> dict[str, Any]:
+    """What in the recipe decides how the model's probabilities become translations."""
+    options = asdict(recipe.decoding)
+    names = ["beams", "length_penalty", "max_new_tokens"]
+    if recipe.translate.sampling.temperature:
+        names.append("sampling")
+    return {name: options[name] for name in names}
 
 
 def inputs_of(

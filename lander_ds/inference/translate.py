@@ -93,7 +93,7 @@ def translate(
         config: decoding options.
         directory: where the system's translations lie.
         key: hash of everything that the translations depend on.
-        n_best: how many translations of each sentence are kept; at most as many as there are beams.
+        n_best: how many translations of each sentence are kept; at most as many as there are beams, if it searches.
     """
     started = time.monotonic()
     partial = PartialTranslations(directory, key)

@@ -25,7 +25,7 @@ CURE = "run stage translate (again)"
 
 @dataclass(frozen=True)
 class Alternative:
-    """One of the best translations of a sentence."""
+    """One of the best translations of a sentence, or one of its samples."""
 
     hyp: str
     """Its text."""
@@ -50,7 +50,7 @@ class Translation:
     truncated: bool | None = None
     """Whether it was cut short at `translate.max_new_tokens`; None where that is not known."""
     n_best: tuple[Alternative, ...] | None = None
-    """The best translations, `hyp` first, where several were wanted."""
+    """The best translations, or samples as they were drawn, `hyp` first, where several were wanted."""
 
 
 def write_translations(path: Path, translations: Sequence[Translation]) -> None:

@@ -149,7 +149,10 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         # Not every plain model has all of them.
         given = {name: value for name, value in named.items() if value is not None}
         with routed(self._routing(pair, pair_ids)):
-            return self.model(**given, **kwargs)
+            return self._called()(**given, **kwargs)
+
+    def _called(self) -> Any:
+        return self.model
 
     def generate(
         self, *args: Any, pair: str | None = None, pair_ids: torch.Tensor | None = None, **kwargs: Any
@@ -187,6 +190,13 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         embeddings = self.model.resize_token_embeddings(*args, **kwargs)
         self.config.vocab_size = self.config.base["vocab_size"] = self.model.config.vocab_size
         return embeddings
+
+
+class LanderModel(LanderForCausalLM):
+    """What `AutoModel` opens: the same weights, and `forward` gives the hidden states under the head."""
+
+    def _called(self) -> Any:
+        return self.model.base_model
 
 
 def _takes_any_keyword(function: Callable[..., Any]) -> bool:

@@ -8,17 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.checkpoints import recipe_for, write_checkpoint
 from support.exports import open_trained
 from support.tiny_models import save, tiny_model
 from support.tiny_translator import tiny_tokenizer
 
 from lander_ds.cli.main import main
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import dump_recipe
 from lander_ds.config.recipe import CorpusConfig, LayerChoice, Recipe, SelectConfig, TranslateConfig
+from lander_ds.distributed.start import Start
 from lander_ds.export.routed import export_routed
 from lander_ds.export.writer import Form
 from lander_ds.inference import decoding
+from lander_ds.inference.open import open_for_inference
 
 LINES = ["w1 w2 w3", "", "w9 w8 w7 w6", "w1 w2 w3", "   ", "w40 w41"]
 
@@ -121,7 +125,40 @@ def test_the_best_with_their_scores(root: Path) -> None:
         assert row["hyp"] == (row["n_best"][0]["hyp"] if scores else "")
 
 
-@pytest.mark.parametrize("flags", [(), ("--n-best", "2")])
+def test_prompts_for_other_programs(root: Path) -> None:
+    plain = lines(root)
+    (written,) = lines(root, "--prompts")
+    content = json.loads(written)
+    assert [(one["line"], one["src"]) for one in content["prompts"]] == [
+        (number, line) for number, line in enumerate(LINES, start=1) if line.strip()
+    ]
+    tokenizer, recipe = tiny_tokenizer(), recipe_of(root)
+    start = Start(recipe, RunDirectory(recipe.run_dir))
+    model = open_for_inference(start, "trained")
+    for one in content["prompts"]:
+        assert tokenizer.convert_ids_to_tokens(one["ids"]) == one["tokens"]
+        with model.pair("en-de"):
+            ids = torch.tensor([one["ids"]], device=model.model.device)
+            output = model.model.generate(
+                ids, max_new_tokens=6, do_sample=False, eos_token_id=content["end_ids"], pad_token_id=0
+            )
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        assert text.partition("\n")[0].strip() == plain[one["line"] - 1]
+
+
+def test_samples_with_their_scores(root: Path) -> None:
+    warm = ("--set", "translate.sampling.temperature=1.0")
+    written = [json.loads(line) for line in lines(root, "--n-best", "3", *warm)]
+    assert [row["src"] for row in written] == LINES
+    # The first sample is the one that is drawn alone, also of a line that stands elsewhere in another batch.
+    assert [row["hyp"] for row in written] == lines(root, *warm, "--set", "translate.batch_size=1")
+    (root / "other.txt").write_text("\n".join(reversed(LINES)) + "\n", encoding="utf-8")
+    again = [json.loads(line) for line in lines(root, "--n-best", "3", *warm, source=str(root / "other.txt"))]
+    assert [row["hyp"] for row in reversed(again)] == [row["hyp"] for row in written]
+    assert all(len({one["hyp"] for one in row["n_best"]}) == 3 for row in written if row["src"].strip())
+
+
+@pytest.mark.parametrize("flags", [(), ("--n-best", "2"), ("--set", "translate.sampling.temperature=1.0")])
 def test_an_interrupted_translation_goes_on(
     root: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +216,7 @@ def test_what_is_refused(
     ("flags", "message"),
     [
         (["--pair", "en-de", "--recipe", "x"], "--pair needs --input FILE"),
+        (["--prompts", "--recipe", "x"], "--prompts needs --input FILE"),
         ([], "the following arguments are required: --recipe"),
         (["--input", "x", "--pair", "en-de"], "needs either --recipe FILE or --run DIR"),
         (["--input", "x", "--run", "y"], "--input needs --pair PAIR"),

@@ -274,12 +274,25 @@ def test_options_without_effect_are_told(workspace: Workspace, caplog: pytest.Lo
             "train.lora.r=4",
             "export.formats=[dense]",
             "translate.length_penalty=2",
+            "translate.sampling.top_k=5",
         )
     assert "train.lora: has no effect with train.method: full" in caplog.text
     assert (
         "--set translate.length_penalty=2: translate.length_penalty: has no effect in greedy search"
         in caplog.text
     )
+    assert "translate.sampling: has no effect without translate.sampling.temperature" in caplog.text
+
+
+def test_beams_and_samples_exclude_each_other(workspace: Workspace) -> None:
+    both = ("translate.beams=4", "translate.sampling.temperature=0.7")
+    for stage in ("translate", "text", "export"):
+        assert (
+            "translate.sampling.temperature: 0.7 draws translations, and 4 beams search for the best one; set "
+            "temperature: 0, or translate.beams: 1" in refusal(workspace, *both, stage=stage)
+        )
+    check(workspace, *both, stage="train")
+    check(workspace, both[1], "translate.length_penalty=0", stage="translate")
 
 
 @pytest.mark.parametrize(

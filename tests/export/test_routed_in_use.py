@@ -16,7 +16,7 @@ from support.checkpoints import PAIRS, recipe_for, write_checkpoint
 from support.exports import open_trained
 from support.golden_export import GOLDEN
 from support.tiny_models import examples, save, tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from lander_ds.export.card import Exactness, render
 from lander_ds.export.routed import export_routed
@@ -83,6 +83,16 @@ def test_modules_offloaded_to_disk_and_to_memory(directory: Path, tmp_path: Path
     spread = load(directory, device_map=places, offload_folder=str(tmp_path / "offload"))
     assert any(parameter.is_meta for parameter in spread.parameters())
     assert_same(spread, plain)
+
+
+def test_auto_model_gives_the_hidden_states_under_the_head(directory: Path) -> None:
+    plain, below = load(directory), AutoModel.from_pretrained(directory, trust_remote_code=True)
+    ids = examples()[0][None]
+    with torch.no_grad():
+        for pair in PAIRS:
+            hidden = below(ids, pair=pair).last_hidden_state
+            logits = plain(ids, pair=pair).logits
+            torch.testing.assert_close(plain.get_output_embeddings()(hidden), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu"])

@@ -116,7 +116,7 @@ def test_the_models_own_generation_config_does_not_leak_in() -> None:
 def test_a_translation_ends_at_the_line_end_and_at_the_end_of_sequence() -> None:
     tokenizer = tiny_tokenizer()
     assert line_end_tokens(tokenizer) == [3]
-    assert end_tokens(tiny_llama(), tokenizer) == [2]
+    assert end_tokens(tiny_llama().generation_config, tokenizer) == [2]
     decoder = Decoder(tiny_llama(), tokenizer, TranslateConfig(max_new_tokens=40))
     actual = decoder.decode(prompts(12))
     ended = [hypothesis for hypothesis in actual if hypothesis.tokens < 40]

@@ -6,25 +6,38 @@ import json
 from pathlib import Path
 
 import pytest
-from support.tiny_translator import FailsAfter, TinyTranslator, requests, tiny_tokenizer, translate_as_rank
+from support.tiny_translator import (
+    CONFIGS,
+    COUNTS,
+    KEY,
+    FailsAfter,
+    TinyTranslator,
+    requests,
+    tiny_tokenizer,
+    translate_as_rank,
+)
 from support.worlds import server
 
-from lander_ds.config.recipe import TranslateConfig
 from lander_ds.distributed import process_group
 from lander_ds.inference.translate import batches, translate
 from lander_ds.inference.translations import read_translations
 
-KEY = "k" * 64
-CONFIG = TranslateConfig(batch_size=3, max_new_tokens=8)
-COUNTS = {"en-de": 7, "en-fr": 2}
+CONFIG = CONFIGS["greedy"]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of one uninterrupted process."""
-    directory = tmp_path_factory.mktemp("reference")
-    translate(TinyTranslator(), tiny_tokenizer(), requests(COUNTS), CONFIG, directory, KEY)
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of one uninterrupted process, in a directory per way to decode."""
+    directory = tmp_path_factory.mktemp("references")
+    for name, config in CONFIGS.items():
+        translate(TinyTranslator(), tiny_tokenizer(), requests(COUNTS), config, directory / name, KEY)
     return directory
+
+
+@pytest.fixture(scope="module")
+def reference(references: Path) -> Path:
+    """Those of greedy search."""
+    return references / "greedy"
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -52,9 +65,10 @@ def test_the_model_is_told_every_pair(tmp_path: Path) -> None:
     )
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, reference: Path) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_interrupted_run_goes_on_where_it_stopped(name: str, tmp_path: Path, references: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        translate(FailsAfter(2), tiny_tokenizer(), requests(COUNTS), CONFIG, tmp_path, KEY)
+        translate(FailsAfter(2), tiny_tokenizer(), requests(COUNTS), CONFIGS[name], tmp_path, KEY)
     (partial,) = tmp_path.rglob("en-de.rank-0.jsonl")
     assert len(partial.read_text().splitlines()) == 6
     assert not (tmp_path / "en-de.jsonl").exists()
@@ -62,10 +76,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, reference: 
     with partial.open("a") as stream:
         stream.write('{"id": "en-de:test:')
     model = FailsAfter(2)
-    work = translate(model, tiny_tokenizer(), requests(COUNTS), CONFIG, tmp_path, KEY)
+    work = translate(model, tiny_tokenizer(), requests(COUNTS), CONFIGS[name], tmp_path, KEY)
     assert work.sentences == 3
     assert model.calls == 2
-    assert files(tmp_path) == files(reference)
+    assert files(tmp_path) == files(references / name)
 
 
 def test_partial_files_of_another_key_are_not_used(tmp_path: Path, reference: Path) -> None:
@@ -77,9 +91,10 @@ def test_partial_files_of_another_key_are_not_used(tmp_path: Path, reference: Pa
 
 
 @pytest.mark.distributed
-def test_two_ranks_write_what_one_writes_and_resume_what_one_began(tmp_path: Path, reference: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        translate(FailsAfter(1), tiny_tokenizer(), requests(COUNTS), CONFIG, tmp_path, KEY)
+def test_two_ranks_write_what_one_writes_and_resume_what_one_began(tmp_path: Path, references: Path) -> None:
+    for name, config in CONFIGS.items():
+        with pytest.raises(KeyboardInterrupt):
+            translate(FailsAfter(1), tiny_tokenizer(), requests(COUNTS), config, tmp_path / name, KEY)
     port = process_group.free_port()
     ranks = [server().Process(target=translate_as_rank, args=(tmp_path, rank, 2, port)) for rank in range(2)]
     try:
@@ -91,7 +106,7 @@ def test_two_ranks_write_what_one_writes_and_resume_what_one_began(tmp_path: Pat
     finally:
         for process in ranks:
             process.kill()
-    assert files(tmp_path) == files(reference)
+    assert files(tmp_path) == files(references)
 
 
 def test_every_rank_gets_the_same_number_of_batches_when_the_model_is_sharded(

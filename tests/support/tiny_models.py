@@ -103,8 +103,13 @@ GATED = ("gemma3", "gemma", "gemma2", "llama", "llama-tied", "mistral", "qwen2",
 
 def tiny_model(case: str, attention: str = "eager") -> PreTrainedModel:
     """A float32 model in evaluation mode; the same weights every time."""
+    return random_model(CONFIGS[case](), attention)
+
+
+def random_model(config: PretrainedConfig, attention: str = "eager") -> PreTrainedModel:
+    """That of a configuration."""
     model = AutoModelForCausalLM.from_config(
-        CONFIGS[case](), dtype=torch.float32, attn_implementation=attention
+        config, dtype=torch.float32, attn_implementation=attention
     ).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lander_ds.inference.translate import Request
+from lander_ds.config.recipe import SamplingConfig, TranslateConfig
+from lander_ds.inference.translate import Request, translate
+
+COUNTS = {"en-de": 7, "en-fr": 2}
+"""Requests by pair."""
+KEY = "k" * 64
+_GREEDY = TranslateConfig(batch_size=3, max_new_tokens=8)
+_SAMPLED = replace(_GREEDY, sampling=SamplingConfig(temperature=1.0, top_k=40, seed=4))
+CONFIGS = {
+    "greedy": _GREEDY,
+    "sampled": _SAMPLED,
+    # Several ranks then keep step, as sharded weights need it.
+    "sampled-in-step": replace(_SAMPLED, weights="sharded"),
+}
+"""Ways to decode, by the name of the directory that the translations are written to."""
 
 WORDS = [f"w{number}" for number in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "\n"]
@@ -99,20 +115,14 @@ def requests(pairs: dict[str, int], shared: int = 0) -> dict[str, list[Request]]
 
 
 def translate_as_rank(directory: Path, rank: int, world_size: int, port: int) -> None:
-    """What one of several processes runs: a gloo rank that translates the same requests."""
-    import os
-
-    from lander_ds.config.recipe import TranslateConfig
-    from lander_ds.inference.translate import translate
-
+    """What one of several processes runs: a gloo rank that translates the same requests in every way."""
     torch.set_num_threads(1)
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size)})
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
     )
     try:
-        config = TranslateConfig(batch_size=3, max_new_tokens=8)
-        wanted = requests({"en-de": 7, "en-fr": 2})
-        translate(TinyTranslator(), tiny_tokenizer(), wanted, config, directory, "k" * 64)
+        for name, config in CONFIGS.items():
+            translate(TinyTranslator(), tiny_tokenizer(), requests(COUNTS), config, directory / name, KEY)
     finally:
         torch.distributed.destroy_process_group()
