@@ -108,6 +108,14 @@ class ColumnConfig:
     """When given: keep only rows whose value equals the pair's source language."""
     tgt_lang: str | None = None
     """When given: keep only rows whose value equals the pair's target language."""
+    scores: tuple[str, ...] = ()
+    """Columns with scores of the sentence pairs, e.g. of quality estimation, for `data.filters.min_score`. Every row must
+    have a number in each."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return tuple(filter(None, (self.src, self.tgt, self.src_lang, self.tgt_lang, *self.scores)))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -160,6 +168,9 @@ class FilterConfig:
     test_overlap: Literal["off", "exact", "normalised"] = "normalised"
     """Drop training and detection pairs whose source or target also stands in valid or test.
     `normalised` compares NFKC, case-folded text without punctuation and white space."""
+    min_score: dict[str, float] = field(default_factory=dict)
+    """Drop sentence pairs that score lower, by column: `{qe: 0.8}`. It concerns corpora that name the column in
+    `columns.scores`."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -20,7 +20,14 @@ from lander_ds.common.files import json_hash, publish_entry, write_json
 from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.filters import Filter, Sentences
 from lander_ds.data.passes import HELD_OUT, held_out, reading, shots_of, size_of
-from lander_ds.data.prepared import FEATURES, FORMAT, prepared_options, read_manifest, split_file
+from lander_ds.data.prepared import (
+    FEATURES,
+    FORMAT,
+    corpus_options,
+    prepared_options,
+    read_manifest,
+    split_file,
+)
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.rows import Rejection, Row
 from lander_ds.data.tokens.encoding import Encoded, Encoder
@@ -75,7 +82,8 @@ def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str
     options = prepared_options(recipe)
     data = {name: value for name, value in options["data"].items() if name != "corpora"}
     described = [
-        asdict(replace(corpus, paths=())) | {"contents": [contents[str(path)] for path in corpus.paths]}
+        corpus_options(replace(corpus, paths=()))
+        | {"contents": [contents[str(path)] for path in corpus.paths]}
         for corpus in corpora
     ]
     return json_hash([FORMAT, data, described, options["seed"], tokenizer])

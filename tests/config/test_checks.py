@@ -324,3 +324,24 @@ def test_directories_that_are_files(workspace: Workspace) -> None:
     assert "run_dir: zero3.json is a file" in refusal(workspace, "run_dir=zero3.json/run")
     assert "data.cache_dir: zero3.json is a file" in refusal(workspace, "data.cache_dir=zero3.json")
     assert "is the model's directory" in refusal(workspace, "run_dir=./model/")
+
+
+def test_a_threshold_needs_scores_and_scores_a_threshold(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = "data.corpora.0.columns.scores=[quality]"
+    message = refusal(workspace, scores, "data.filters.min_score={qualty: 0.5}")
+    assert (
+        "data.filters.min_score.qualty: no corpus names that column in columns.scores; did you mean quality?"
+        in message
+    )
+    message = refusal(workspace, "data.filters.min_score={qe: 0.5}")
+    assert "write for example columns: {scores: [qe]}" in message
+    assert "columns.scores.0: is empty; name a column" in refusal(
+        workspace, "data.corpora.0.columns.scores=['']"
+    )
+    caplog.clear()
+    check(workspace, scores, "data.filters.min_score={quality: -0.5}")
+    assert "scores" not in caplog.text
+    check(workspace, scores)
+    assert "has no effect: data.filters.min_score does not have quality" in caplog.text

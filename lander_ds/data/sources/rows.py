@@ -15,6 +15,7 @@ Reason = Literal[
     "too_long",
     "length_ratio",
     "identical",
+    "low_score",
     "test_overlap_exact",
     "test_overlap_normalised",
     "training_overlap_exact",
@@ -39,6 +40,8 @@ class Row:
     """Source text."""
     tgt: str
     """Target text."""
+    scores: tuple[tuple[str, float], ...] = ()
+    """The columns that `columns.scores` names, with what they say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,9 @@ class Rejection:
     """What stands there, for a person to look at."""
 
 
-def make_row(file: str, line: int, src: Any, tgt: Any) -> Row | Rejection:
+def make_row(
+    file: str, line: int, src: Any, tgt: Any, scores: tuple[tuple[str, float], ...] = ()
+) -> Row | Rejection:
     """A row, or its rejection: `malformed` when a value is no text, `invalid_utf8` when it is no UTF-8."""
     if not isinstance(src, str) or not isinstance(tgt, str):
         return Rejection(file, line, "malformed", f"not two texts: {src!r}, {tgt!r}")
@@ -63,7 +68,7 @@ def make_row(file: str, line: int, src: Any, tgt: Any) -> Row | Rejection:
         (src + tgt).encode()
     except UnicodeEncodeError:
         return Rejection(file, line, "invalid_utf8", repr(src + " | " + tgt))
-    return Row(file, line, one_line(src), one_line(tgt))
+    return Row(file, line, one_line(src), one_line(tgt), scores)
 
 
 def one_line(text: str) -> str:
