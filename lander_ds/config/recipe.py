@@ -225,8 +225,8 @@ class DataConfig:
     detect_examples: Count = 128
     """Sentence pairs per pair set aside from `train` for detection, when no corpus has `split: detect`."""
     cache_dir: PathText | None = None
-    """Where tokenised corpora, and hidden states (`train.prefix_cache`), are kept, by content hash. Default:
-    `<run_dir>/cache`. Runs may share one."""
+    """Where tokenised corpora, hidden states (`train.prefix_cache`) and sentence scores (`score.neural`) are kept, by
+    content hash. Default: `<run_dir>/cache`. Runs may share one."""
     workers: PositiveInt = 1
     """Processes that tokenise."""
     seed: Seed | None = None
@@ -502,6 +502,25 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class NeuralConfig:
+    """A neural metric of the package unbabel-comet, which runs in an environment of its own."""
+
+    model: PathText
+    """Directory of a COMET model (`hparams.yaml`, `checkpoints/`), its checkpoint, or a hub id such as
+    `Unbabel/wmt22-comet-da`, from the cache of huggingface_hub or downloaded into it. Checkpoints are pickles, which can run
+    code: take them only from where you trust."""
+    python: PathText | None = None
+    """Python interpreter of an environment that has unbabel-comet. Default: that in the environment variable
+    LANDER_COMET_PYTHON, or else the one that runs this program."""
+    batch_size: PositiveInt = 16
+    """Sentences scored together."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the first GPU where there is one."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the arithmetic. The command `comet-score` of unbabel-comet 2.2.7 computes in float16."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class ScoreConfig:
     """Automatic metrics."""
 
@@ -515,6 +534,9 @@ class ScoreConfig:
     """Also compute TER."""
     tokenizers: dict[str, str] = field(default_factory=dict)
     """sacreBLEU tokenizer per target language where the default is not wanted, e.g. `{ja: char}`."""
+    neural: dict[str, NeuralConfig] = field(default_factory=dict)
+    """Neural metrics by name, `comet: {model: Unbabel/wmt22-comet-da}`, with references or without (quality
+    estimation)."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -326,6 +326,21 @@ def test_directories_that_are_files(workspace: Workspace) -> None:
     assert "is the model's directory" in refusal(workspace, "run_dir=./model/")
 
 
+@pytest.mark.parametrize("name", ["chrf", "BLEU", "my_metric", "22", "sentences"])
+def test_a_neural_metric_is_not_called_like_other_figures(name: str, workspace: Workspace) -> None:
+    message = refusal(workspace, f"score.neural={{'{name}': {{model: x}}}}", stage="score")
+    assert f"score.neural.{name}: a metric's name begins with a letter" in message
+
+
+def test_a_neural_metric_is_looked_for_before_anything_runs(workspace: Workspace) -> None:
+    override = "score.neural.comet={model: x, python: /none/python}"
+    assert "score.neural.comet.python: /none/python cannot be run" in refusal(
+        workspace, override, stage="all"
+    )
+    check(workspace, override, stage="train")
+    check(workspace, override)
+
+
 def test_a_threshold_needs_scores_and_scores_a_threshold(
     workspace: Workspace, caplog: pytest.LogCaptureFixture
 ) -> None:
