@@ -18,5 +18,5 @@ def run(arguments: argparse.Namespace) -> None:
         console.write_line(json.dumps(figures, indent=2, ensure_ascii=False))
     else:
         console.stdout.print(summary_table(figures))
-        for table in set_tables(figures["sets"]):
+        for table in set_tables(figures["sets"], figures["neural"]):
             console.stdout.print(table)

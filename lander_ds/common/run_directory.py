@@ -61,6 +61,10 @@ class RunDirectory:
         """Where the record of `stage` lies."""
         return self.path / "stages" / f"{stage}.json"
 
+    def cache(self, shared: str | None) -> Path:
+        """Where entries named by content hash lie: in the cache that runs share (`data.cache_dir`), or here."""
+        return Path(shared) if shared else self.path / "cache"
+
     def translations_of(self, system: str, test_set: str | None = None) -> Path:
         """Where the translations of a system lie, of the split that the recipe translates or of a named test set."""
         return (

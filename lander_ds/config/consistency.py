@@ -6,6 +6,8 @@ key and the cure. Keys that only some stages read are checked for those stages a
 
 from __future__ import annotations
 
+import re
+
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import check_data
 from lander_ds.config.recipe import (
@@ -19,6 +21,11 @@ from lander_ds.config.recipe import (
     ShiraConfig,
 )
 from lander_ds.config.topology_consistency import check_topology
+
+_METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+"""Of a neural metric: `scores.json` has figures of that name, and others that begin or end with it and an underscore."""
+_FIGURES = ("bleu", "chrf", "chrfpp", "ter", "empty", "truncated", "sentences")
+"""Names of other figures there."""
 
 
 def check_consistency(check: Check) -> None:
@@ -260,6 +267,13 @@ def _check_score(check: Check) -> None:
         return
     if score.baseline is not None:
         check.refuse_placeholders("score.baseline", score.baseline, ("pair", "src", "tgt"))
+    for name in score.neural:
+        if not _METRIC_NAME.fullmatch(name) or name.lower() in _FIGURES:
+            check.refuse(
+                f"score.neural.{name}",
+                f"a metric's name begins with a letter and has letters, digits and -, and none of {', '.join(_FIGURES)}; "
+                "rename it",
+            )
 
 
 def _check_export(check: Check) -> None:

@@ -28,6 +28,7 @@ def check_data(check: Check) -> None:
     pairs_are_fine = _check_pairs(check)
     for index, corpus in enumerate(check.recipe.data.corpora):
         _check_corpus(check, f"data.corpora.{index}", corpus)
+    _check_min_score(check)
     if pairs_are_fine:
         _check_coverage(check)
         _check_template(check)
@@ -185,9 +186,16 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
     if not corpus.path:
         check.refuse(f"{key}.path", "is empty; name a file or directory")
     check.refuse_placeholders(f"{key}.path", corpus.path, ("pair", "src", "tgt"))
-    for name, value in vars(columns).items():
-        if value is not None and not value.strip():
+    texts = {name: value for name, value in vars(columns).items() if isinstance(value, str)}
+    texts |= {f"scores.{place}": name for place, name in enumerate(columns.scores)}
+    for name, value in texts.items():
+        if not value.strip():
             check.refuse(f"{key}.columns.{name}", "is empty; name a column")
+    for place, name in enumerate(columns.scores):
+        if name.strip() and name not in check.recipe.data.filters.min_score:
+            check.warn(
+                f"{key}.columns.scores.{place}", f"has no effect: data.filters.min_score does not have {name}"
+            )
     check.refuse_placeholders(f"{key}.columns.src", columns.src, ("src", "tgt"))
     check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
     if columns.src == columns.tgt:
@@ -199,6 +207,20 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
             check.warn(f"{key}.columns", "has no effect: test sets of sacreBLEU have no columns")
     elif corpus.format == "moses" and columns != ColumnConfig():
         check.warn(f"{key}.columns", "has no effect: Moses files have no columns")
+
+
+def _check_min_score(check: Check) -> None:
+    """Every threshold needs a corpus that has such a score."""
+    recipe = check.recipe
+    sources = (*recipe.data.corpora, *recipe.evaluate.sets.values(), *recipe.evaluate.shots)
+    known = [name for source in sources for name in source.columns.scores]
+    for name in recipe.data.filters.min_score:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near}?" if near else f"write for example columns: {{scores: [{name}]}}"
+            check.refuse(
+                f"data.filters.min_score.{name}", f"no corpus names that column in columns.scores; {hint}"
+            )
 
 
 def _check_coverage(check: Check) -> None:

@@ -109,6 +109,14 @@ class ColumnConfig:
     """When given: keep only rows whose value equals the pair's source language."""
     tgt_lang: str | None = None
     """When given: keep only rows whose value equals the pair's target language."""
+    scores: tuple[str, ...] = ()
+    """Columns with scores of the sentence pairs, e.g. of quality estimation, for `data.filters.min_score`. Every row must
+    have a number in each."""
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return tuple(filter(None, (self.src, self.tgt, self.src_lang, self.tgt_lang, *self.scores)))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -161,6 +169,9 @@ class FilterConfig:
     test_overlap: Literal["off", "exact", "normalised"] = "normalised"
     """Drop training and detection pairs whose source or target also stands in valid or test.
     `normalised` compares NFKC, case-folded text without punctuation and white space."""
+    min_score: dict[str, float] = field(default_factory=dict)
+    """Drop sentence pairs that score lower, by column: `{qe: 0.8}`. It concerns corpora that name the column in
+    `columns.scores`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -254,8 +265,8 @@ class DataConfig:
     detect_examples: Count = 128
     """Sentence pairs per pair set aside from `train` for detection, when no corpus has `split: detect`."""
     cache_dir: PathText | None = None
-    """Where tokenised corpora, and hidden states (`train.prefix_cache`), are kept, by content hash. Default:
-    `<run_dir>/cache`. Runs may share one."""
+    """Where tokenised corpora, hidden states (`train.prefix_cache`) and sentence scores (`score.neural`) are kept, by
+    content hash. Default: `<run_dir>/cache`. Runs may share one."""
     workers: PositiveInt = 1
     """Processes that tokenise."""
     seed: Seed | None = None
@@ -548,6 +559,25 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class NeuralConfig:
+    """A neural metric of the package unbabel-comet, which runs in an environment of its own."""
+
+    model: PathText
+    """Directory of a COMET model (`hparams.yaml`, `checkpoints/`), its checkpoint, or a hub id such as
+    `Unbabel/wmt22-comet-da`, from the cache of huggingface_hub or downloaded into it. Checkpoints are pickles, which can run
+    code: take them only from where you trust."""
+    python: PathText | None = None
+    """Python interpreter of an environment that has unbabel-comet. Default: that in the environment variable
+    LANDER_COMET_PYTHON, or else the one that runs this program."""
+    batch_size: PositiveInt = 16
+    """Sentences scored together."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the first GPU where there is one."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the arithmetic. The command `comet-score` of unbabel-comet 2.2.7 computes in float16."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class ScoreConfig:
     """Automatic metrics."""
 
@@ -561,6 +591,9 @@ class ScoreConfig:
     """Also compute TER."""
     tokenizers: dict[str, str] = field(default_factory=dict)
     """sacreBLEU tokenizer per target language where the default is not wanted, e.g. `{ja: char}`."""
+    neural: dict[str, NeuralConfig] = field(default_factory=dict)
+    """Neural metrics by name, `comet: {model: Unbabel/wmt22-comet-da}`, with references or without (quality
+    estimation)."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lander_ds.config.recipe import Recipe, Split
 from lander_ds.data.entry import Counts, EntryWriter, fill_entry, too_many_tokens
 from lander_ds.data.filters import Filter, Sentences
 from lander_ds.data.passes import HELD_OUT, held_out, shots_of, size_of
-from lander_ds.data.prepared import FORMAT, prepared_options
+from lander_ds.data.prepared import FORMAT, corpus_options, prepared_options
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.rows import Row
 from lander_ds.data.tokens.encoding import Encoded, Encoder
@@ -49,7 +49,8 @@ def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str
 def described(corpora: list[Corpus], contents: Mapping[str, str]) -> list[dict[str, Any]]:
     """Corpora by what stands in them, as JSON values."""
     return [
-        asdict(replace(corpus, paths=())) | {"contents": [contents[str(path)] for path in corpus.paths]}
+        corpus_options(replace(corpus, paths=()))
+        | {"contents": [contents[str(path)] for path in corpus.paths]}
         for corpus in corpora
     ]
 

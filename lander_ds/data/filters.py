@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import unicodedata
@@ -127,6 +128,8 @@ class Filter:
         src, tgt = visible(row.src), visible(row.tgt)
         if self._config.drop_identical and src == tgt:
             return "identical"
+        if any(score < self._config.min_score.get(name, -math.inf) for name, score in row.scores):
+            return "low_score"
         if self._apart and (reason := self._apart.overlap(row.src, row.tgt)):
             return reason
         if self._config.drop_duplicates and not self._seen.add(text_hash(f"{src}\0{tgt}")):

@@ -21,7 +21,8 @@ from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import inside, json_hash, read_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import set_pairs, shown_pairs
-from lander_ds.config.recipe import Recipe, Split
+from lander_ds.config.recipe import CorpusConfig, Recipe, Split
+from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.tokens.prompt import prompt_options
 
 FORMAT = "lander-prepared-3"
@@ -177,6 +178,9 @@ def prepared_options(recipe: Recipe) -> dict[str, Any]:
     data = asdict(recipe.data)
     # Where the cache lies and how many processes fill it change nothing in it; replay has an entry of its own.
     del data["cache_dir"], data["workers"], data["seed"], data["replay"]
+    data["corpora"] = [corpus_options(corpus) for corpus in recipe.data.corpora]
+    if not recipe.data.filters.min_score:
+        del data["filters"]["min_score"]
     data["prompt"] = prompt_options(recipe.data.prompt)
     return {
         "data": data,
@@ -188,10 +192,10 @@ def prepared_options(recipe: Recipe) -> dict[str, Any]:
 def set_options(recipe: Recipe, name: str) -> dict[str, Any]:
     """Everything in a recipe that a prepared test set depends on, as JSON values."""
     pairs, shots = set_pairs(recipe, name), recipe.evaluate.shots
-    shown = [asdict(corpus) for corpus in shots if set(shown_pairs(recipe, corpus)) & set(pairs)]
+    shown = [corpus_options(corpus) for corpus in shots if set(shown_pairs(recipe, corpus)) & set(pairs)]
     return {
         **prepared_options(recipe),
-        "set": asdict(recipe.evaluate.sets[name]) | {"pairs": list(pairs)},
+        "set": corpus_options(recipe.evaluate.sets[name]) | {"pairs": list(pairs)},
         "shots": shown,
     }
 
@@ -204,7 +208,7 @@ def replay_options(recipe: Recipe) -> dict[str, Any]:
         "filters": [filters.min_chars, filters.drop_duplicates, filters.test_overlap],
         "max_length": data.max_length,
         "chat": data.prompt.chat,
-        "sets": {name: asdict(config) for name, config in recipe.evaluate.sets.items()},
+        "sets": {name: corpus_options(config) for name, config in recipe.evaluate.sets.items()},
         "model": {"path": recipe.model.path, "trust_remote_code": recipe.model.trust_remote_code},
     }
 
@@ -212,6 +216,15 @@ def replay_options(recipe: Recipe) -> dict[str, Any]:
 def replay_directory(run: RunDirectory) -> Path:
     """What a run keeps of the preparation of `data.replay`."""
     return run.data / "replay"
+
+
+def corpus_options(corpus: CorpusConfig | Corpus) -> dict[str, Any]:
+    """What prepared data depends on in a corpus, as JSON values. Scores are there where they are read alone; records of
+    before there were any lack them."""
+    options = asdict(corpus)
+    if not corpus.columns.scores:
+        del options["columns"]["scores"]
+    return options
 
 
 def set_directory(run: RunDirectory, name: str) -> Path:

@@ -1,4 +1,5 @@
-"""Metrics through sacreBLEU: BLEU, chrF2, chrF2++ and TER, with signatures and paired bootstrap tests."""
+"""Metrics through sacreBLEU: BLEU, chrF2, chrF2++ and TER, with signatures and paired bootstrap tests; and the same tests
+of sentence scores."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest, _compute_p_value, estimate_ci
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 BOOTSTRAPPED = ("bleu", "chrf", "chrfpp")
 """Metrics with confidence intervals and p-values. `chrf` is chrF2, `chrfpp` chrF2++ (word order 2)."""
 
+_DEFAULT_SEED = 12345
+"""sacreBLEU's own, for seed 0, which it takes for "no seed"."""
+
 _CHINESE = ("zh", "cmn", "yue", "wuu", "nan", "hak", "gan", "hsn", "lzh")
 # Written without spaces between words, and no segmenter is installed: characters are the words.
 _WITHOUT_SPACES_IN = ("thai", "laoo", "khmr", "mymr", "tibt")
@@ -35,7 +40,7 @@ class Estimate:
     """A corpus score and what the bootstrap says of it."""
 
     score: float
-    """Points, 0 to 100."""
+    """Points, 0 to 100; of a neural metric on its own scale."""
     mean: float
     """Mean over bootstrap samples."""
     ci: float
@@ -140,6 +145,33 @@ def evaluate(
     }
 
 
+def evaluate_sentences(
+    scores: Mapping[str, Sequence[float]], config: ScoreConfig, seed: int
+) -> dict[str, Estimate]:
+    """Means of sentence scores of systems, each tested against the first as in `evaluate`, on the same resamples.
+
+    Args:
+        scores: system -> N sentence scores; the first system is the baseline.
+        config: number of bootstrap samples.
+        seed: of the bootstrap.
+    """
+    table = np.array(list(scores.values()), dtype=np.float64)  # [systems, N]
+    count = table.shape[1]
+    generator = np.random.default_rng(seed or _DEFAULT_SEED)
+    drawn = generator.choice(count, size=(config.bootstrap_samples, count), replace=True)
+    estimates: dict[str, Estimate] = {}
+    for system, sentences in zip(scores, table, strict=True):
+        samples, difference = sentences[drawn].mean(axis=1), abs(sentences.mean() - table[0].mean())
+        mean, ci = estimate_ci(samples)
+        p = None
+        if estimates:
+            apart = np.abs(samples - table[0][drawn].mean(axis=1))
+            # As in `evaluate`: equal systems are not different.
+            p = _compute_p_value(apart - apart.mean(), difference) if difference else 1.0
+        estimates[system] = Estimate(float(sentences.mean()), float(mean), float(ci), p)
+    return estimates
+
+
 def translation_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], language: str
 ) -> tuple[float, str]:
@@ -201,9 +233,9 @@ def _problem_with(tokenizer: str) -> str | None:
 
 @contextmanager
 def _bootstrap_seed(seed: int) -> Iterator[None]:
-    # sacreBLEU reads its seed from the environment only, and takes 0 for "no seed": 12345 is its own default.
+    # sacreBLEU reads its seed from the environment only.
     before: Any = os.environ.get("SACREBLEU_SEED")
-    os.environ["SACREBLEU_SEED"] = str(seed or 12345)
+    os.environ["SACREBLEU_SEED"] = str(seed or _DEFAULT_SEED)
     try:
         yield
     finally:

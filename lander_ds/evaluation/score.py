@@ -3,13 +3,14 @@
 Per pair and system: BLEU, chrF2 (`chrf`), chrF2++ (`chrfpp`) and TER, bootstrap mean and half-width of the
 95 % interval (`*_mean`, `*_ci`), the p-value of the difference to the baseline (`p_*`), the share of
 translations in another language than the target (`off_target`), the share of empty ones (`empty`)
-and that of those cut short at `translate.max_new_tokens` (`truncated`).
+and that of those cut short at `translate.max_new_tokens` (`truncated`). A neural metric (`score.neural`) has the figures of
+BLEU, under its name.
 The baseline is the system `baseline`, read from the file of `score.baseline`, or else the untouched base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,8 +23,10 @@ from lander_ds.evaluation.metrics import (
     Estimate,
     bleu_tokenizer,
     evaluate,
+    evaluate_sentences,
     translation_error_rate,
 )
+from lander_ds.evaluation.neural_scores import NeuralScores, Segment
 from lander_ds.inference.translations import Translation
 
 GIVEN = "baseline"
@@ -35,6 +38,8 @@ MEANS = (*BOOTSTRAPPED, "ter", "off_target", "empty", "truncated")
 
 Translations = Mapping[str, Sequence[Translation]]
 """System -> its translations of one pair."""
+Segments = Mapping[str, Sequence[Segment]]
+"""The same as what metrics read, every system's in the same order."""
 
 
 def baseline_of(systems: Collection[str]) -> str | None:
@@ -43,7 +48,12 @@ def baseline_of(systems: Collection[str]) -> str | None:
 
 
 def score_pair(
-    pair: str, translations: Translations, config: ScoreConfig, seed: int, identifier: LanguageIdentifier
+    pair: str,
+    translations: Translations,
+    config: ScoreConfig,
+    seed: int,
+    identifier: LanguageIdentifier,
+    neural: Mapping[str, NeuralScores] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Score every system on one pair.
 
@@ -53,9 +63,10 @@ def score_pair(
         config: metrics and bootstrap.
         seed: of the bootstrap.
         identifier: for the off-target rate.
+        neural: by metric, the scores of every segment.
 
     Returns:
-        The pair's entry in `scores.json`, and metric -> sacreBLEU signature.
+        The pair's entry in `scores.json`, and metric -> signature.
 
     Raises:
         ArtefactError: there is no sentence, or systems translated other sentences or have other references.
@@ -63,31 +74,49 @@ def score_pair(
     """
     language = split_pair(pair)[1]
     tokenizer = bleu_tokenizer(language, config.tokenizers)
-    references, hypotheses = aligned(pair, translations)
-    estimates, signatures = evaluate(references, hypotheses, tokenizer, config, seed)
-    baseline = baseline_of(hypotheses)
+    segments = aligned(pair, translations)
+    references = [segment.ref for segment in next(iter(segments.values()))]
+
+    def estimate(compared: Segments) -> tuple[dict[str, dict[str, Estimate]], dict[str, str]]:
+        """Of systems, each tested against the first."""
+        hypotheses = {system: [segment.mt for segment in of] for system, of in compared.items()}
+        estimates, signatures = evaluate(references, hypotheses, tokenizer, config, seed)
+        for metric, scores in (neural or {}).items():
+            sentences = {system: [scores.of[segment] for segment in of] for system, of in compared.items()}
+            for system, estimated in evaluate_sentences(sentences, config, seed).items():
+                estimates[system][metric] = estimated
+            signatures[metric] = scores.signature
+        return estimates, signatures
+
+    estimates, signatures = estimate(segments)
+    baseline = baseline_of(segments)
     systems: dict[str, dict[str, Any]] = {}
-    for system, texts in hypotheses.items():
+    for system, of_system in segments.items():
         figures = _figures(estimates[system], compared=baseline not in (None, system))
+        texts = [segment.mt for segment in of_system]
         if config.ter:
             figures["ter"], signatures["ter"] = translation_error_rate(references, texts, language)
         figures["off_target"] = identifier.off_target(texts, language)
         figures["empty"] = sum(not text for text in texts) / len(texts)
         figures["truncated"] = _share([one.truncated for one in translations[system]])
         systems[system] = figures
+    # The base with examples in its prompt is the fairer comparison.
+    compared = {system: segments[system] for system in (FEWSHOT, TRAINED) if system in segments}
+    fairer = estimate(compared)[0][TRAINED] if len(compared) == 2 else {}
+    tested = (*BOOTSTRAPPED, *(neural or {}))
     entry = {
         "sentences": len(references),
         "tokenizer": tokenizer,
         "systems": systems,
-        **{f"p_{metric}": systems.get(TRAINED, {}).get(f"p_{metric}") for metric in BOOTSTRAPPED},
-        **_against_fewshot(references, hypotheses, tokenizer, config, seed),
+        **{f"p_{metric}": systems.get(TRAINED, {}).get(f"p_{metric}") for metric in tested},
+        **{f"p_{metric}_vs_fewshot": fairer[metric].p if fairer else None for metric in tested},
         "off_target_reference": identifier.off_target(references, language),
     }
     return entry, signatures
 
 
-def aligned(pair: str, translations: Translations) -> tuple[list[str], dict[str, list[str]]]:
-    """References, and every system's hypotheses in the same order, the baseline first.
+def aligned(pair: str, translations: Translations) -> dict[str, list[Segment]]:
+    """Every system's segments in the same order, the baseline first.
 
     Raises:
         ArtefactError: see `score_pair`.
@@ -98,7 +127,7 @@ def aligned(pair: str, translations: Translations) -> tuple[list[str], dict[str,
     cure = "run stage translate (again) for both"
     if not reference:
         raise ArtefactError(f"{pair}: {first} has translated no sentence: is there test data for this pair?")
-    hypotheses = {}
+    segments = {}
     for system in ordered:
         by_id = {translation.id: translation for translation in translations[system]}
         if different := sorted({translation.id for translation in reference}.symmetric_difference(by_id)):
@@ -112,17 +141,19 @@ def aligned(pair: str, translations: Translations) -> tuple[list[str], dict[str,
                     f"{pair}: sentence {translation.id!r} has different references in {first} and {system}: "
                     f"{cure}"
                 )
-        hypotheses[system] = [by_id[translation.id].hyp for translation in reference]
-    return [translation.ref for translation in reference], hypotheses
+        segments[system] = [Segment(one.src, by_id[one.id].hyp, one.ref) for one in reference]
+    return segments
 
 
-def means(pairs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """System -> metric -> mean over pairs; None where a pair lacks the figure."""
+def means(
+    pairs: Mapping[str, Mapping[str, Any]], neural: Iterable[str] = ()
+) -> dict[str, dict[str, float | None]]:
+    """System -> metric -> mean over pairs; None where a pair lacks the figure. `neural`: names of neural metrics."""
     systems = next(iter(pairs.values()))["systems"]
     return {
         system: {
             metric: _mean([pair["systems"][system].get(metric) for pair in pairs.values()])
-            for metric in MEANS
+            for metric in (*MEANS, *neural)
         }
         for system in systems
     }
@@ -145,19 +176,3 @@ def _figures(estimates: Mapping[str, Estimate], compared: bool) -> dict[str, Any
         if compared:
             figures[f"p_{metric}"] = estimate.p
     return figures
-
-
-def _against_fewshot(
-    references: Sequence[str],
-    hypotheses: Mapping[str, Sequence[str]],
-    tokenizer: str,
-    config: ScoreConfig,
-    seed: int,
-) -> dict[str, float | None]:
-    """p-values of the trained model against the base with examples in its prompt, the fairer comparison."""
-    names = {metric: f"p_{metric}_vs_fewshot" for metric in BOOTSTRAPPED}
-    if FEWSHOT not in hypotheses or TRAINED not in hypotheses:
-        return dict.fromkeys(names.values())
-    compared = {system: hypotheses[system] for system in (FEWSHOT, TRAINED)}
-    estimates, _ = evaluate(references, compared, tokenizer, config, seed)
-    return {name: estimates[TRAINED][metric].p for metric, name in names.items()}

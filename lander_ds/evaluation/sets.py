@@ -8,12 +8,13 @@ the `trained` and over the `untrained` directions, per system, of the systems th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from lander_ds.config.recipe import ScoreConfig
 from lander_ds.evaluation.language import LanguageIdentifier
+from lander_ds.evaluation.neural_scores import NeuralScores
 from lander_ds.evaluation.score import Translations, means, score_pair
 from lander_ds.inference.losses import TextLoss
 
@@ -25,6 +26,7 @@ def score_set(
     config: ScoreConfig,
     seed: int,
     identifier: LanguageIdentifier,
+    neural: Mapping[str, NeuralScores],
 ) -> dict[str, Any]:
     """The entry of a test set.
 
@@ -35,6 +37,7 @@ def score_set(
         config: metrics and bootstrap.
         seed: of the bootstrap.
         identifier: for the off-target rate.
+        neural: by metric, the scores of every segment.
 
     Raises:
         ArtefactError, ConfigError: as `score_pair`.
@@ -42,7 +45,7 @@ def score_set(
     directions: dict[str, dict[str, Any]] = {}
     signatures = {}
     for pair, systems in translations.items():
-        entry, signatures[pair] = score_pair(pair, systems, config, seed, identifier)
+        entry, signatures[pair] = score_pair(pair, systems, config, seed, identifier, neural)
         directions[pair] = {"trained": pair in trained, **entry}
     groups = {
         name: {pair: entry for pair, entry in directions.items() if entry["trained"] is own}
@@ -50,19 +53,21 @@ def score_set(
     }
     return {
         "directions": directions,
-        "mean": {name: _means(entries) for name, entries in groups.items() if entries},
+        "mean": {name: _means(entries, neural) for name, entries in groups.items() if entries},
         "monolingual": _monolingual(losses),
         "signatures": signatures,
     }
 
 
-def _means(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+def _means(
+    entries: Mapping[str, Mapping[str, Any]], neural: Iterable[str]
+) -> dict[str, dict[str, float | None]]:
     common = set.intersection(*(set(entry["systems"]) for entry in entries.values()))
     kept = {
         pair: {"systems": {name: figures for name, figures in entry["systems"].items() if name in common}}
         for pair, entry in entries.items()
     }
-    return means(kept)
+    return means(kept, neural)
 
 
 def _monolingual(losses: Mapping[str, Mapping[str, TextLoss]]) -> dict[str, dict[str, dict[str, Any]]]:

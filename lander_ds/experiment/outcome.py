@@ -52,6 +52,7 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
     run = RunDirectory(directory)
     scores = read_json(run.scores, "run stage score again")
     training = read_json(run.training_summary, "train again") if run.training_summary.exists() else {}
+    metrics = (*METRICS, *scores.get("neural", ()))
     if cell.kind != "trial":
         _publish_texts(cell, run, scores, out)
     # Last: it says that the cell is finished.
@@ -72,10 +73,12 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
             "optimizer_bytes": sum(training.get("optimizer_bytes_per_rank", [])) or None,
             "peak_memory": max(training.get("peak_memory_bytes_per_rank", [0])) or None,
             "signatures": scores["signatures"],
-            "systems": {system: _scores(scores["pairs"], system) for system in scores["systems"]},
+            "systems": {system: _scores(scores["pairs"], system, metrics) for system in scores["systems"]},
             "sets": {
                 name: {
-                    "systems": {system: _scores(one["directions"], system) for system in scores["systems"]},
+                    "systems": {
+                        system: _scores(one["directions"], system, metrics) for system in scores["systems"]
+                    },
                     "bits_per_byte": {
                         language: {system: loss["bits_per_byte"] for system, loss in of_language.items()}
                         for language, of_language in one["monolingual"].items()
@@ -87,10 +90,12 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
     )
 
 
-def _scores(entries: Mapping[str, Any], system: str) -> dict[str, dict[str, float | None]]:
+def _scores(
+    entries: Mapping[str, Any], system: str, metrics: Iterable[str]
+) -> dict[str, dict[str, float | None]]:
     """Direction -> metric -> score of a system, of the directions that it has translated."""
     return {
-        pair: {metric: entry["systems"][system].get(metric) for metric in METRICS}
+        pair: {metric: entry["systems"][system].get(metric) for metric in metrics}
         for pair, entry in entries.items()
         if system in entry["systems"]
     }

@@ -16,7 +16,7 @@ from lander_ds.data.tokens.languages import split_pair
 from lander_ds.distributed.start import Start
 from lander_ds.export.writer import Form
 from lander_ds.models.weights import base_name
-from lander_ds.report.summary import METRICS, SYSTEM_NAMES, pair_scores, remarks
+from lander_ds.report.summary import METRICS, NEURAL_DIGITS, SYSTEM_NAMES, number, pair_scores, remarks
 
 Facts = Mapping[str, Any]
 """What is known of a training, as JSON values; a delta carries it along."""
@@ -88,6 +88,7 @@ def facts_of(start: Start, checkpoint_state: Mapping[str, Any]) -> dict[str, Any
         "corpora": {name: digest for name, digest in inputs.items() if name != "tokenizer"},
         "scores": None if scores is None else pair_scores(scores),
         "scored": _translated_with(run) or f"step-{checkpoint_state['step']}",
+        "neural": [] if scores is None else scores.get("neural", []),
         "signatures": {} if scores is None else scores.get("signatures", {}),
         "versions": versions(),
     }
@@ -222,14 +223,15 @@ def _scores(facts: Facts) -> str:
     if not scores:
         return "## Scores\n\nNot measured when this card was written.\n" if "recipe" in facts else ""
     rows = []
+    # Files of version 0.1 name no neural metrics.
+    digits: dict[str, int] = dict.fromkeys(METRICS, 2) | dict.fromkeys(facts.get("neural", ()), NEURAL_DIGITS)
     for pair, figures in scores.items():
         for system, title in SYSTEM_NAMES.items():
             prefix = "" if system == "trained" else f"{system}_"
-            values = [figures.get(prefix + metric) for metric in METRICS]
-            if any(value is not None for value in values):
-                cells = ["-" if value is None else f"{value:.2f}" for value in values]
-                rows.append((pair, title, *cells))
-    header = ("pair", "system", *(_METRIC_NAMES[metric] for metric in METRICS))
+            values = {metric: figures.get(prefix + metric) for metric in digits}
+            if any(value is not None for value in values.values()):
+                rows.append((pair, title, *(number(values[metric], digits[metric]) for metric in digits)))
+    header = ("pair", "system", *(_METRIC_NAMES.get(metric, metric) for metric in digits))
     signatures = facts.get("signatures", {})
     flat = {
         f"{pair} {metric}": text for pair, of_pair in signatures.items() for metric, text in of_pair.items()
@@ -275,7 +277,7 @@ def _recipe(facts: Facts) -> str:
 
 def _signatures(signatures: Mapping[str, str]) -> str:
     lines = [f"- {name}: `{text}`" for name, text in signatures.items()]
-    return "\nsacreBLEU signatures:\n\n" + "\n".join(lines) + "\n" if lines else ""
+    return "\nSignatures of the metrics:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lander_ds.common.errors import ConfigError, ModelError
+from lander_ds.common.errors import ConfigError, LanderError, ModelError
 from lander_ds.config.check import Check
 from lander_ds.config.consistency import check_consistency
 from lander_ds.config.data_consistency import evaluated_pairs
@@ -16,6 +16,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.data.filters import check_filters
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.evaluation.metrics import check_tokenizers
+from lander_ds.evaluation.neural import NeuralMetric
 from lander_ds.models.hub import with_local_model
 from lander_ds.preflight.files import STAGES_WITH_MODEL, check_files
 from lander_ds.preflight.prompts import check_prompts
@@ -44,7 +45,8 @@ def check_recipe(
         recipe: the recipe.
         stages: the stage or stages about to run, `all`, or None to check everything.
         document: where the recipe was read from, so that messages name lines.
-        download: fetch a base model that is named by its hub id, where the stages need it.
+        download: fetch a base model and neural metrics that are named by their hub ids, where the stages need them; what
+            could be fetched is not missed otherwise.
 
     Returns:
         The recipe, with the model's directory in place of a hub id.
@@ -65,6 +67,8 @@ def check_recipe(
     check = _with_local_model(check, download)
     problems.refuse()
     check_files(check)
+    if download and check.stages is not None and check.runs("score"):
+        _check_neural(check)
     problems.refuse()
     check_prompts(check)
     problems.refuse()
@@ -98,6 +102,16 @@ def _check_trackers(check: Check) -> None:
                 "train.trackers",
                 f"{name} is not installed; pip install 'lander-ds[track]', or take it out",
             )
+
+
+def _check_neural(check: Check) -> None:
+    for name, config in check.recipe.score.neural.items():
+        try:
+            NeuralMetric.resolve(name, config)
+        except LanderError as error:
+            own = f"score.neural.{name}"
+            key, _, message = str(error).partition(": ")
+            check.refuse(*((key, message) if key.startswith(own) else (own, str(error))))
 
 
 def _check_score_tokenizers(check: Check) -> None:

@@ -21,7 +21,7 @@ from lander_ds.report import plots
 from lander_ds.report.artefacts import Artefacts, load_artefacts
 from lander_ds.report.figures import data_uri
 from lander_ds.report.sets import lines, systems_of
-from lander_ds.report.summary import SYSTEM_NAMES, remarks, summarise
+from lander_ds.report.summary import NEURAL_DIGITS, SYSTEM_NAMES, remarks, summarise
 
 EXAMPLES_PER_PAIR = 5
 
@@ -58,6 +58,8 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
         summary=summary,
         remarks=remarks(summary["scores"]),
         artefacts=artefacts,
+        neural=summary["neural"],
+        neural_digits=NEURAL_DIGITS,
         gain=_mean_gain(artefacts.scores),
         system_names=SYSTEM_NAMES,
         set_lines={name: list(lines(entry)) for name, entry in summary["sets"].items()},

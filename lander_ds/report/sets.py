@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from lander_ds.report.summary import SYSTEM_NAMES, number, p_value
+from lander_ds.report.summary import NEURAL_DIGITS, SYSTEM_NAMES, number, p_value
 
 GROUPS = {"trained": "mean", "untrained": "mean *"}
 """Directions that are and are not among `data.pairs` -> what their means are called."""
@@ -26,16 +26,14 @@ class Line:
     systems: Mapping[str, Mapping[str, Any]]
     """System -> figures as in `scores.json`; a system that did not translate it is not there."""
 
-    @property
-    def gain(self) -> float | None:
-        """chrF2 of the trained system over the untouched base."""
-        before, after = (self.systems.get(name, {}).get("chrf") for name in ("base", "trained"))
+    def gain(self, metric: str) -> float | None:
+        """What the trained system scores more than the untouched base."""
+        before, after = (self.systems.get(name, {}).get(metric) for name in ("base", "trained"))
         return None if before is None or after is None else after - before
 
-    @property
-    def p(self) -> float | None:
+    def p(self, metric: str) -> float | None:
         """Of the gain."""
-        return self.systems.get("trained", {}).get("p_chrf")
+        return self.systems.get("trained", {}).get(f"p_{metric}")
 
 
 def lines(entry: Mapping[str, Any]) -> Iterator[Line]:
@@ -59,13 +57,17 @@ def systems_of(sets: Mapping[str, Any]) -> list[str]:
     return [system for system in SYSTEM_NAMES if any(system in entry for entry in entries)]
 
 
-def set_tables(sets: Mapping[str, Any]) -> list[Table]:
-    """The matrix, and the losses on plain text; nothing without test sets.
+def set_tables(sets: Mapping[str, Any], neural: Sequence[str]) -> list[Table]:
+    """The matrix, one per neural metric, and the losses on plain text; nothing without test sets.
 
     Args:
         sets: `sets` of `scores.json`.
+        neural: names of the neural metrics.
     """
-    return [_matrix(sets), _losses(sets)] if sets else []
+    if not sets:
+        return []
+    matrices = [_matrix(sets, name, name, NEURAL_DIGITS, off_target=False) for name in neural]
+    return [_matrix(sets, "chrf", "chrF", 1, off_target=True), *matrices, _losses(sets)]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -83,23 +85,27 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _matrix(sets: Mapping[str, Any]) -> Table:
+def _matrix(sets: Mapping[str, Any], metric: str, label: str, digits: int, off_target: bool) -> Table:
     systems = systems_of(sets)
-    table = _table("chrF2 and off-target rate per test set; gain and p over base", "set", "direction")
+    what = "chrF2 and off-target rate" if off_target else label
+    table = _table(f"{what} per test set; gain and p over base", "set", "direction")
     for system in systems:
-        table.add_column(f"{SYSTEM_NAMES[system]}\nchrF", justify="right")
-        table.add_column("off\n%", justify="right")
-    table.add_column("gain\nchrF", justify="right", style="bold")
-    table.add_column("p\nchrF", justify="right")
+        table.add_column(f"{SYSTEM_NAMES[system]}\n{label}", justify="right")
+        if off_target:
+            table.add_column("off\n%", justify="right")
+    table.add_column(f"gain\n{label}", justify="right", style="bold")
+    table.add_column(f"p\n{label}", justify="right")
     for name, entry in sets.items():
         for row, line in enumerate(lines(entry)):
             cells = []
             for system in systems:
                 figures = line.systems.get(system, {})
-                off = figures.get("off_target")
-                cells += [number(figures.get("chrf")), "-" if off is None else f"{100 * off:.0f}"]
-            gain = number(line.gain, signed=True)
-            table.add_row("" if row else name, line.name, *cells, gain, p_value(line.p))
+                cells.append(number(figures.get(metric), digits))
+                if off_target:
+                    off = figures.get("off_target")
+                    cells.append("-" if off is None else f"{100 * off:.0f}")
+            gain = number(line.gain(metric), digits, signed=True)
+            table.add_row("" if row else name, line.name, *cells, gain, p_value(line.p(metric)))
         table.add_section()
     table.caption, table.caption_justify = "* not trained: runs on the general banks", "left"
     return table

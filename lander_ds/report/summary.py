@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -28,6 +28,8 @@ TRAINING_FIGURES = (
 METRICS = ("bleu", "chrf", "chrfpp", "ter")
 SHARES = {"empty": "are empty", "truncated": "were cut short at translate.max_new_tokens"}
 """Of the translations of a system; a system's scores say little where they are large."""
+NEURAL_DIGITS = 4
+"""Behind the point of neural scores, which mostly stay between 0 and 1, as `comet-score` writes them."""
 P_VALUES = ("p_bleu", "p_chrf", "p_chrfpp")
 SYSTEM_NAMES = {"baseline": "baseline", "base": "base", "fewshot": "few-shot", "trained": "trained"}
 """System of `scores.json` -> its name for a person, in the order of tables and plots."""
@@ -40,7 +42,8 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     `scores` holds per pair `base_bleu`, `fewshot_bleu`, `bleu` (the trained system) and so on for chrF2 (`chrf`),
     chrF2++ (`chrfpp`) and TER, the shares of `empty` and `truncated` translations, and the p-values of the trained
     system against the `baseline`: the base, or the system that `score.baseline` gave, whose scores are then there as
-    `baseline_bleu` and so on. `sets` is that of `scores.json`.
+    `baseline_bleu` and so on. `neural` names the neural metrics, whose figures stand beside those of BLEU. `sets` is that
+    of `scores.json`.
 
     Raises:
         ArtefactError: the directory does not exist, no stage has run in it, or an artefact is damaged.
@@ -58,6 +61,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         **{name: training.get(name) for name in TRAINING_FIGURES},
         "baseline": scores.get("baseline"),
         "scores": pair_scores(scores),
+        "neural": scores.get("neural", []),
         "sets": scores.get("sets", {}),
         "stage_seconds": seconds,
         "artefacts": artefacts(run),
@@ -66,7 +70,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
 
 def pair_scores(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Pair -> flat figures from the contents of `scores.json`."""
-    return {pair: _flat(entry) for pair, entry in scores["pairs"].items()}
+    return {pair: _flat(entry, scores.get("neural", ())) for pair, entry in scores["pairs"].items()}
 
 
 def stage_seconds(run: RunDirectory) -> dict[str, float]:
@@ -85,16 +89,26 @@ def artefacts(run: RunDirectory) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items() if path.exists()}
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
-    """BLEU and chrF2 per pair: every system, the gain of the trained one over the baseline, how sure it is."""
+def score_tables(scores: Mapping[str, Mapping[str, Any]], neural: Sequence[str]) -> list[Table]:
+    """BLEU and chrF2 per pair, then a table per neural metric."""
+    tables = [_score_table(scores, "BLEU / chrF2", {"bleu": "BLEU", "chrf": "chrF"}, 1)]
+    return tables + [_score_table(scores, name, {name: ""}, NEURAL_DIGITS) for name in neural]
+
+
+def _score_table(
+    scores: Mapping[str, Mapping[str, Any]], title: str, metrics: Mapping[str, str], digits: int
+) -> Table:
+    """Metrics (figure -> column) of every system, the gain of the trained one over the baseline by the last of them, and how
+    sure it is."""
+    gained, gained_label = list(metrics.items())[-1]
     present = {
         _prefix(system): name
         for system, name in SYSTEM_NAMES.items()
-        if any(figures.get(f"{_prefix(system)}bleu") is not None for figures in scores.values())
+        if any(figures.get(f"{_prefix(system)}{gained}") is not None for figures in scores.values())
     }
     baseline = next((prefix for prefix in ("baseline_", "base_") if {prefix, ""} <= set(present)), None)
     table = Table(
-        title="BLEU / chrF2 per pair" + (f"; gain and p over {present[baseline]}" if baseline else ""),
+        title=f"{title} per pair" + (f"; gain and p over {present[baseline]}" if baseline else ""),
         title_justify="left",
         show_footer=len(scores) > 1,
         box=box.SIMPLE_HEAD,
@@ -104,22 +118,28 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
         show_edge=False,
     )
     table.add_column("pair", footer="mean")
-    for prefix, title in present.items():
-        for metric, label in (("bleu", f"{title}\nBLEU"), ("chrf", "\nchrF")):
+    for prefix, system in present.items():
+        for place, (metric, label) in enumerate(metrics.items()):
             column = [figures.get(prefix + metric) for figures in scores.values()]
-            table.add_column(label, number(_mean(column)), justify="right")
+            heading = _heading("" if place else system, label)
+            table.add_column(heading, number(_mean(column), digits), justify="right")
     if baseline:
-        gains = [_gain(figures, baseline) for figures in scores.values()]
-        table.add_column("gain\nchrF", number(_mean(gains), signed=True), justify="right", style="bold")
-        table.add_column("p\nBLEU", justify="right")
-        table.add_column("p\nchrF", justify="right")
+        gains = [_gain(figures, baseline, gained) for figures in scores.values()]
+        mean = number(_mean(gains), digits, signed=True)
+        table.add_column(_heading("gain", gained_label), mean, justify="right", style="bold")
+        for label in metrics.values():
+            table.add_column(_heading("p", label), justify="right")
     for pair, figures in scores.items():
-        cells = [number(figures.get(prefix + metric)) for prefix in present for metric in ("bleu", "chrf")]
+        cells = [number(figures.get(prefix + metric), digits) for prefix in present for metric in metrics]
         if baseline:
-            p_values = [p_value(figures.get("p_bleu")), p_value(figures.get("p_chrf"))]
-            cells += [number(_gain(figures, baseline), signed=True), *p_values]
+            p_values = [p_value(figures.get(f"p_{metric}")) for metric in metrics]
+            cells += [number(_gain(figures, baseline, gained), digits, signed=True), *p_values]
         table.add_row(pair, *cells)
     return table
+
+
+def _heading(above: str, below: str) -> str:
+    return f"{above}\n{below}" if below else above
 
 
 def remarks(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -139,7 +159,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column()
     for name, value in summary.items():
-        if name in ("scores", "sets"):
+        if name in ("scores", "neural", "sets"):
             continue
         if isinstance(value, Mapping):
             for key, inner in value.items():
@@ -149,20 +169,23 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     outer = Table.grid(padding=(1, 0))
     outer.add_row(table)
     if summary["scores"]:
-        outer.add_row(score_table(summary["scores"]))
+        for scored in score_tables(summary["scores"], summary["neural"]):
+            outer.add_row(scored)
         for line in remarks(summary["scores"]):
             outer.add_row(line)
     return outer
 
 
-def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(entry: Mapping[str, Any], neural: Sequence[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    metrics = (*METRICS, *neural, *SHARES)
     for system in SYSTEM_NAMES:
         # Most runs have no other system to compare with, while the others are null until they are scored.
         if system != "baseline" or system in entry["systems"]:
             scores = entry["systems"].get(system, {})
-            figures |= {f"{_prefix(system)}{metric}": scores.get(metric) for metric in (*METRICS, *SHARES)}
-    return {**figures, **{name: entry.get(name) for name in P_VALUES}, "sentences": entry.get("sentences")}
+            figures |= {f"{_prefix(system)}{metric}": scores.get(metric) for metric in metrics}
+    p_values = {name: entry.get(name) for name in (*P_VALUES, *(f"p_{name}" for name in neural))}
+    return {**figures, **p_values, "sentences": entry.get("sentences")}
 
 
 def _figure(value: Any) -> str:
@@ -182,8 +205,8 @@ def _prefix(system: str) -> str:
     return "" if system == "trained" else f"{system}_"
 
 
-def _gain(figures: Mapping[str, Any], baseline: str) -> float | None:
-    before, after = figures.get(f"{baseline}chrf"), figures.get("chrf")
+def _gain(figures: Mapping[str, Any], baseline: str, metric: str) -> float | None:
+    before, after = figures.get(f"{baseline}{metric}"), figures.get(metric)
     return None if before is None or after is None else after - before
 
 
@@ -192,11 +215,11 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(present) / len(present) if present and len(present) == len(values) else None
 
 
-def number(value: float | None, signed: bool = False) -> str:
-    """A score with a digit behind the point."""
+def number(value: float | None, digits: int = 1, signed: bool = False) -> str:
+    """A score with so many digits behind the point."""
     if value is None:
         return "-"
-    return f"{value:+.1f}" if signed else f"{value:.1f}"
+    return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
 
 
 def p_value(value: float | None) -> str:

@@ -63,8 +63,7 @@ def _parts(start: Start) -> list[Part]:
 
     def make(digest: str, fill: Callable[[Encoder, Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The cache entry of that name, filled, and its manifest."""
-        cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else run.path / "cache"
-        entry = cache / f"prepared-{digest[:20]}"
+        entry = run.cache(recipe.data.cache_dir) / f"prepared-{digest[:20]}"
         with Encoder(
             tokenizer, recipe.model.path, recipe.model.trust_remote_code, recipe.data.workers
         ) as encoder:

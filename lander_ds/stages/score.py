@@ -26,13 +26,15 @@ from lander_ds.distributed.start import Start
 from lander_ds.evaluation.baseline import baseline_path, read_baseline
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import check_tokenizers
-from lander_ds.evaluation.score import GIVEN, baseline_of, means, score_pair
+from lander_ds.evaluation.neural import NeuralMetric
+from lander_ds.evaluation.neural_scores import NeuralScores, neural_scores
+from lander_ds.evaluation.score import GIVEN, aligned, baseline_of, means, score_pair
 from lander_ds.evaluation.sets import score_set
 from lander_ds.inference.losses import LOSSES, TextLoss, read_losses
 from lander_ds.inference.provenance import System, is_up_to_date, record_name
 from lander_ds.inference.translations import Translation, read_translations
 from lander_ds.report.sets import set_tables
-from lander_ds.report.summary import pair_scores, remarks, score_table
+from lander_ds.report.summary import pair_scores, remarks, score_tables
 from lander_ds.stages.stage import Part, Result, Stage
 
 logger = logging.getLogger(__name__)
@@ -44,11 +46,13 @@ def _parts(start: Start) -> list[Part]:
 
     Raises:
         ArtefactError: translations are missing, were made from something else, or do not fit together.
-        ConfigError: `score.tokenizers` names a tokenizer that cannot be used.
+        ConfigError: `score.tokenizers` names a tokenizer that cannot be used; the program of a neural metric is missing.
         DataError: the file of `score.baseline` is missing or does not fit the translations.
+        ModelError: the model of a neural metric is missing.
     """
     recipe, run = start.recipe, start.run
     check_tokenizers(recipe.score.tokenizers)
+    metrics = [NeuralMetric.resolve(name, config) for name, config in recipe.score.neural.items()]
     systems, pairs = recipe.translate.systems, translated_pairs(recipe)
     paths: dict[str, dict[str, Path]] = {
         pair: {system: run.translations / system / f"{pair}.jsonl" for system in systems} for pair in pairs
@@ -67,28 +71,43 @@ def _parts(start: Start) -> list[Part]:
     sets = [_OfSet(start, name) for name in recipe.evaluate.sets]
 
     def score() -> Result:
-        scores = _scores(recipe, translations)
+        tests = (translations, *(one.translations for one in sets))
+        segments = [
+            segment
+            for of_pairs in tests
+            for pair, of_pair in of_pairs.items()
+            for of_system in aligned(pair, of_pair).values()
+            for segment in of_system
+        ]
+        cache = run.cache(recipe.data.cache_dir)
+        neural = {metric.name: neural_scores(metric, segments, cache) for metric in metrics}
+        scores = _scores(recipe, translations, neural)
         if sets:
-            scores["sets"] = _set_scores(recipe, sets)
+            scores["sets"] = _set_scores(recipe, sets, neural)
         write_json(run.scores, scores)
         return Result([run.scores])
 
     def show() -> None:
         scores = read_json(run.scores, "run stage score again")
         figures = pair_scores(scores)
-        stdout.print(score_table(figures))
+        neural = scores.get("neural", [])
+        for table in score_tables(figures, neural):
+            stdout.print(table)
         for line in remarks(figures):
             logger.warning(line)
-        for table in set_tables(scores.get("sets", {})):
+        for table in set_tables(scores.get("sets", {}), neural):
             stdout.print(table)
 
     options = {**section(recipe, "score", "seed"), "systems": list(systems), "pairs": list(pairs)}
+    # A neural metric is what it reads and computes, not where it lies and runs.
+    del options["score"]["neural"]
     if sets:
         # What is trained decides which means a direction belongs to.
         options |= {"sets": [one.name for one in sets], "trained": list(recipe.data.pairs)}
     read = [path for of_pair in paths.values() for path in of_pair.values()]
     read += [path for one in sets for path in one.paths]
     inputs = {run.relative(path): file_hash(path) for path in read}
+    inputs |= {f"score.neural.{metric.name}": metric.identity for metric in metrics}
     return [Part("score", options, inputs, score, show=show)]
 
 
@@ -96,7 +115,11 @@ STAGE = Stage("score", _parts)
 run = STAGE.run
 
 
-def _scores(recipe: Recipe, translations: Mapping[str, Mapping[str, list[Translation]]]) -> dict[str, Any]:
+def _scores(
+    recipe: Recipe,
+    translations: Mapping[str, Mapping[str, list[Translation]]],
+    neural: Mapping[str, NeuralScores],
+) -> dict[str, Any]:
     """The content of scores.json, from the translations by pair and system."""
     pairs = list(translations)
     identifier = LanguageIdentifier({code for pair in recipe.data.pairs for code in split_pair(pair)})
@@ -104,7 +127,7 @@ def _scores(recipe: Recipe, translations: Mapping[str, Mapping[str, list[Transla
     with progress("score", len(pairs)) as bar:
         for pair in pairs:
             scored[pair], signatures[pair] = score_pair(
-                pair, translations[pair], recipe.score, recipe.seed, identifier
+                pair, translations[pair], recipe.score, recipe.seed, identifier, neural
             )
             bar.advance(1, pair)
     systems = list(scored[pairs[0]]["systems"])
@@ -113,8 +136,9 @@ def _scores(recipe: Recipe, translations: Mapping[str, Mapping[str, list[Transla
         "baseline_file": recipe.score.baseline,
         "systems": systems,
         "bootstrap_samples": recipe.score.bootstrap_samples,
+        **({"neural": list(neural)} if neural else {}),
         "pairs": scored,
-        "mean": means(scored),
+        "mean": means(scored, neural),
         "signatures": signatures,
     }
 
@@ -149,14 +173,20 @@ class _OfSet:
             _check_origin(start, system, name)
 
 
-def _set_scores(recipe: Recipe, sets: Sequence[_OfSet]) -> dict[str, Any]:
+def _set_scores(recipe: Recipe, sets: Sequence[_OfSet], neural: Mapping[str, NeuralScores]) -> dict[str, Any]:
     """`sets` of scores.json."""
     identifier = LanguageIdentifier({code for pair in evaluated_pairs(recipe) for code in split_pair(pair)})
     scored = {}
     with progress("score test sets", len(sets)) as bar:
         for one in sets:
             scored[one.name] = score_set(
-                one.translations, one.losses, recipe.data.pairs, recipe.score, recipe.seed, identifier
+                one.translations,
+                one.losses,
+                recipe.data.pairs,
+                recipe.score,
+                recipe.seed,
+                identifier,
+                neural,
             )
             if (said := origin(recipe.evaluate.sets[one.name])) is not None:
                 scored[one.name]["origin"] = said

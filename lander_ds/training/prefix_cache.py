@@ -76,7 +76,7 @@ def open_prefixes(
             *(torch.__version__, transformers.__version__),
         ]
     )
-    cache = Path(recipe.data.cache_dir) if recipe.data.cache_dir else start.run.path / "cache"
+    cache = start.run.cache(recipe.data.cache_dir)
     entry = cache / f"prefix-{digest[:20]}"
     row_bytes = width * model.dtype.itemsize
     ranks = collectives.from_rank_zero(writers(entry, digest, row_bytes))

@@ -376,3 +376,39 @@ def test_directories_that_are_files(workspace: Workspace) -> None:
     assert "run_dir: zero3.json is a file" in refusal(workspace, "run_dir=zero3.json/run")
     assert "data.cache_dir: zero3.json is a file" in refusal(workspace, "data.cache_dir=zero3.json")
     assert "is the model's directory" in refusal(workspace, "run_dir=./model/")
+
+
+@pytest.mark.parametrize("name", ["chrf", "BLEU", "my_metric", "22", "sentences"])
+def test_a_neural_metric_is_not_called_like_other_figures(name: str, workspace: Workspace) -> None:
+    message = refusal(workspace, f"score.neural={{'{name}': {{model: x}}}}", stage="score")
+    assert f"score.neural.{name}: a metric's name begins with a letter" in message
+
+
+def test_a_neural_metric_is_looked_for_before_anything_runs(workspace: Workspace) -> None:
+    override = "score.neural.comet={model: x, python: /none/python}"
+    assert "score.neural.comet.python: /none/python cannot be run" in refusal(
+        workspace, override, stage="all"
+    )
+    check(workspace, override, stage="train")
+    check(workspace, override)
+
+
+def test_a_threshold_needs_scores_and_scores_a_threshold(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = "data.corpora.0.columns.scores=[quality]"
+    message = refusal(workspace, scores, "data.filters.min_score={qualty: 0.5}")
+    assert (
+        "data.filters.min_score.qualty: no corpus names that column in columns.scores; did you mean quality?"
+        in message
+    )
+    message = refusal(workspace, "data.filters.min_score={qe: 0.5}")
+    assert "write for example columns: {scores: [qe]}" in message
+    assert "columns.scores.0: is empty; name a column" in refusal(
+        workspace, "data.corpora.0.columns.scores=['']"
+    )
+    caplog.clear()
+    check(workspace, scores, "data.filters.min_score={quality: -0.5}")
+    assert "scores" not in caplog.text
+    check(workspace, scores)
+    assert "has no effect: data.filters.min_score does not have quality" in caplog.text

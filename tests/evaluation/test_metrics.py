@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.significance import _paired_bs_test
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import ScoreConfig
-from lander_ds.evaluation.metrics import bleu_tokenizer, check_tokenizers, evaluate, translation_error_rate
+from lander_ds.evaluation.metrics import (
+    bleu_tokenizer,
+    check_tokenizers,
+    evaluate,
+    evaluate_sentences,
+    translation_error_rate,
+)
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
 CONFIG = ScoreConfig(bootstrap_samples=200)
@@ -80,6 +90,39 @@ def test_the_seed_fixes_the_bootstrap_and_the_environment_is_left_alone(
     first = evaluate(refs, systems, "13a", CONFIG, seed)
     assert evaluate(refs, systems, "13a", CONFIG, seed) == first
     assert os.environ["SACREBLEU_SEED"] == "99"
+
+
+class _SentenceScores:
+    """Sentence scores as sacreBLEU's own bootstrap takes a metric: texts are numbers, and a corpus is their mean."""
+
+    def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: object) -> list[list[float]]:
+        return [[float(text), 1.0] for text in hypotheses]
+
+    def _compute_score_from_stats(self, stats: Sequence[float]) -> SimpleNamespace:
+        return SimpleNamespace(score=stats[0] / stats[1])
+
+    def _aggregate_and_compute(self, stats: Sequence[Sequence[float]]) -> SimpleNamespace:
+        return self._compute_score_from_stats([sum(column) for column in zip(*stats, strict=True)])
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.01, 0.1])
+def test_sentence_scores_are_tested_as_sacrebleu_tests(gain: float) -> None:
+    generator = random.Random(2)
+    base = [round(generator.random(), 3) for _ in range(40)]
+    other = [round(score + gain * (number % 3), 3) for number, score in enumerate(base)]
+    metric = _SentenceScores()
+    texts = [[str(score) for score in scores] for scores in (base, other)]
+    statistics = metric._extract_corpus_statistics(texts[0], None)
+    baseline = {"m": (statistics, metric._aggregate_and_compute(statistics))}
+    _, expected = _paired_bs_test(baseline, "other", texts[1], None, {"m": metric}, 200, seed=7)
+    actual = evaluate_sentences({"base": base, "other": other}, CONFIG, 7)
+    assert actual["base"].p is None
+    assert actual["base"].score == pytest.approx(sum(base) / 40)
+    estimate, result = actual["other"], expected["m"]
+    # sacreBLEU's statistics are float32.
+    for name in ("score", "mean", "ci"):
+        assert getattr(estimate, name) == pytest.approx(getattr(result, name), rel=1e-5)
+    assert estimate.p == (result.p_value if gain else 1.0)
 
 
 def test_empty_hypotheses_are_scored() -> None:

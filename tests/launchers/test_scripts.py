@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("setup.sh", "demo.sh", "test.sh")
+SCRIPTS = ("setup.sh", "comet_env.sh", "demo.sh", "test.sh")
 
 
 def run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
@@ -60,6 +60,7 @@ def test_help_touches_nothing(clone: Path, script: str, flag: str) -> None:
     ("arguments", "message"),
     [
         (["setup.sh", "--nope"], "unknown argument: --nope"),
+        (["comet_env.sh", "--nope"], "unknown argument: --nope"),
         (["demo.sh", "--nope"], "unknown argument: --nope"),
         (["demo.sh", "recipes/demo.yaml"], "unknown argument: recipes/demo.yaml"),
         (["demo.sh", "--ranks"], "--ranks needs a value"),

@@ -13,7 +13,7 @@ from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.report.page import render_report
-from lander_ds.report.summary import score_table, stage_seconds, summarise, summary_table
+from lander_ds.report.summary import score_tables, stage_seconds, summarise, summary_table
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_only_the_trained_system_was_scored(run: RunDirectory, tmp_path: Path) -
     assert figures["base_chrf"] is None
     assert figures["p_chrf"] is None
     assert figures["chrf"] > 0
-    table = text(score_table(summarise(partial)["scores"]))
+    table = text(score_tables(summarise(partial)["scores"], [])[0])
     assert "trained" in table
     assert "base" not in table
 
@@ -98,7 +98,7 @@ def test_another_systems_baseline(tmp_path: Path) -> None:
     figures = summary["scores"]["en-cs"]
     assert figures["baseline_chrf"] == figures["fewshot_chrf"] > figures["base_chrf"]
     # All four systems fit into 80 columns, and the gain is the one over the file.
-    table = text(score_table(summary["scores"]))
+    table = text(score_tables(summary["scores"], [])[0])
     assert "…" not in table
     (line,) = [line for line in table.splitlines() if line.startswith("en-cs")]
     assert len(line.split()) == 1 + 4 * 2 + 3
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_named(run: RunDirectory, tmp_path: Path) -> None:
 
 def test_tables_fit_into_80_columns(run: RunDirectory) -> None:
     summary = summarise(run)
-    table = text(score_table(summary["scores"]))
+    table = text(score_tables(summary["scores"], [])[0])
     assert "…" not in table
     for pair, figures in summary["scores"].items():
         (line,) = [line for line in table.splitlines() if line.startswith(pair)]

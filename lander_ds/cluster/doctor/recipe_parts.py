@@ -32,7 +32,7 @@ def facts(path: Path, overrides: list[str]) -> Part:
     seen = collect(Start(recipe, RunDirectory(recipe.run_dir)))
     warning = None
     try:
-        check_recipe(recipe, "all", document)
+        check_recipe(recipe, "all", document, download=False)
     except LanderError as error:
         warning = str(error)
     return {"facts": seen, "warning": warning}

@@ -86,7 +86,8 @@ def resolve(data: DataConfig) -> list[Corpus]:
     """Every corpus of every pair, in the order of the recipe.
 
     Raises:
-        DataError: a file is missing or its format unknown, a test set cannot be had, or a pair has no corpus.
+        DataError: a file is missing or its format unknown, a test set cannot be had, a pair has no corpus, or scores are
+            wanted of files without columns.
     """
     corpora = []
     for number, config in enumerate(data.corpora):
@@ -176,6 +177,11 @@ def _resolve_one(config: CorpusConfig, key: str, pair: str) -> Corpus:
         kind, paths = "moses", sacrebleu_files(config.path, src, tgt, f"{key}.path")
     else:
         kind, paths = _locate(Path(fill(config.path)), config.format, src, tgt, f"{key}.path")
+    if columns.scores and kind in ("moses", "tmx"):
+        raise DataError(
+            f"{key}.columns.scores: {paths[0]} has no columns (format {kind}): remove it, or give the corpus as JSON "
+            "lines or TSV"
+        )
     return Corpus(key, pair, config.split, kind, paths, src, tgt, columns, config.swap, config.limit)
 
 

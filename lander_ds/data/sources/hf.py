@@ -110,10 +110,8 @@ def _table_options(corpus: Corpus, suffix: str) -> dict[str, Any]:
     """How CSV and TSV files are read: cells are text, whatever they look like, and TSV files do not quote."""
     if BUILDERS.get(suffix) != "csv":
         return {}
-    columns = corpus.columns
-    named = (columns.src, columns.tgt, columns.src_lang, columns.tgt_lang)
     # Or pandas takes `null`, `N/A` and `nan` for nothing, and 007 for a number.
-    text = {name: str for name in named if name}
+    text = dict.fromkeys(corpus.columns.named, str)
     options: dict[str, Any] = {"converters": text, "keep_default_na": False, "na_filter": False}
     return options | ({"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
     """The sentence pairs of keyed rows; language columns, when given, pass over rows of other languages.
 
     Raises:
-        DataError: no row has a column that the recipe names, or none is of the corpus's languages.
+        DataError: no row has a column that the recipe names, none is of the corpus's languages, or a score is no number.
     """
     columns = corpus.columns
     wanted = [(columns.src_lang, corpus.src), (columns.tgt_lang, corpus.tgt)]
@@ -51,7 +52,8 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
         if all(normalise_code(str(values[column])) == code for column, code in languages):
             matched = True
             src, tgt = values.get(columns.src, ""), values[columns.tgt]
-            yield make_row(corpus.name, line, src, tgt, one_lined=corpus.pair != TEXT)
+            scores = tuple((name, _score(corpus, line, row, name)) for name in columns.scores)
+            yield make_row(corpus.name, line, src, tgt, scores, one_lined=corpus.pair != TEXT)
     if keys and never_seen:
         missing = next(name for name in names if name in never_seen)
         shown = ", ".join(repr(key[:30]) for key in keys[:12])
@@ -64,3 +66,23 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
             f"{corpus.name}: no line is {corpus.src}-{corpus.tgt} (found {shown}): correct "
             f"{corpus.key}.columns.src_lang and .tgt_lang, or .pairs"
         )
+
+
+def _score(corpus: Corpus, line: int, row: Mapping[str, Any], column: str) -> float:
+    """What a column of `columns.scores` says."""
+    try:
+        value = lookup(row, column)
+        # Tables hold text; true and false are numbers to Python.
+        score = math.nan if isinstance(value, bool) else float(value)
+    except KeyError:
+        found = "is not there"
+    except (TypeError, ValueError):
+        found = f"is {value!r}"
+    else:
+        if math.isfinite(score):
+            return score
+        found = f"is {value!r}"
+    raise DataError(
+        f"{corpus.name}: line {line}: the score {column!r} {found}, which is no finite number: correct the line or take it "
+        f"out, or correct {corpus.key}.columns.scores"
+    )

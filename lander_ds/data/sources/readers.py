@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -52,7 +53,7 @@ def read(corpus: Corpus, advance: Advance = lambda count: None) -> Iterator[Row 
             yield item
         else:
             usable = True
-            yield Row(item.file, item.line, item.tgt, item.src) if corpus.swap else item
+            yield replace(item, src=item.tgt, tgt=item.src) if corpus.swap else item
     if usable:
         return
     if first is None:
@@ -111,9 +112,7 @@ def _json_objects(corpus: Corpus, advance: Advance) -> Iterator[Located]:
 
 
 def _read_tsv(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
-    columns = corpus.columns
-    named = [c for c in (columns.src, columns.tgt, columns.src_lang, columns.tgt_lang) if c is not None]
-    numbers_only = all(name.isdecimal() for name in named)
+    numbers_only = all(name.isdecimal() for name in corpus.columns.named)
     return rows_of_mappings(corpus, _tsv_rows(corpus, advance, header=not numbers_only))
 
 
@@ -140,10 +139,7 @@ def _tsv_rows(corpus: Corpus, advance: Advance, header: bool) -> Iterator[Locate
 
 def _usual_width(corpus: Corpus) -> int:
     """The number of fields of most lines that have the asked columns; 0 when none has them."""
-    columns = corpus.columns
-    asked = 1 + max(
-        int(c) for c in (columns.src, columns.tgt, columns.src_lang, columns.tgt_lang) if c is not None
-    )
+    asked = 1 + max(map(int, corpus.columns.named))
     lines = (line for _, line in read_lines(corpus.paths[0], lambda count: None) if line.strip())
     widths = Counter(line.count(b"\t") + 1 for line in islice(lines, WIDTH_LINES))
     fitting = {width: count for width, count in widths.items() if width >= asked}
@@ -152,7 +148,7 @@ def _usual_width(corpus: Corpus) -> int:
 
 
 def _check_header(corpus: Corpus, names: list[str]) -> None:
-    for column in (corpus.columns.src, corpus.columns.tgt):
+    for column in (corpus.columns.src, corpus.columns.tgt, *corpus.columns.scores):
         if column not in names and not column.isdecimal():
             shown = ", ".join(repr(name[:30]) for name in names[:8])
             raise DataError(

@@ -15,6 +15,7 @@ Reason = Literal[
     "too_long",
     "length_ratio",
     "identical",
+    "low_score",
     "test_overlap_exact",
     "test_overlap_normalised",
     "training_overlap_exact",
@@ -39,6 +40,8 @@ class Row:
     """Source text; what stands before a text without a pair, or nothing."""
     tgt: str
     """Target text; the text without a pair."""
+    scores: tuple[tuple[str, float], ...] = ()
+    """The columns that `columns.scores` names, with what they say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,19 @@ class Rejection:
     """What stands there, for a person to look at."""
 
 
-def make_row(file: str, line: int, src: Any, tgt: Any, one_lined: bool = True) -> Row | Rejection:
+def make_row(
+    file: str,
+    line: int,
+    src: Any,
+    tgt: Any,
+    scores: tuple[tuple[str, float], ...] = (),
+    one_lined: bool = True,
+) -> Row | Rejection:
     """A row, or its rejection: `malformed` when a value is no text, `invalid_utf8` when it is no UTF-8.
 
     Args:
         file, line: where it stands.
-        src, tgt: its values.
+        src, tgt, scores: its values.
         one_lined: write every text on one line.
     """
     if not isinstance(src, str) or not isinstance(tgt, str):
@@ -70,7 +80,7 @@ def make_row(file: str, line: int, src: Any, tgt: Any, one_lined: bool = True) -
     except UnicodeEncodeError:
         return Rejection(file, line, "invalid_utf8", repr(src + " | " + tgt))
     clean = one_line if one_lined else str.strip
-    return Row(file, line, clean(src), clean(tgt))
+    return Row(file, line, clean(src), clean(tgt), scores)
 
 
 def one_line(text: str) -> str:
