@@ -56,7 +56,7 @@ class Sampler(LogitsProcessor):
         for row, index in zip(noise, self._running, strict=True):
             row.uniform_(generator=self._streams[index])
         # The logarithm of 0 is no harm: such a token is not drawn.
-        noisy = self._warpers(input_ids, scores) - noise.log_().neg_().log_()
+        noisy: torch.Tensor = self._warpers(input_ids, scores) - noise.log_().neg_().log_()
         drawn = scores.gather(1, noisy.argmax(1, keepdim=True)).squeeze(1)
         for index, value in zip(self._running, (drawn - scores.logsumexp(1)).tolist(), strict=True):
             self._log_probabilities[index].append(value)
