@@ -25,7 +25,6 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     PretrainedConfig,
-    Qwen2Config,
     Qwen3Config,
 )
 
@@ -55,7 +54,6 @@ GROUPED = {**COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "head_di
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**GROUPED),
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**{key: value for key, value in GROUPED.items() if key != "head_dim"}),
     "qwen3": lambda: Qwen3Config(**GROUPED, tie_word_embeddings=True),
     "gemma": lambda: GemmaConfig(**GROUPED),
     # As in Gemma 3 of 270 million and of a billion parameters.
@@ -67,7 +65,8 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "opt": lambda: OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32),
 }
-"""What the converter of CTranslate2 4.8.5 converts rightly, in the form in which the models were published."""
+"""What the converter of CTranslate2 4.8.5 converts rightly, in the form in which the models were published.
+(Transformers opens Qwen2 with a tokenizer class that the tiny tokenizer does not fit.)"""
 
 
 @pytest.fixture(scope="module")
