@@ -42,5 +42,5 @@ site_packages "$VENV_PYTHON" >"$(site_packages "$python")/shared.pth"
 # Later versions of setuptools lack pkg_resources, and of sentencepiece want a newer protobuf than the package does.
 "$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts \
     "$PACKAGE" "setuptools<81" "sentencepiece==0.2.0"
-"$python" -c 'import comet'
+"$python" -W ignore -c 'import comet'
 say "LANDER_COMET_PYTHON=$python"
