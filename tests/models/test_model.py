@@ -20,6 +20,7 @@ from lander_ds.data.batching.packing import Example, PackedBatch, pack
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
+from lander_ds.models.routed_ffn import NO_PAIR
 from lander_ds.models.span import Span, spans
 from lander_ds.models.translation_model import (
     BatchTotals,
@@ -90,9 +91,11 @@ def test_losses_are_those_of_each_example_alone(case: str, tmp_path: Path) -> No
     recipe = recipe_for(save(plain, tmp_path), tmp_path, "full")
     model, family = built(recipe)
     module = TranslationModel(model, family, len(PAIRS))
-    loss, per_pair, _ = module(pack(examples()), BatchTotals(10, 5))
-    sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for example in examples():
+    texts = replace(examples()[0], pair_id=NO_PAIR)
+    loss, per_pair, _ = module(pack([*examples(), texts]), BatchTotals(10, 5))
+    # The last are those of no pair.
+    sums, counts = torch.zeros(2, len(PAIRS) + 1, dtype=torch.float64)
+    for example in (*examples(), texts):
         ids = torch.from_numpy(example.input_ids).long()
         with torch.no_grad():
             logits = plain(ids[None]).logits[0]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
+from pathlib import Path
+
+from torch.utils.cpp_extension import _get_build_directory
 
 from support.worlds import search_path, server
 
@@ -17,6 +21,10 @@ def compile_cpu_adam() -> None:
     Raises:
         RuntimeError: it failed, or took too long.
     """
+    # A compilation that was killed leaves its lock, for which the next one would wait for ever.
+    lock = Path(_get_build_directory("cpu_adam", verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > COMPILE_SECONDS:
+        lock.unlink()
     process = server().Process(target=_compile)
     process.start()
     process.join(COMPILE_SECONDS)
