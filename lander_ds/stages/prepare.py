@@ -57,7 +57,8 @@ def _parts(start: Start) -> list[Part]:
     _check(recipe)
     corpora = resolve(recipe.data)
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
-    contents = _content_hashes(corpora)
+    known: dict[str, str] = {}
+    contents = _content_hashes(corpora, known)
     fingerprint = tokenizer_fingerprint(tokenizer, recipe.data.prompt.chat)
     inputs = contents | {"tokenizer": fingerprint}
 
@@ -80,7 +81,7 @@ def _parts(start: Start) -> list[Part]:
 
     def replay() -> Part:
         texts, apart = resolve_replay(recipe.data), kept_apart(recipe, corpora)
-        hashes = _content_hashes([*texts, *apart])
+        hashes = _content_hashes([*texts, *apart], known)
 
         def prepare_replay() -> Result:
             digest = replay_hash(recipe, texts, apart, hashes, fingerprint)
@@ -106,7 +107,7 @@ def _parts(start: Start) -> list[Part]:
 
     def part(name: str) -> Part:
         own = resolve_set(recipe, name)
-        of_set, hashes = set_recipe(recipe, name), _content_hashes(own)
+        of_set, hashes = set_recipe(recipe, name), _content_hashes(own, known)
 
         def prepare_set() -> Result:
             for key, text in (origin(recipe.evaluate.sets[name]) or {}).items():
@@ -213,19 +214,25 @@ def _usable(load: Callable[[], PreparedData | None]) -> bool:
     return True
 
 
-def _content_hashes(corpora: list[Corpus]) -> dict[str, str]:
+def _content_hashes(corpora: list[Corpus], known: dict[str, str]) -> dict[str, str]:
+    """Content hash of every path in `corpora`.
+
+    Args:
+        corpora: what is read.
+        known: hashes by path, so that no file is read twice; new ones are added.
+    """
     paths = list(dict.fromkeys(path for corpus in corpora for path in corpus.paths))
-    hashes = {}
-    with progress("prepare: hash corpora (files)", len(paths)) as bar:
-        for path in paths:
+    new = [path for path in paths if str(path) not in known]
+    with progress("prepare: hash corpora (files)", len(new)) as bar:
+        for path in new:
             try:
-                hashes[str(path)] = file_hash(path)
+                known[str(path)] = file_hash(path)
             except OSError as error:
                 raise DataError(
                     f"{path}: cannot be read ({error}): check the file and its permissions"
                 ) from None
             bar.advance(1, note=path.name)
-    return hashes
+    return {str(path): known[str(path)] for path in paths}
 
 
 def _copy(source: Path, target: Path) -> None:
