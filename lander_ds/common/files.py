@@ -5,6 +5,7 @@ write of this package goes through here. And names of files that were read from 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -70,8 +71,11 @@ def _discard(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(new: Path, final: Path, aside: Callable[[], Path]) -> None:
-    """Give a complete directory its final name; whatever had that name is first renamed to `aside()`.
+def publish(
+    new: Path, final: Path, aside: Callable[[], Path], keep: Callable[[], bool] = lambda: False
+) -> None:
+    """Give a complete directory its final name; whatever had that name is first renamed to `aside()`, unless `keep()`
+    says that it can stay: then nothing is done.
 
     The files in `new` must be on disk already. A crash leaves `final` as it was or complete, or, between the renames,
     both directories complete under other names.
@@ -84,19 +88,48 @@ def publish(new: Path, final: Path, aside: Callable[[], Path]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
+        if keep():
+            return
         # Another process could be quicker here; then the loop goes round once more.
         with suppress(FileNotFoundError, FileExistsError):
             final.rename(aside())
     flush(final.parent)
 
 
-def publish_entry(new: Path, final: Path) -> None:
-    """`publish` for a cache entry: one that had the name before is deleted; its readers keep their memory maps."""
-    with tempfile.TemporaryDirectory(
-        dir=final.parent, prefix=".discarded-", ignore_cleanup_errors=True
-    ) as discarded:
-        # Several may have to go: others can be quicker again and again.
-        publish(new, final, lambda: Path(tempfile.mkdtemp(dir=discarded), final.name))
+def publish_entry(new: Path, final: Path, keep: Callable[[], bool]) -> None:
+    """`publish` for a cache entry, which several processes may be making at once.
+
+    Args:
+        new: the complete entry.
+        final: its place. An entry that can stay is never moved, not even for a moment: other runs open it. One that
+            cannot is deleted; its readers keep their memory maps.
+        keep: whether what has that place can stay.
+    """
+    with (
+        tempfile.TemporaryDirectory(
+            dir=final.parent, prefix=".discarded-", ignore_cleanup_errors=True
+        ) as discarded,
+        alone(final.parent),
+    ):
+        # Several may have to go: where locks do not work, others can be quicker again and again.
+        publish(new, final, lambda: Path(tempfile.mkdtemp(dir=discarded), final.name), keep)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait for other processes that hold `lock`, a directory or a file to be made; where there are no locks, go on."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:

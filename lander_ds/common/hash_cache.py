@@ -4,18 +4,16 @@ directory for as long as size, times and inode of the file stay what they were.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lander_ds.common.errors import ArtefactError
-from lander_ds.common.files import file_hash, json_hash, read_json, write_json
+from lander_ds.common.files import alone, file_hash, json_hash, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,7 @@ def content_hash(path: Path) -> str:
     if state["size"] < SMALL:
         return file_hash(path)
     entry = cache_directory() / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()}.json"
-    with _alone(entry.with_suffix(".lock")):
+    with alone(entry.with_suffix(".lock")):
         if (known := _known(entry, state)) is not None:
             return known
         logger.info("hashing %s (%.1f GB), once as long as it stays the same", path, state["size"] / 1e9)
@@ -71,20 +69,3 @@ def _known(entry: Path, state: dict[str, int]) -> str | None:
     except (ArtefactError, OSError, KeyError, TypeError, ValueError):
         return None
     return digest if content == state and check == json_hash({**state, "sha256": digest}) else None
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait for other processes; where the directory takes no locks, go on without."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    except (OSError, RuntimeError):
-        yield
-        return
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from lander_ds.common.console import ProgressTask, progress
 from lander_ds.common.errors import ArtefactError, DataError
-from lander_ds.common.files import publish_entry, write_json
+from lander_ds.common.files import file_hash, publish_entry, write_json
 from lander_ds.config.recipe import Split
 from lander_ds.data.passes import reading
 from lander_ds.data.prepared import FEATURES, FORMAT, read_manifest, split_file
@@ -175,7 +175,7 @@ def fill_entry(
         entry: directory to make.
         digest: its full name.
         fill: writes the files into a directory, and returns what became of the lines of every split of every pair.
-        anew: replace what is there.
+        anew: fill it even so, and replace what is there if it differs.
 
     Raises:
         DataError: as `fill`.
@@ -204,11 +204,13 @@ def fill_entry(
         write_json(temporary / "manifest.json", manifest)
         temporary.chmod(0o755)
         # Another process may have built the same entry meanwhile; it has the same content.
-        if anew or _complete(entry) is None:
-            publish_entry(temporary, entry)
+        publish_entry(
+            temporary,
+            entry,
+            lambda: _complete(entry) is not None and (not anew or file_hash(entry) == file_hash(temporary)),
+        )
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # Not read again: another process may be replacing the entry by an equal one at this moment.
     return manifest
 
 

@@ -130,8 +130,7 @@ def _fill(
             write_manifest(temporary, digest, layout)
             temporary.chmod(0o755)
             # Another run may have been quicker; its entry holds the same.
-            if writers(entry, digest, row_bytes) is None:
-                publish_entry(temporary, entry)
+            publish_entry(temporary, entry, lambda: writers(entry, digest, row_bytes) is not None)
         collectives.barrier()
     finally:
         if rank == 0:

@@ -213,8 +213,18 @@ class TestCache:
             prepared(recipe)
         assert "up to date" in caplog.text
         assert manifest.stat().st_mtime_ns == before
+
+    def test_force_replaces_what_is_damaged_and_leaves_what_is_equal(self, recipe: Recipe) -> None:
+        prepared(recipe)
+        (arrow,) = entries(recipe)[0].glob("*.train.arrow")
+        whole, before = arrow.read_bytes(), arrow.stat().st_ino
         prepared(recipe, force=True)
-        assert manifest.stat().st_mtime_ns != before
+        assert arrow.stat().st_ino == before
+        arrow.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of the right size: only force notices
+        prepared(recipe)
+        assert arrow.read_bytes() != whole
+        prepared(recipe, force=True)
+        assert arrow.read_bytes() == whole
 
     def test_a_changed_corpus_is_prepared_again(self, recipe: Recipe, tmp_path: Path) -> None:
         first = prepared(recipe)
