@@ -22,6 +22,7 @@ from lander_ds.experiment.table import as_markdown
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = {
     "main": "Four directions from English",
+    "longer": "Three times as many steps",
     "both-ways": "From and into English",
     "selection": "Which layers, which neurons",
     "interference": "Jointly or one by one",
