@@ -37,7 +37,8 @@ from lander_ds.cluster.planning.cluster import Cluster
 from lander_ds.cluster.planning.plan import GB, Planner
 from lander_ds.cluster.planning.workload import Workload
 from lander_ds.config.loading import load_recipe
-from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
 from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from lander_ds.config.recipe import RoutingConfig, TrainConfig
+from lander_ds.config.schema.method import RoutingConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.method.selection import Bank, LayerSelection, Selection
 from lander_ds.models.catalogue import family_of
 from lander_ds.models.parameter_groups import mark_trained

@@ -121,7 +121,8 @@ def write_model(directory: Path, parameters: float) -> None:
 
 def recipe_of(work: Path) -> Any:
     """A recipe of which only model and run directory matter."""
-    from lander_ds.config.recipe import DataConfig, ModelConfig, Recipe
+    from lander_ds.config.recipe import ModelConfig, Recipe
+    from lander_ds.config.schema.data import DataConfig
 
     return Recipe(str(work / "run"), ModelConfig(str(work / "model")), DataConfig(PAIRS, ()), "unused")
 

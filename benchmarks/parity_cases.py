@@ -34,18 +34,10 @@ from transformers import (
 
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.deepspeed_topology import ZERO_STAGE
-from lander_ds.config.recipe import (
-    CorpusConfig,
-    DataConfig,
-    DetectConfig,
-    LearningRates,
-    ModelConfig,
-    PromptConfig,
-    Recipe,
-    RoutingConfig,
-    Topology,
-    TrainConfig,
-)
+from lander_ds.config.recipe import ModelConfig, Recipe, Topology
+from lander_ds.config.schema.data import CorpusConfig, DataConfig, PromptConfig
+from lander_ds.config.schema.method import DetectConfig, RoutingConfig
+from lander_ds.config.schema.training import LearningRates, TrainConfig
 from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
 from lander_ds.method.selection import Bank, LayerSelection, Selection
 from lander_ds.models.catalogue import family_of

@@ -39,15 +39,10 @@ from lander_ds.cluster.planning.workload import Workload, micro_batch
 from lander_ds.common.errors import LanderError
 from lander_ds.common.files import read_json, write_json
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import (
-    BankChoice,
-    DataConfig,
-    LayerChoice,
-    ModelConfig,
-    Recipe,
-    SelectConfig,
-    TrainConfig,
-)
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import DataConfig
+from lander_ds.config.schema.method import BankChoice, LayerChoice, SelectConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.models.loading import build
 from lander_ds.models.weights import base_fingerprint
 

@@ -80,7 +80,9 @@ def lander(
 
 def recipe_of(workload: Workload, directory: Path) -> Any:
     """A recipe that trains the workload."""
-    from lander_ds.config.recipe import DataConfig, LearningRates, ModelConfig, Recipe, TrainConfig
+    from lander_ds.config.recipe import ModelConfig, Recipe
+    from lander_ds.config.schema.data import DataConfig
+    from lander_ds.config.schema.training import LearningRates, TrainConfig
 
     rate = workload.learning_rate
     return Recipe(

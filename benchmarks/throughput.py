@@ -27,7 +27,8 @@ from workload import PAIRS, Workload, chosen_layers
 
 from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import Recipe, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import Split
 from lander_ds.data.batching.packing import Example, pack
 from lander_ds.data.batching.plan import cut
 from lander_ds.data.prepared import PreparedData, PreparedSplit

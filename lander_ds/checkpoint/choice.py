@@ -19,7 +19,9 @@ from lander_ds.checkpoint.retention import best
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import Recipe, RoutingConfig, TrainConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.method import RoutingConfig
+from lander_ds.config.schema.training import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,9 @@ from lander_ds.checkpoint import checkpoint, writer
 from lander_ds.checkpoint.checkpoint import SELECTION, Checkpoint
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.nested import flatten
-from lander_ds.config.recipe import Recipe, RoutingConfig, TrainConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.method import RoutingConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.distributed import collectives, process_group
 
 logger = logging.getLogger(__name__)

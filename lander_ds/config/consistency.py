@@ -10,16 +10,10 @@ import re
 
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import check_data
-from lander_ds.config.recipe import (
-    BankChoice,
-    LayerChoice,
-    LoraConfig,
-    Recipe,
-    RoutingConfig,
-    SamplingConfig,
-    ShieldConfig,
-    ShiraConfig,
-)
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.method import BankChoice, LayerChoice, RoutingConfig, ShieldConfig
+from lander_ds.config.schema.results import SamplingConfig
+from lander_ds.config.schema.training import LoraConfig, ShiraConfig
 from lander_ds.config.topology_consistency import check_topology
 
 _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")

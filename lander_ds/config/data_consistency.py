@@ -6,14 +6,8 @@ import re
 
 from lander_ds.config.check import Check
 from lander_ds.config.document import nearest
-from lander_ds.config.recipe import (
-    SACREBLEU,
-    ColumnConfig,
-    CorpusConfig,
-    PromptConfig,
-    Recipe,
-    TextColumnConfig,
-)
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import SACREBLEU, ColumnConfig, CorpusConfig, PromptConfig, TextColumnConfig
 
 _CODE = r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*"
 _PAIR = re.compile(rf"({_CODE})-({_CODE})")

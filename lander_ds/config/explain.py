@@ -1,4 +1,4 @@
-"""What every key of a recipe means: the types, ranges, defaults and docstrings of `recipe.py`, for people."""
+"""What every key of a recipe means: the types, ranges, defaults and docstrings of the schema, for people."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.files import json_hash
-from lander_ds.config.recipe import Recipe, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import Split
 from lander_ds.data.entry import Counts, EntryWriter, fill_entry, too_many_tokens
 from lander_ds.data.filters import Filter, Sentences
 from lander_ds.data.passes import HELD_OUT, held_out, shots_of, size_of

@@ -19,7 +19,7 @@ from datasets.arrow_writer import ArrowWriter
 from lander_ds.common.console import ProgressTask, progress
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.files import file_hash, publish_entry, write_json
-from lander_ds.config.recipe import Split
+from lander_ds.config.schema.types import Split
 from lander_ds.data.passes import reading
 from lander_ds.data.prepared import FEATURES, FORMAT, read_manifest, split_file
 from lander_ds.data.sources.corpus import Corpus

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from lander_ds.common.console import ProgressTask
 from lander_ds.common.errors import DataError
-from lander_ds.config.recipe import Recipe, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import Split
 from lander_ds.data.filters import Filter, Sentences
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.readers import read

@@ -21,7 +21,9 @@ from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import inside, json_hash, read_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import set_pairs, shown_pairs
-from lander_ds.config.recipe import CorpusConfig, Recipe, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import CorpusConfig
+from lander_ds.config.schema.types import Split
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.tokens.prompt import prompt_options
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.files import json_hash
-from lander_ds.config.recipe import PromptConfig, Recipe
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import PromptConfig
 from lander_ds.data.build import described
 from lander_ds.data.entry import Counts, EntryWriter, fill_entry, too_many_tokens
 from lander_ds.data.filters import TextFilter

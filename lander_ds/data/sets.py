@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from lander_ds.common.console import progress
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import set_pairs
-from lander_ds.config.recipe import Recipe, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import Split
 from lander_ds.data.build import TrainedOn
 from lander_ds.data.filters import Sentences
 from lander_ds.data.passes import HELD_OUT, held_out, shots_of, size_of

@@ -17,7 +17,7 @@ from sacrebleu.significance import PairedTest, _compute_p_value, estimate_ci
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import nearest
-from lander_ds.config.recipe import ScoreConfig
+from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.data.tokens.languages import normalise_code, standard_code
 from lander_ds.evaluation.scripts import script_of
 

@@ -21,7 +21,7 @@ import yaml
 from lander_ds.common.errors import ConfigError, ModelError
 from lander_ds.common.files import file_hash, json_hash
 from lander_ds.common.hash_cache import content_hash
-from lander_ds.config.recipe import NeuralConfig
+from lander_ds.config.schema.results import NeuralConfig
 from lander_ds.models.hub import is_hub_id, snapshot
 from lander_ds.models.weights import base_name
 

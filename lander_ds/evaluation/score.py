@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from lander_ds.common.errors import ArtefactError
-from lander_ds.config.recipe import ScoreConfig
+from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import (

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lander_ds.config.recipe import ScoreConfig
+from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.neural_scores import NeuralScores
 from lander_ds.evaluation.score import Translations, means, score_pair

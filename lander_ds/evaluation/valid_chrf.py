@@ -10,7 +10,8 @@ from pathlib import Path
 from sacrebleu.metrics import CHRF
 from transformers import PreTrainedModel
 
-from lander_ds.config.recipe import Recipe, SamplingConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.results import SamplingConfig
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group

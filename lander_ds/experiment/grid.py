@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.document import describe, nearest, read_text
-from lander_ds.config.recipe import PathText, Positive, PositiveInt, Seed
+from lander_ds.config.schema.types import PathText, Positive, PositiveInt, Seed
 from lander_ds.config.strict import STRICT, build
 from lander_ds.config.yaml_source import parse_yaml
 

@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, inside, read_json
-from lander_ds.config.recipe import ModelConfig, RoutingConfig
+from lander_ds.config.recipe import ModelConfig
+from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.export.bits import Slices, flipped, tensor_hash
 from lander_ds.export.sources import Tensors, kind_of, rounded
 from lander_ds.export.trained import TrainedModel, is_gate

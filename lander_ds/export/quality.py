@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common import console
-from lander_ds.config.recipe import Recipe, ScoreConfig, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.results import ScoreConfig
+from lander_ds.config.schema.types import Split
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.data.tokens.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.common.errors import ModelError
-from lander_ds.config.recipe import RoutingConfig
+from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.distributed.start import Start
 from lander_ds.export.sources import Change, Merged, TensorSource, rounded
 from lander_ds.inference.open import restore_shape

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from lander_ds.common.errors import ArtefactError
-from lander_ds.config.recipe import ModelConfig, RoutingConfig
+from lander_ds.config.recipe import ModelConfig
+from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.export.routed import PREFIX
 from lander_ds.export.trained import is_gate
 from lander_ds.method.selection import Selection

@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lander_ds.config.recipe import TranslateConfig
+from lander_ds.config.schema.results import TranslateConfig
 from lander_ds.inference.sampling import Sampler
 from lander_ds.models.loading import positions_of
 

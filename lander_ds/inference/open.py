@@ -16,7 +16,8 @@ from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.checkpoint.choice import as_trained, chosen
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.config.deepspeed_json import resolve_inference_config
-from lander_ds.config.recipe import ModelConfig, Recipe, TranslateConfig
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.results import TranslateConfig
 from lander_ds.distributed import accelerator, process_group
 from lander_ds.distributed.engines.zero3 import Zero3
 from lander_ds.distributed.start import Start

@@ -16,7 +16,8 @@ from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.checkpoint.choice import chosen
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, json_hash
-from lander_ds.config.recipe import Recipe, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import Split
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
 from lander_ds.data.tokens.prompt import prompt_options

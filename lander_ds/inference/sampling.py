@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lander_ds.common.files import json_hash
-from lander_ds.config.recipe import SamplingConfig
+from lander_ds.config.schema.results import SamplingConfig
 
 
 class Sampler(LogitsProcessor):

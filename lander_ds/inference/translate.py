@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lander_ds.common.console import progress
 from lander_ds.common.errors import ArtefactError
-from lander_ds.config.recipe import TranslateConfig
+from lander_ds.config.schema.results import TranslateConfig
 from lander_ds.distributed import collectives, process_group
 from lander_ds.inference.decoding import Decoder, Hypothesis
 from lander_ds.inference.translations import (

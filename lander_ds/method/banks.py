@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from lander_ds.config.recipe import BankChoice
+from lander_ds.config.schema.method import BankChoice
 
 ROUNDING = 1e-12
 """Relative size below which a difference between pairs is rounding, not a preference."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import LayerChoice
+from lander_ds.config.schema.method import LayerChoice
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.relevance import relevance
 

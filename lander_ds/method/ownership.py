@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import BankChoice
+from lander_ds.config.schema.method import BankChoice
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.banks import assign_owners, top_owners
 

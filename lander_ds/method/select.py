@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lander_ds.common.errors import ArtefactError
-from lander_ds.config.recipe import SelectConfig
+from lander_ds.config.schema.method import SelectConfig
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.control import random_control
 from lander_ds.method.layers import choose_layers

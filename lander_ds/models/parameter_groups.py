@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import Recipe, TrainConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.shira import ENTRIES, install_shira

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lander_ds.common.errors import ArtefactError, ModelError
-from lander_ds.config.recipe import RoutingConfig
+from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.method.selection import LayerSelection, Selection
 from lander_ds.models.family import Family, FFNPaths
 from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, replace, substitute

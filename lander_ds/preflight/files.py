@@ -11,7 +11,7 @@ from typing import Any
 from lander_ds.common.errors import DataError, ModelError
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import translated_pairs
-from lander_ds.config.recipe import ColumnConfig
+from lander_ds.config.schema.data import ColumnConfig
 from lander_ds.config.topology_consistency import check_layers_per_stage
 from lander_ds.data.sources.corpus import Corpus, resolve, resolve_replay, resolve_set
 from lander_ds.distributed import accelerator

@@ -17,7 +17,8 @@ from lander_ds.common.errors import ArtefactError, ConfigError, DataError, Model
 from lander_ds.common.files import file_hash, json_hash, write_json, writing
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import evaluated_pairs
-from lander_ds.config.recipe import Recipe, Split
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import Split
 from lander_ds.data.build import TrainedOn, build, entry_hash
 from lander_ds.data.filters import check_filters
 from lander_ds.data.prepared import (

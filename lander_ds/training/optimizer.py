@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from lander_ds.config.recipe import TrainConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.distributed import accelerator
 from lander_ds.distributed.engines.engine import AVERAGE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lander_ds.config.recipe import TrainConfig
+from lander_ds.config.schema.training import TrainConfig
 
 
 def lr_factor(step: int, train: TrainConfig) -> float:

@@ -16,15 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lander_ds.common.errors import LanderError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import (
-    ColumnConfig,
-    CorpusConfig,
-    DataConfig,
-    FilterConfig,
-    ModelConfig,
-    PromptConfig,
-    Recipe,
-)
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import ColumnConfig, CorpusConfig, DataConfig, FilterConfig, PromptConfig
 from lander_ds.stages import prepare
 
 GOOD = "".join(json.dumps({"src": f"house {n}", "tgt": f"Haus {n}"}) + "\n" for n in range(20)).encode()

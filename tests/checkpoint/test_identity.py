@@ -16,7 +16,8 @@ from lander_ds.checkpoint.identity import FIXED, FREE, identity_of, starting_poi
 from lander_ds.checkpoint.writer import Writer
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.nested import flatten
-from lander_ds.config.recipe import LoraConfig, Recipe, ShiraConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.training import LoraConfig, ShiraConfig
 
 INPUTS = {"data": "of the data", "base": "of the base", "selection": "of the selection", "deepspeed": "x"}
 

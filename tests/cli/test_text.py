@@ -17,7 +17,10 @@ from support.tiny_translator import tiny_tokenizer
 from lander_ds.cli.main import main
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import dump_recipe
-from lander_ds.config.recipe import CorpusConfig, LayerChoice, Recipe, SelectConfig, TranslateConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import CorpusConfig
+from lander_ds.config.schema.method import LayerChoice, SelectConfig
+from lander_ds.config.schema.results import TranslateConfig
 from lander_ds.distributed.start import Start
 from lander_ds.export.routed import export_routed
 from lander_ds.export.writer import Form

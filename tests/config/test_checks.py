@@ -13,7 +13,7 @@ from support.workspace import Workspace
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.explain import explain
 from lander_ds.config.loading import read_recipe
-from lander_ds.config.recipe import TrainConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.preflight.recipe import check_recipe
 
 

@@ -13,15 +13,9 @@ from support.workspace import RECIPE, Workspace
 from lander_ds.common.errors import ConfigError
 from lander_ds.config.explain import explain
 from lander_ds.config.loading import dump_recipe, load_recipe
-from lander_ds.config.recipe import (
-    CorpusConfig,
-    DataConfig,
-    LearningRates,
-    ModelConfig,
-    PromptConfig,
-    Recipe,
-    TrainConfig,
-)
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig, PromptConfig
+from lander_ds.config.schema.training import LearningRates, TrainConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

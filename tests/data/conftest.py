@@ -12,7 +12,8 @@ from support.data_helpers import SAMPLE, MakeRecipe
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
 from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
 
 

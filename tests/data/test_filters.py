@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import FilterConfig
+from lander_ds.config.schema.data import FilterConfig
 from lander_ds.data.filters import Filter, Sentences, check_filters, normalise
 from lander_ds.data.hashes import HashSet, text_hash
 from lander_ds.data.sources.rows import Row

@@ -14,7 +14,7 @@ import datasets
 import pytest
 
 from lander_ds.common.errors import DataError
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig, DataConfig
+from lander_ds.config.schema.data import ColumnConfig, CorpusConfig, DataConfig
 from lander_ds.data.sources.corpus import resolve
 from lander_ds.data.sources.readers import read
 from lander_ds.data.sources.rows import Rejection, Row

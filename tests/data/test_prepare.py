@@ -14,7 +14,9 @@ from support.data_helpers import SAMPLE, MakeRecipe, write_jsonl
 
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, FilterConfig, ModelConfig, PromptConfig, Recipe, Split
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, FilterConfig, PromptConfig
+from lander_ds.config.schema.types import Split
 from lander_ds.data import entry as entry_module
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.plan import BatchPlan

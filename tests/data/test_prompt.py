@@ -7,7 +7,7 @@ import random
 import pytest
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import PromptConfig
+from lander_ds.config.schema.data import PromptConfig
 from lander_ds.data.tokens.languages import LANGUAGE_NAMES, language_name, split_pair
 from lander_ds.data.tokens.prompt import (
     check_prompt,

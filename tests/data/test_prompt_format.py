@@ -16,14 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from lander_ds.cli.main import main
 from lander_ds.common.errors import ConfigError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import (
-    CorpusConfig,
-    DataConfig,
-    ModelConfig,
-    PromptConfig,
-    Recipe,
-    TranslateConfig,
-)
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig, PromptConfig
+from lander_ds.config.schema.results import TranslateConfig
 from lander_ds.data.prepared import PreparedData, prepared_options
 from lander_ds.data.tokens.prompt import check_prompt, equal_prompts
 from lander_ds.data.tokens.prompt_format import prompt_format

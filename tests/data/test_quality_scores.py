@@ -13,7 +13,7 @@ from support.data_helpers import MakeRecipe
 
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig, DataConfig, FilterConfig
+from lander_ds.config.schema.data import ColumnConfig, CorpusConfig, DataConfig, FilterConfig
 from lander_ds.data.prepared import prepared_options
 from lander_ds.data.sources.corpus import resolve
 from lander_ds.data.sources.readers import read

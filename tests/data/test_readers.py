@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from lander_ds.common.errors import DataError
-from lander_ds.config.recipe import ColumnConfig, CorpusConfig, DataConfig
+from lander_ds.config.schema.data import ColumnConfig, CorpusConfig, DataConfig
 from lander_ds.data.sources.corpus import resolve
 from lander_ds.data.sources.readers import read
 from lander_ds.data.sources.rows import Rejection, Row

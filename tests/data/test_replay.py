@@ -13,17 +13,16 @@ from support.data_helpers import MakeRecipe, write_jsonl
 
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import (
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import (
     CorpusConfig,
-    EvaluateConfig,
     FilterConfig,
     PromptConfig,
-    Recipe,
     ReplayConfig,
-    SetConfig,
     TextColumnConfig,
     TextCorpusConfig,
 )
+from lander_ds.config.schema.results import EvaluateConfig, SetConfig
 from lander_ds.data.prepared import PreparedData, PreparedSplit
 from lander_ds.data.replay import instruction
 from lander_ds.data.sources.corpus import TEXT, resolve_replay

@@ -9,7 +9,7 @@ from sacrebleu.dataset import DATASETS
 from support.sacrebleu_cache import empty_sacrebleu_cache, fill_sacrebleu_cache
 
 from lander_ds.common.errors import DataError
-from lander_ds.config.recipe import CorpusConfig, DataConfig
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
 from lander_ds.data.sources.corpus import resolve
 from lander_ds.data.sources.readers import read
 from lander_ds.data.sources.rows import Row

@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Pytho
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, ModelConfig, PromptConfig, Split, TranslateConfig
+from lander_ds.config.recipe import ModelConfig
+from lander_ds.config.schema.data import CorpusConfig, PromptConfig
+from lander_ds.config.schema.results import TranslateConfig
+from lander_ds.config.schema.types import Split
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.prompt import render_prompt, target_text
 from lander_ds.data.tokens.text_encoder import TextEncoder, control_tokens

@@ -16,7 +16,7 @@ from support.data_helpers import SAMPLE, STYLES, MakeRecipe, make_sentencepiece,
 from transformers import AutoTokenizer
 
 from lander_ds.common.errors import ConfigError, DataError
-from lander_ds.config.recipe import CorpusConfig
+from lander_ds.config.schema.data import CorpusConfig
 from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
 from lander_ds.data.tokens.tokenizer import (
     load_tokenizer,

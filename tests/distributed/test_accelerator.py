@@ -99,7 +99,7 @@ def test_ranks_on_the_cpu_bind_nothing(host: Host) -> None:
 
 
 def test_the_optimizer_is_fused_on_every_kind_of_accelerator(host: Host) -> None:
-    from lander_ds.config.recipe import TrainConfig
+    from lander_ds.config.schema.training import TrainConfig
     from lander_ds.training.optimizer import build_optimizer
 
     groups = {"gates": [torch.nn.Parameter(torch.zeros(1))]}

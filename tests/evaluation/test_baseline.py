@@ -12,7 +12,9 @@ import pytest
 
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import DataConfig, ModelConfig, Recipe, ScoreConfig, TranslateConfig
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import DataConfig
+from lander_ds.config.schema.results import ScoreConfig, TranslateConfig
 from lander_ds.evaluation.baseline import baseline_path, read_baseline
 from lander_ds.inference.translations import Translation, write_translations
 from lander_ds.report.summary import summarise

@@ -14,7 +14,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import _paired_bs_test
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import ScoreConfig
+from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.evaluation.metrics import (
     bleu_tokenizer,
     check_tokenizers,

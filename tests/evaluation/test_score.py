@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lander_ds.common.errors import ArtefactError
-from lander_ds.config.recipe import ScoreConfig
+from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.score import means, score_pair
 from lander_ds.inference.translations import Translation

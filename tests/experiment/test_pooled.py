@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lander_ds.config.recipe import ScoreConfig
+from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.evaluation.metrics import evaluate
 from lander_ds.evaluation.pooled import compare
 

@@ -30,7 +30,8 @@ from transformers import (
 
 from lander_ds.cli.main import main
 from lander_ds.config.loading import dump_recipe
-from lander_ds.config.recipe import CorpusConfig, LayerChoice, SelectConfig
+from lander_ds.config.schema.data import CorpusConfig
+from lander_ds.config.schema.method import LayerChoice, SelectConfig
 from lander_ds.export.dense import export_dense
 from lander_ds.export.fold import folded
 from lander_ds.export.routed import export_routed

@@ -13,7 +13,7 @@ from support.tiny_translator import requests, tiny_llama, tiny_tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedModel
 
 from lander_ds.common.errors import ModelError
-from lander_ds.config.recipe import TranslateConfig
+from lander_ds.config.schema.results import TranslateConfig
 from lander_ds.inference.decoding import (
     ROUND,
     Decoder,

@@ -9,7 +9,9 @@ import pytest
 import torch
 from support.tiny_translator import requests, tiny_llama, tiny_tokenizer
 
-from lander_ds.config.recipe import DataConfig, ModelConfig, Recipe, SamplingConfig, TranslateConfig
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import DataConfig
+from lander_ds.config.schema.results import SamplingConfig, TranslateConfig
 from lander_ds.inference.decoding import ROUND, Decoder, Hypothesis
 from lander_ds.inference.provenance import options_of
 from lander_ds.inference.sampling import Sampler

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lander_ds.config.recipe import BankChoice
+from lander_ds.config.schema.method import BankChoice
 from lander_ds.method.banks import assign_owners, entropy_owners, normalise, ratio_owners, spread_owners
 
 ZERO = torch.zeros

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fabricate import PAIRS, awareness, random_awareness
 
-from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig
+from lander_ds.config.schema.method import BankChoice, LayerChoice, SelectConfig
 from lander_ds.method.control import random_control
 from lander_ds.method.relevance import relevance
 from lander_ds.method.select import build_selection, divide

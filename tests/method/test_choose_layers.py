@@ -7,7 +7,7 @@ import torch
 from support.fabricate import PAIRS, awareness, random_awareness
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import LayerChoice
+from lander_ds.config.schema.method import LayerChoice
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.layers import choose_layers
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.fabricate import PAIRS, awareness, random_awareness
 
 from lander_ds.common.errors import ArtefactError, ConfigError
-from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig, ShieldConfig
+from lander_ds.config.schema.method import BankChoice, LayerChoice, SelectConfig, ShieldConfig
 from lander_ds.method.banks import top_owners
 from lander_ds.method.ownership import shield_of
 from lander_ds.method.select import build_selection

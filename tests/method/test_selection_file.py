@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.fabricate import PAIRS, random_awareness
 
 from lander_ds.common.errors import ArtefactError
-from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig
+from lander_ds.config.schema.method import BankChoice, LayerChoice, SelectConfig
 from lander_ds.method.select import build_selection
 from lander_ds.method.selection import Bank, Selection
 

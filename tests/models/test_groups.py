@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import LearningRates, Recipe
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.training import LearningRates
 from lander_ds.method.select import divide
 from lander_ds.method.selection import Bank, Selection
 from lander_ds.models.loading import build, fill

@@ -18,7 +18,8 @@ from support.tiny_translator import tiny_tokenizer
 from lander_ds.cli.main import main
 from lander_ds.common.errors import ConfigError, ModelError
 from lander_ds.config.loading import load_recipe
-from lander_ds.config.recipe import DataConfig, ModelConfig, Recipe
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import DataConfig
 from lander_ds.models import hub
 from lander_ds.models.hub import with_local_model
 from lander_ds.models.weights import base_name

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lander_ds.common.errors import ArtefactError, ModelError
-from lander_ds.config.recipe import ModelConfig, RoutingConfig
+from lander_ds.config.recipe import ModelConfig
+from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.models.family import Family
 from lander_ds.models.files import INDEX, SINGLE
 from lander_ds.models.loading import build, fill

@@ -11,7 +11,8 @@ import pytest
 from support.selections import random_selection
 from transformers import PreTrainedModel
 
-from lander_ds.config.recipe import ModelConfig, RoutingConfig
+from lander_ds.config.recipe import ModelConfig
+from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.models.loading import build
 from lander_ds.models.surgery import install, remove, routed_ffns
 

@@ -13,7 +13,8 @@ from support.tiny_models import save, tiny_model
 from torch import nn
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import Recipe, ShiraConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.training import ShiraConfig
 from lander_ds.models.loading import build
 from lander_ds.models.parameter_groups import prepare_model
 from lander_ds.models.shira import ENTRIES, ShiraLinear, drawn_entries, fold_shira

@@ -11,7 +11,7 @@ from support.tiny_models import CONFIGS, examples, tiny_model
 from torch import nn
 
 from lander_ds.common.errors import ArtefactError, ModelError
-from lander_ds.config.recipe import RoutingConfig
+from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.method.selection import Selection
 from lander_ds.models.catalogue import family_of
 from lander_ds.models.family import Family

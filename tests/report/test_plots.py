@@ -9,7 +9,7 @@ import pytest
 from support.sample_run import sample_awareness, write_metrics
 
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import BankChoice, SelectConfig
+from lander_ds.config.schema.method import BankChoice, SelectConfig
 from lander_ds.method.select import build_selection
 from lander_ds.report import plots
 from lander_ds.report.figures import data_uri

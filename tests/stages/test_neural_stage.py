@@ -13,7 +13,8 @@ from support.neural import calls, metric_model, stand_in, translated_run
 from lander_ds.common.errors import ConfigError
 from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import EvaluateConfig, NeuralConfig, Recipe, SetConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.results import EvaluateConfig, NeuralConfig, SetConfig
 from lander_ds.export.card import Exactness, render
 from lander_ds.inference.translations import read_translations, write_translations
 from lander_ds.report.page import render_report

@@ -12,15 +12,9 @@ from support.fabricate import PAIRS, random_awareness
 
 from lander_ds.common.errors import ArtefactError, ConfigError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import (
-    BankChoice,
-    CorpusConfig,
-    DataConfig,
-    LayerChoice,
-    ModelConfig,
-    Recipe,
-    SelectConfig,
-)
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
+from lander_ds.config.schema.method import BankChoice, LayerChoice, SelectConfig
 from lander_ds.method.selection import Selection
 from lander_ds.stages import select
 

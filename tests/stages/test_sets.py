@@ -23,15 +23,9 @@ from torch.nn import functional
 from lander_ds.cli.main import main
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import (
-    CorpusConfig,
-    EvaluateConfig,
-    PromptConfig,
-    Recipe,
-    ScoreConfig,
-    SetConfig,
-    TranslateConfig,
-)
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import CorpusConfig, PromptConfig
+from lander_ds.config.schema.results import EvaluateConfig, ScoreConfig, SetConfig, TranslateConfig
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
 from lander_ds.distributed.start import Start

@@ -12,7 +12,9 @@ from support.tiny_translator import WORDS, tiny_llama, tiny_tokenizer
 
 from lander_ds.common.errors import ArtefactError, ConfigError, DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe, TranslateConfig
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
+from lander_ds.config.schema.results import TranslateConfig
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.inference.requests import fewshot_examples, requests_for

@@ -12,15 +12,10 @@ from lander_ds.checkpoint.identity import identity_of
 from lander_ds.checkpoint.retention import Retention
 from lander_ds.checkpoint.writer import Parts, Writer
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    Recipe,
-    RoutingConfig,
-    ShiraConfig,
-    TrainConfig,
-)
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import DataConfig
+from lander_ds.config.schema.method import RoutingConfig
+from lander_ds.config.schema.training import LoraConfig, ShiraConfig, TrainConfig
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, fill

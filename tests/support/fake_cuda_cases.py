@@ -20,7 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lander_ds.config.recipe import RoutingConfig, TrainConfig
+from lander_ds.config.schema.method import RoutingConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.data.batching.packing import Example, PackedBatch, pack
 from lander_ds.distributed import accelerator
 from lander_ds.distributed.engines.zero3 import Zero3

@@ -11,7 +11,10 @@ import torch
 
 from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe, ScoreConfig, SelectConfig
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
+from lander_ds.config.schema.method import SelectConfig
+from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.score import means, score_pair
 from lander_ds.inference.translations import Translation, write_translations

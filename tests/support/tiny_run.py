@@ -14,7 +14,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
-from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
 from lander_ds.data.tokens.sentencepiece_training import train_tokenizer
 from lander_ds.method.selection import Selection
 from lander_ds.models.weights import base_fingerprint

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lander_ds.config.recipe import SamplingConfig, TranslateConfig
+from lander_ds.config.schema.results import SamplingConfig, TranslateConfig
 from lander_ds.inference.translate import Request, translate
 
 COUNTS = {"en-de": 7, "en-fr": 2}

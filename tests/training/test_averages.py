@@ -15,7 +15,7 @@ from torch import nn
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import AverageConfig, TrainConfig
+from lander_ds.config.schema.training import AverageConfig, TrainConfig
 from lander_ds.distributed.engines.engine import AVERAGE
 from lander_ds.training.optimizer import build_optimizer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lander_ds.config.recipe import LearningRates, TrainConfig
+from lander_ds.config.schema.training import LearningRates, TrainConfig
 from lander_ds.training.optimizer import SelectiveAdamW, build_optimizer
 
 TRAIN = TrainConfig(

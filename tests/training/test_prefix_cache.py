@@ -18,7 +18,9 @@ from support.tiny_run import TinyRun
 from lander_ds.checkpoint import checkpoint
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import DataConfig, ModelConfig, Recipe, TrainConfig
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import DataConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.data.batching.plan import GlobalBatch
 from lander_ds.data.prefixes import Prefixes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lander_ds.config.recipe import TrainConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.training.schedule import lr_factor, noise_alpha
 
 

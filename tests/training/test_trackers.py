@@ -17,7 +17,9 @@ from support.worlds import Job, run_world
 
 from lander_ds.common.errors import ConfigError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import CorpusConfig, DataConfig, ModelConfig, Recipe, TrainConfig
+from lander_ds.config.recipe import ModelConfig, Recipe
+from lander_ds.config.schema.data import CorpusConfig, DataConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.training import trackers
 from lander_ds.training.trackers import Trackers, installed, open_trackers
 

@@ -13,7 +13,8 @@ import torch
 from lander_ds.cluster.planning.anatomy import anatomy
 from lander_ds.cluster.planning.memory import checkpoint_bytes, rank_memory
 from lander_ds.cluster.planning.plan import sharding_of
-from lander_ds.config.recipe import Recipe, TrainConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.training.session import micro_batches
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import BankChoice, Recipe, SelectConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.method import BankChoice, SelectConfig
 from lander_ds.distributed.balance import costs_of, cut
 from lander_ds.method.ownership import group_of
 from lander_ds.method.select import divide

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lander_ds.cluster.planning.anatomy import Anatomy, Tensor
-from lander_ds.config.recipe import TrainConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.models.loss import CHUNK_ELEMENTS, DEVICE_SOFTMAX_ELEMENTS
 from lander_ds.models.span import Span
 

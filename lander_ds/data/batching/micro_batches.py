@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lander_ds.config.recipe import TrainConfig
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.packing import Example, PackedBatch, pack
 from lander_ds.data.batching.plan import GlobalBatch, cut

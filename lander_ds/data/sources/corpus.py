@@ -7,17 +7,17 @@ from pathlib import Path
 
 from lander_ds.common.errors import DataError
 from lander_ds.config.data_consistency import set_pairs, shown_pairs
-from lander_ds.config.recipe import (
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import (
     SACREBLEU,
     ColumnConfig,
     CorpusConfig,
     CorpusFormat,
     DataConfig,
-    Recipe,
-    Split,
     TextCorpusConfig,
     TextFormat,
 )
+from lander_ds.config.schema.types import Split
 from lander_ds.data.sources.files import COMPRESSIONS, without_compression
 from lander_ds.data.sources.sacrebleu_sets import sacrebleu_files
 from lander_ds.data.tokens.languages import split_pair

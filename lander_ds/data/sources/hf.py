@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 
 from lander_ds.common.errors import DataError
-from lander_ds.config.recipe import Split
+from lander_ds.config.schema.types import Split
 from lander_ds.data.sources.corpus import TEXT, Corpus
 from lander_ds.data.sources.files import Advance
 from lander_ds.data.sources.mappings import Located, rows_of_mappings

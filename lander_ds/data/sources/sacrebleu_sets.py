@@ -10,7 +10,7 @@ from sacrebleu.utils import SACREBLEU_DIR
 
 from lander_ds.common.errors import DataError
 from lander_ds.config.document import nearest
-from lander_ds.config.recipe import SACREBLEU, CorpusConfig
+from lander_ds.config.schema.data import SACREBLEU, CorpusConfig
 
 _PATIENCE = 3600.0
 """Seconds to wait for another process that downloads."""

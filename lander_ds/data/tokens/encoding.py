@@ -15,7 +15,7 @@ from types import TracebackType
 from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common.errors import DataError
-from lander_ds.config.recipe import PromptConfig
+from lander_ds.config.schema.data import PromptConfig
 from lander_ds.data.sources.rows import Row
 from lander_ds.data.tokens.prompt import shots_for
 from lander_ds.data.tokens.prompt_format import prompt_format

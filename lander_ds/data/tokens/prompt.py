@@ -10,7 +10,7 @@ from string import Formatter
 from typing import Any, TypeAlias
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import PromptConfig
+from lander_ds.config.schema.data import PromptConfig
 from lander_ds.data.tokens.languages import language_name, split_pair
 
 PLACEHOLDERS = ("src", "src_lang", "tgt_lang", "src_name", "tgt_name")

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.recipe import PromptConfig
+from lander_ds.config.schema.data import PromptConfig
 from lander_ds.data.tokens.prompt import (
     SOURCE,
     Prompt,

@@ -10,7 +10,8 @@ from support.workspace import Workspace
 
 from lander_ds.cluster.doctor.estimate import Need, checkpoints_at_once, export_bytes, need_of
 from lander_ds.config.loading import load_recipe
-from lander_ds.config.recipe import Recipe, TrainConfig
+from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.training import TrainConfig
 
 
 @pytest.fixture

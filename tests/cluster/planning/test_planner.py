@@ -16,7 +16,7 @@ from lander_ds.cluster.planning.plan import Plan, Planner, best, best_of_each, o
 from lander_ds.cluster.planning.workload import Workload, micro_batch
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.recipe import BankChoice, LayerChoice, SelectConfig
+from lander_ds.config.schema.method import BankChoice, LayerChoice, SelectConfig
 from lander_ds.distributed.balance import span_of
 from lander_ds.distributed.parallel_dims import ParallelDims
 from lander_ds.models.loading import build
