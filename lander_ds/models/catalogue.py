@@ -37,7 +37,7 @@ def _rotary(
 def _rotary_per_type(
     decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segments: Segments
 ) -> LayerArguments:
-    """Gemma 3: sliding and full layers have rotary embeddings of their own."""
+    """Gemma 3, OLMo 3: sliding and full layers have rotary embeddings of their own."""
     types: list[str] = decoder.config.layer_types  # type: ignore[union-attr, assignment]
     embeddings: dict[str, Any] = {
         kind: decoder.rotary_emb(hidden, positions, kind)  # type: ignore[operator]
@@ -45,6 +45,10 @@ def _rotary_per_type(
     }
     shared = {"attention_mask": None, "position_ids": positions, "segments": segments}
     return lambda layer: {**shared, "position_embeddings": embeddings[types[layer]]}
+
+
+def _embed_granite(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return decoder.embed_tokens(input_ids) * decoder.config.embedding_multiplier  # type: ignore[operator, union-attr, no-any-return]
 
 
 def _embed_bloom(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -90,7 +94,9 @@ def _learned_positions(
     return lambda layer: shared
 
 
-def _llama_like(name: str, *model_types: str) -> Family:
+def _llama_like(name: str, *model_types: str, **different: Any) -> Family:
+    """A family of the LLaMA class; `different` says in what it is not."""
+    plain: dict[str, Any] = {"embed": _embed_tokens, "layer_arguments": _rotary}
     return Family(
         name=name,
         model_types=model_types,
@@ -99,8 +105,7 @@ def _llama_like(name: str, *model_types: str) -> Family:
         layers="layers",
         final=("norm",),
         ffn=GATED,
-        embed=_embed_tokens,
-        layer_arguments=_rotary_per_type if name == "gemma3" else _rotary,
+        **plain | different,
     )
 
 
@@ -134,13 +139,26 @@ def families() -> tuple[Family, ...]:
 
 
 for _family in (
-    _llama_like("gemma3", "gemma3_text"),
+    _llama_like("gemma3", "gemma3_text", layer_arguments=_rotary_per_type),
     _llama_like("gemma2", "gemma2"),
     _llama_like("gemma", "gemma"),
     _llama_like("llama", "llama"),
     _llama_like("mistral", "mistral"),
     _llama_like("qwen2", "qwen2"),
     _llama_like("qwen3", "qwen3"),
+    _llama_like("ministral", "ministral"),
+    _llama_like("smollm3", "smollm3"),
+    _llama_like("hunyuan", "hunyuan_v1_dense"),
+    _llama_like("seed_oss", "seed_oss"),
+    _llama_like("olmo2", "olmo2"),
+    _llama_like("olmo3", "olmo3", layer_arguments=_rotary_per_type),
+    _llama_like("cohere", "cohere", "cohere2", logit_factor=lambda config: float(config.logit_scale)),
+    _llama_like(
+        "granite",
+        "granite",
+        embed=_embed_granite,
+        logit_factor=lambda config: 1 / float(config.logits_scaling),
+    ),
     Family(
         name="bloom",
         model_types=("bloom",),

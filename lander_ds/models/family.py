@@ -68,7 +68,8 @@ class Family:
     packed_attention: bool = True
     """The layers take their attention from transformers' attention interface; False: they compute it
     themselves from the masks in `layer_arguments` (BLOOM)."""
-
+    logit_factor: Callable[[Any], float] | None = None
+    """HF configuration -> what the head's output is multiplied by (Cohere, Granite)."""
     renamed: tuple[tuple[str, str], ...] = ()
     """(start of a tensor's name in the model, its start on disk), where transformers renames on loading."""
 
@@ -113,13 +114,13 @@ class Family:
         return hidden
 
     def finish(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-        """What follows the last layer, up to the head: [..., d] -> [..., head width]."""
+        """What follows the last layer, up to the head, whose factor is in it already: [..., d] -> [..., head width]."""
         decoder = self.decoder_of(model)
         for path in self.final:
             module = getattr(decoder, path, None)
             if module is not None:
                 hidden = module(hidden)
-        return hidden
+        return hidden if self.logit_factor is None else hidden * self.logit_factor(model.config)
 
     def softcap(self, model: PreTrainedModel) -> float | None:
         """Softcap of the final logits, if the family has one."""

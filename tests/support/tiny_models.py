@@ -11,17 +11,26 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 VOCABULARY = 97
@@ -70,6 +79,37 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         max_window_layers=1,
     ),
     "qwen3": lambda: Qwen3Config(**GROUPED, tie_word_embeddings=True),
+    "ministral": lambda: MinistralConfig(**GROUPED, sliding_window=WINDOW, layer_types=SLIDING),
+    "smollm3": lambda: SmolLM3Config(
+        **{key: value for key, value in GROUPED.items() if key != "head_dim"},
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=SLIDING,
+    ),
+    "hunyuan": lambda: HunYuanDenseV1Config(**GROUPED),
+    "seed_oss": lambda: SeedOssConfig(**GROUPED),
+    "olmo2": lambda: Olmo2Config(**{key: value for key, value in GROUPED.items() if key != "head_dim"}),
+    "olmo3": lambda: Olmo3Config(
+        **{key: value for key, value in GROUPED.items() if key != "head_dim"},
+        sliding_window=WINDOW,
+        layer_types=SLIDING,
+    ),
+    "cohere": lambda: CohereConfig(
+        **{key: value for key, value in GROUPED.items() if key != "head_dim"},
+        use_qk_norm=True,
+        logit_scale=0.25,
+    ),
+    "cohere-2": lambda: Cohere2Config(
+        **GROUPED, sliding_window=WINDOW, layer_types=SLIDING, logit_scale=0.3
+    ),
+    "granite": lambda: GraniteConfig(
+        **{key: value for key, value in GROUPED.items() if key != "head_dim"},
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.7,
+        attention_multiplier=0.4,
+    ),
     "bloom": lambda: BloomConfig(
         vocab_size=VOCABULARY,
         hidden_size=36,
@@ -98,7 +138,8 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 """By case: one family each, or a second form of it. OPT has dropout, which `build` must switch off."""
 
-GATED = ("gemma3", "gemma", "gemma2", "llama", "llama-tied", "mistral", "qwen2", "qwen3")
+PLAIN = ("bloom", "gpt_neox", "opt")
+GATED = tuple(case for case in CONFIGS if not case.startswith(PLAIN))
 
 
 def tiny_model(case: str, attention: str = "eager") -> PreTrainedModel:
