@@ -261,30 +261,6 @@ def test_one_failing_rank_ends_at_once_and_tells_its_story(workspace: Workspace)
     assert "Traceback" not in done.errors
 
 
-@pytest.mark.parametrize(
-    "locale",
-    [
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"},
-    ],
-)
-def test_the_locale_does_not_matter(workspace: Workspace, locale: dict[str, str]) -> None:
-    recipe = workspace.path / "Übersetzung.yaml"
-    text = workspace.recipe.read_text().replace("run_dir: run", "run_dir: läufe/один")
-    recipe.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "lander_ds", "config", "--recipe", str(recipe), "--dump"],
-        capture_output=True,
-        timeout=60,
-        check=False,
-        cwd=workspace.path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **locale},
-    )
-    assert (done.returncode, done.stderr.decode()) == (0, "")
-    assert "run_dir: läufe/один" in done.stdout.decode("utf-8")
-
-
 def test_a_tilde_is_the_home_directory(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     overrides = [

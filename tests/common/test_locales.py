@@ -13,6 +13,7 @@ import pytest
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 STRICT = {**ASCII, "PYTHONIOENCODING": "ascii"}
+LATIN = {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}
 
 
 def lander(
@@ -33,7 +34,7 @@ def directory(tmp_path: Path) -> Path:
     home = tmp_path / "Übersetzung"
     shutil.copytree(GOLDEN, home / "modèle", ignore=shutil.ignore_patterns("run"))
     text = (GOLDEN / "recipe.yaml").read_text(encoding="utf-8").replace("path: base", "path: modèle/base")
-    text = text.replace("./", "modèle/").replace("run_dir: run", "run_dir: läuft  # für später")
+    text = text.replace("./", "modèle/").replace("run_dir: run", "run_dir: läuft/один  # für später")
     (home / "recette.yaml").write_text(text, encoding="utf-8")
     return home
 
@@ -45,15 +46,16 @@ def test_a_stage_in_an_ascii_locale_reads_and_writes_everything(directory: Path)
     """And its standard output is ASCII whatever the locale says."""
     done = lander(directory, STRICT, "prepare", *OPTIONS)
     assert done.returncode == 0, done.stderr
-    resolved = (directory / "läuft" / "recipe.resolved.yaml").read_text(encoding="utf-8")
+    resolved = (directory / "läuft" / "один" / "recipe.resolved.yaml").read_text(encoding="utf-8")
     assert "path: modèle/base" in resolved
     assert "{src} » {tgt_lang} =" in resolved
 
 
-@pytest.mark.parametrize("environment", [ASCII, STRICT], ids=["locale", "output"])
-def test_an_ascii_locale_tells_everything(directory: Path, environment: dict[str, str]) -> None:
-    wording = lander(directory, environment, "config", *OPTIONS, "--dump").stdout
+@pytest.mark.parametrize("environment", [ASCII, STRICT, LATIN], ids=["locale", "output", "latin"])
+def test_other_locales_are_told_everything(directory: Path, environment: dict[str, str]) -> None:
+    dumped = lander(directory, environment, "config", *OPTIONS, "--dump")
     missing = lander(directory, environment, "config", "--recipe", "nää.yaml")
     assert missing.returncode == 2
-    assert "run_dir: läuft" in wording.decode("utf-8")
+    assert (dumped.returncode, dumped.stderr) == (0, b"")
+    assert "run_dir: läuft/один" in dumped.stdout.decode("utf-8")
     assert "nää.yaml: the recipe does not exist" in missing.stderr.decode("utf-8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.checkpoints import PAIRS, recipe_for, selection_for
 from support.selections import random_selection
-from support.tiny_models import CONFIGS, VOCABULARY, save, tiny_model
+from support.tiny_models import DIFFERENT, VOCABULARY, save, tiny_model
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -85,7 +85,7 @@ def gradients(module: TranslationModel, batch: list[Example], totals: BatchTotal
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", DIFFERENT)
 def test_losses_are_those_of_each_example_alone(case: str, tmp_path: Path) -> None:
     plain = tiny_model(case)
     recipe = recipe_for(save(plain, tmp_path), tmp_path, "full")
@@ -108,7 +108,7 @@ def test_losses_are_those_of_each_example_alone(case: str, tmp_path: Path) -> No
     assert loss.item() == pytest.approx(float(sums.sum()) / 10, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", DIFFERENT)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_kept_hidden_states_stand_for_the_layers_below(case: str, recompute: bool, tmp_path: Path) -> None:
     recipe = recipe_for(save(tiny_model(case), tmp_path / "base"), tmp_path / "run")
@@ -279,7 +279,7 @@ def run_spans(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", DIFFERENT)
 def test_spans_compute_what_the_whole_model_does(case: str, recompute: bool, tmp_path: Path) -> None:
     """Every family cut after each of its layers: losses, budget, and gradients of everything that is trained."""
     recipe = recipe_for(save(tiny_model(case), tmp_path / "base"), tmp_path / "run")

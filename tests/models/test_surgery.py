@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.selections import PAIRS, random_selection
-from support.tiny_models import CONFIGS, examples, tiny_model
+from support.tiny_models import DIFFERENT, examples, tiny_model
 from torch import nn
 
 from lander_ds.common.errors import ArtefactError, ModelError
@@ -29,7 +29,7 @@ def cut(case: str, routing: RoutingConfig | None = None) -> tuple[nn.Module, Fam
     return model, family, selection
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", DIFFERENT)
 def test_remove_is_the_inverse_of_install(case: str) -> None:
     before = tiny_model(case).state_dict()
     model, family, _ = cut(case)
@@ -57,7 +57,7 @@ def test_remove_works_on_meta() -> None:
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", DIFFERENT)
 def test_trained_banks_come_back_to_their_own_rows_and_columns(case: str) -> None:
     model, family, selection = cut(case)
     before = tiny_model(case).state_dict()
@@ -79,7 +79,7 @@ def test_trained_banks_come_back_to_their_own_rows_and_columns(case: str) -> Non
 
 
 @pytest.mark.parametrize("gate", ["none", "input", "output"])
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", DIFFERENT)
 def test_logits_are_the_base_models(case: str, gate: str) -> None:
     model, _, _ = cut(case, RoutingConfig(gate=gate, hidden=8))  # type: ignore[arg-type]
     reference = tiny_model(case)
@@ -92,7 +92,7 @@ def test_logits_are_the_base_models(case: str, gate: str) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", DIFFERENT)
 def test_generation_with_cache_and_left_padding_is_the_base_models(case: str, beams: int) -> None:
     model, _, _ = cut(case)
     reference = tiny_model(case)

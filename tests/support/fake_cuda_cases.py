@@ -33,7 +33,7 @@ from lander_ds.models.surgery import install, routed_ffns
 from lander_ds.models.translation_model import BatchTotals, GateStatistics, Objective, TranslationModel
 from support.fake_cuda import CUDA, Counts, fake_tensors, load, to_fake_cuda
 from support.selections import random_selection
-from support.tiny_models import CONFIGS, VOCABULARY
+from support.tiny_models import CONFIGS, DIFFERENT, VOCABULARY
 
 TOTALS = BatchTotals(target_tokens=10, examples=3)
 
@@ -58,7 +58,7 @@ class Case:
 
 ROUTED_LAYER, LAYERS = 0, 2
 """The trained layer has one above it."""
-FAMILIES = tuple(model for model in CONFIGS if "-" not in model)
+FAMILIES = tuple(model for model in DIFFERENT if "-" not in model)
 FORMS = (
     *(Case(model) for model in FAMILIES),
     *(Case(model, gate) for model in ("llama", "bloom") for gate in ("output", "none")),

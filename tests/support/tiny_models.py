@@ -100,9 +100,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         use_qk_norm=True,
         logit_scale=0.25,
     ),
-    "cohere-2": lambda: Cohere2Config(
-        **GROUPED, sliding_window=WINDOW, layer_types=SLIDING, logit_scale=0.3
-    ),
+    "cohere-2": lambda: Cohere2Config(**GROUPED, sliding_window=WINDOW, layer_types=SLIDING, logit_scale=0.3),
     "granite": lambda: GraniteConfig(
         **{key: value for key, value in GROUPED.items() if key != "head_dim"},
         embedding_multiplier=3.0,
@@ -138,6 +136,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 """By case: one family each, or a second form of it. OPT has dropout, which `build` must switch off."""
 
+ALIKE = ("ministral", "seed_oss", "hunyuan", "smollm3", "olmo2", "olmo3")
+"""Cases that differ from others in attention and norms alone: their FFNs, heads and embeddings are those of `llama`."""
+DIFFERENT = tuple(case for case in CONFIGS if case not in ALIKE)
 PLAIN = ("bloom", "gpt_neox", "opt")
 GATED = tuple(case for case in CONFIGS if not case.startswith(PLAIN))
 
