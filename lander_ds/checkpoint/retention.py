@@ -40,16 +40,18 @@ def superfluous(directory: Path, retention: Retention, written: int) -> list[Pat
 
 
 def best(directory: Path, saved: list[int]) -> set[int]:
-    """The best step by `train.keep_best` of the newest: that with the highest mean chrF of the validation sentences, or with
-    the lowest mean validation loss. Only finite figures count; of equal ones the first. None where nothing was measured."""
+    """The best step by `train.keep_best` of the newest: that with the highest mean score of the validation sentences, or
+    with the lowest mean validation loss. Only finite figures count; of equal ones the first. None where nothing was
+    measured."""
     states = {}
     for step in saved:
         with suppress(ArtefactError):
             states[step] = load(directory / f"step-{step}").state
     if not states:
         return set()
-    by_chrf = states[max(states)].get("train", {}).get("keep_best") == "chrf"
-    key, sign = ("valid_chrf", -1.0) if by_chrf else ("valid_loss", 1.0)
+    criterion = states[max(states)].get("train", {}).get("keep_best")
+    by_loss = criterion in (None, True, False, "loss", "off")  # earlier versions wrote a boolean, or nothing
+    key, sign = ("valid_loss", 1.0) if by_loss else (f"valid_{criterion}", -1.0)
     figures = {step: state[key] for step, state in states.items() if state.get(key) is not None}
     costs = {step: sign * figure for step, figure in figures.items() if math.isfinite(figure)}
     return {min(costs, key=lambda step: (costs[step], step))} if costs else set()

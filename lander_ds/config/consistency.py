@@ -10,6 +10,7 @@ import re
 
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import check_data
+from lander_ds.config.document import nearest
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.method import BankChoice, LayerChoice, RoutingConfig, ShieldConfig
 from lander_ds.config.schema.results import SamplingConfig
@@ -18,8 +19,8 @@ from lander_ds.config.topology_consistency import check_topology
 
 _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
 """Of a neural metric: `scores.json` has figures of that name, and others that begin or end with it and an underscore."""
-_FIGURES = ("bleu", "chrf", "chrfpp", "ter", "empty", "truncated", "sentences")
-"""Names of other figures there."""
+_FIGURES = ("bleu", "chrf", "chrfpp", "ter", "empty", "truncated", "sentences", "loss", "off")
+"""Names of other figures there, and what else `train.keep_best` may say."""
 
 
 def check_consistency(check: Check) -> None:
@@ -132,8 +133,8 @@ def _check_train(check: Check) -> None:
         check.warn(
             "train.keep_last", "0 keeps every checkpoint; keep_every and keep_best: off have no effect"
         )
-    if train.keep_best == "chrf":
-        _check_chrf(check)
+    if train.translated_metric is not None:
+        _check_translated_metric(check, train.translated_metric)
     if train.average.last > train.steps:
         check.warn("train.average.last", f"{train.average.last} is more than the {train.steps} steps")
     if train.valid_every > train.steps:
@@ -149,16 +150,25 @@ def _check_train(check: Check) -> None:
     _check_learning_rates(check)
 
 
-def _check_chrf(check: Check) -> None:
+def _check_translated_metric(check: Check, metric: str) -> None:
     recipe = check.recipe
+    known = ("loss", "chrf", "off", *recipe.score.neural)
+    if metric not in known:
+        near = nearest(metric, known)
+        check.refuse(
+            "train.keep_best",
+            f"expected one of {', '.join(known)} or a metric of score.neural, found {metric!r}"
+            + (f"; did you mean {near}?" if near else "; describe it there"),
+        )
+        return
     if not recipe.train.valid_every:
         check.refuse(
-            "train.keep_best", "chrf is measured in validations; set train.valid_every, or write loss"
+            "train.keep_best", f"{metric} is measured in validations; set train.valid_every, or write loss"
         )
     if recipe.pipelined:
         check.refuse(
             "train.keep_best",
-            f"chrf translates, for which topology: {recipe.topology} would need the whole model in one stage; write "
+            f"{metric} translates, for which topology: {recipe.topology} would need the whole model in one stage; write "
             "loss, or set topology: replicated or zero3",
         )
 

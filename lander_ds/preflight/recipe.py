@@ -67,7 +67,7 @@ def check_recipe(
     check = _with_local_model(check, download)
     problems.refuse()
     check_files(check)
-    if download and check.stages is not None and check.runs("score"):
+    if download and check.stages is not None:
         _check_neural(check)
     problems.refuse()
     check_prompts(check)
@@ -106,6 +106,8 @@ def _check_trackers(check: Check) -> None:
 
 def _check_neural(check: Check) -> None:
     for name, config in check.recipe.score.neural.items():
+        if not check.runs("score") and not (check.runs("train") and name == check.recipe.train.keep_best):
+            continue
         try:
             NeuralMetric.resolve(name, config)
         except LanderError as error:

@@ -137,6 +137,12 @@ def _awareness_plots(artefacts: Artefacts) -> Iterator[Entry]:
         )
 
 
+def _metrics_of(validation: Mapping[str, Any]) -> list[str]:
+    """The metrics of translations in a validation's record."""
+    names = (key.removeprefix("valid_") for key in validation if key.startswith("valid_"))
+    return [name for name in names if name != "loss" and not name.endswith("_mean")]
+
+
 def _training_plots(artefacts: Artefacts, pairs: Sequence[str]) -> Iterator[Entry]:
     if not artefacts.steps:
         return
@@ -145,11 +151,14 @@ def _training_plots(artefacts: Artefacts, pairs: Sequence[str]) -> Iterator[Entr
         "Cross-entropy in nats per target token.",
         plots.losses(artefacts.steps, artefacts.validations, pairs),
     )
-    if translated := [record for record in artefacts.validations if "valid_chrf" in record]:
+    for metric in sorted({name for record in artefacts.validations for name in _metrics_of(record)}):
         yield (
-            "chrF of the validation sentences",
-            "Translated greedily during training (train.keep_best: chrf); the best checkpoint is that with the best mean.",
-            plots.valid_chrf(translated, pairs),
+            f"{'chrF' if metric == 'chrf' else metric} of the validation sentences",
+            f"Translated greedily during training (train.keep_best: {metric}); the best checkpoint is that with the best "
+            "mean.",
+            plots.valid_scores(
+                [record for record in artefacts.validations if metric in _metrics_of(record)], metric, pairs
+            ),
         )
     yield (
         "Learning rates and gradient norm",

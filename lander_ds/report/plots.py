@@ -192,14 +192,14 @@ def losses(steps: Records, validations: Records, pairs: Sequence[str]) -> Figure
 
 
 @styled
-def valid_chrf(validations: Records, pairs: Sequence[str]) -> Figure:
-    """chrF of the validation sentences, per pair and as the mean over pairs."""
+def valid_scores(validations: Records, metric: str, pairs: Sequence[str]) -> Figure:
+    """Scores of the validation sentences in a metric, per pair and as the mean over pairs."""
     figure, axes = new_figure(2.6)
     at = [record["step"] for record in validations]
     for pair in pairs:
-        scores = [record["valid_chrf"].get(pair, np.nan) for record in validations]
+        scores = [record[f"valid_{metric}"].get(pair, np.nan) for record in validations]
         axes[0].plot(at, scores, color=colour_of(pair, pairs), marker="o", ms=3, lw=1.2, label=pair)
-    means = [record["valid_chrf_mean"] for record in validations]
+    means = [record[f"valid_{metric}_mean"] for record in validations]
     axes[0].plot(at, means, color="#22272e", marker="o", ms=4, lw=2, label="mean")
     axes[0].legend(loc="best", ncols=1 + (len(pairs) > 5))
     axes[0].set_xlabel("step")

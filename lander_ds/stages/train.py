@@ -16,7 +16,7 @@ from lander_ds.data.prepared import PreparedData
 from lander_ds.distributed import accelerator, collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.distributed.watchdog import Watchdog
-from lander_ds.evaluation.valid_chrf import ValidationChrf
+from lander_ds.evaluation.valid_translations import ValidationTranslations, scorer
 from lander_ds.stages.stage import Part, Result, Stage
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.preemption import Preempted, StopRequest
@@ -58,8 +58,8 @@ def _parts(start: Start) -> list[Part]:
     }
     # Change no result; records of before they existed lack them.
     del options["train"]["prefix_cache"], options["train"]["trackers"]
-    # Was a boolean when chrf did not exist.
-    if recipe.train.keep_best != "chrf":
+    # Was a boolean when there was only the loss.
+    if recipe.train.translated_metric is None:
         options["train"]["keep_best"] = recipe.train.keep_best == "loss"
     if replay is not None:
         options["replay_share"] = recipe.data.replay.share
@@ -96,9 +96,11 @@ def _train(
             run.metrics, session.engine.monitor, recipe.train.log_every, progress.done, trackers
         )
         saver = Saver(session, run, identity)
-        by_chrf = recipe.train.keep_best == "chrf"
-        chrf = ValidationChrf(recipe, session.model.model, data, watchdog.beat) if by_chrf else None
-        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes, chrf, replay)
+        score = None
+        if recipe.train.translated_metric is not None:
+            by_metric = scorer(recipe, run.cache(recipe.data.cache_dir))
+            score = ValidationTranslations(recipe, session.model.model, data, by_metric, watchdog.beat)
+        trainer = Trainer(session, data, metrics, saver, progress, watchdog, prefixes, score, replay)
         # Another signal must not end the process before the last checkpoint is there.
         with StopRequest():
             outcome = trainer.run()

@@ -53,17 +53,17 @@ class MetricsLogger:
                 scalars.update({f"gate/layer{layer}/{pair}": value for pair, value in gates.items()})
             self._scalars(scalars, record["step"])
 
-    def validation(self, step: int, measured: Validation) -> None:
-        """Record a validation."""
+    def validation(self, step: int, measured: Validation, metric: str | None = None) -> None:
+        """Record a validation; `metric`: of its scores."""
         record: dict[str, Any] = {"valid_loss": measured.losses, "valid_loss_mean": measured.mean_loss}
         scalars = {"valid/mean": measured.mean_loss}
         scalars.update({f"valid/{pair}": loss for pair, loss in measured.losses.items()})
         logger.info("step %d: validation loss %.4f (%s)", step, measured.mean_loss, _listed(measured.losses))
-        if (mean := measured.mean_chrf) is not None:
-            record |= {"valid_chrf": measured.chrf, "valid_chrf_mean": mean}
-            scalars["chrf/mean"] = mean
-            scalars.update({f"chrf/{pair}": score for pair, score in measured.chrf.items()})
-            logger.info("step %d: validation chrF %.2f (%s)", step, mean, _listed(measured.chrf))
+        if (mean := measured.mean_score) is not None:
+            record |= {f"valid_{metric}": measured.scores, f"valid_{metric}_mean": mean}
+            scalars[f"{metric}/mean"] = mean
+            scalars.update({f"{metric}/{pair}": score for pair, score in measured.scores.items()})
+            logger.info("step %d: validation %s %.4g (%s)", step, metric, mean, _listed(measured.scores))
         self._write({"step": step, **record})
         self._scalars(scalars, step)
 

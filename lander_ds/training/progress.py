@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Criterion = Literal["loss", "chrf"]
+LOSS = "loss"
+"""Of validations compared by loss; lower is better. Of every other criterion more is."""
 
 GATE_STEPS = 32
 """So many gate values of a layer and pair are kept: exports that fold gates into weights take their mean."""
@@ -21,9 +22,9 @@ class Progress:
     done: int = 0
     """Steps done, skipped ones included."""
     best: float | None = None
-    """Lowest mean validation loss, or highest mean chrF."""
-    criterion: Criterion = "loss"
-    """What `best` is one of."""
+    """Lowest mean validation loss, or highest mean score."""
+    criterion: str = LOSS
+    """What `best` is one of: the loss, or a metric of translations."""
     without_gain: int = 0
     """Validations since then."""
     skipped: int = 0
@@ -35,14 +36,14 @@ class Progress:
     gates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Layer -> pair -> mean c (the share of the general banks) in each of the last `GATE_STEPS` steps with the pair."""
 
-    def judge_by(self, criterion: Criterion) -> None:
+    def judge_by(self, criterion: str) -> None:
         """Validations are compared by `criterion`; what was the best by another one is forgotten."""
         if criterion != self.criterion:
             self.criterion, self.best, self.without_gain = criterion, None, 0
 
     def validated(self, mean: float) -> None:
-        """Take note of a mean validation loss or chrF."""
-        sign = 1.0 if self.criterion == "loss" else -1.0
+        """Take note of a mean validation loss or score."""
+        sign = 1.0 if self.criterion == LOSS else -1.0
         # No comparison with NaN is true: as the best it would stay for ever. Older checkpoints may hold one.
         known = sign * self.best if self.best is not None and math.isfinite(self.best) else math.inf
         if sign * mean < known:

@@ -57,12 +57,17 @@ class Saver:
             "group_steps": {name: count for steps in ranks for name, count in steps.items()},
             "progress": progress.as_json(),
             "valid_loss": None if measured is None else measured.mean_loss,
-            "valid_chrf": None if measured is None else measured.mean_chrf,
+            **self._scored(measured),
         }
         with_selection = session.recipe.train.method in METHODS_WITH_SELECTION
         selection = self._run.selection if with_selection else None
         parts = Parts(trained, optimizer, averaged if progress.averaged else {})
         self._writer.save(progress.done, parts, description, selection)
+
+    def _scored(self, measured: Validation | None) -> dict[str, float | None]:
+        metric = self._session.recipe.train.translated_metric
+        mean = None if measured is None else measured.mean_score
+        return {} if metric is None else {f"valid_{metric}": mean}
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk (collective).

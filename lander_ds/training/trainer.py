@@ -26,7 +26,7 @@ from lander_ds.models.translation_model import BatchTotals, GateStatistics
 from lander_ds.training.metrics_logger import MetricsLogger
 from lander_ds.training.optimizer import learning_rate
 from lander_ds.training.preemption import StopRequest
-from lander_ds.training.progress import Progress
+from lander_ds.training.progress import LOSS, Progress
 from lander_ds.training.schedule import lr_factor, noise_alpha
 from lander_ds.training.session import Session
 from lander_ds.training.validation import Validation, validation_loss
@@ -68,7 +68,7 @@ class Trainer:
         progress: Progress | None = None,
         watchdog: Watchdog | None = None,
         prefixes: Prefixes | None = None,
-        chrf: Callable[[], Mapping[str, float]] | None = None,
+        score: Callable[[], Mapping[str, float]] | None = None,
         replay: PreparedData | None = None,
     ) -> None:
         """Prepare.
@@ -81,15 +81,15 @@ class Trainer:
             progress: of the checkpoint that training goes on from; default: none.
             watchdog: told of every step.
             prefixes: hidden states of the training examples below what is trained; default: they are computed.
-            chrf: translates validation sentences with the model as it is (collective) and returns chrF by pair, by which
-                validations are then compared; default: by their losses.
+            score: translates validation sentences with the model as it is (collective) and returns their scores by pair, in
+                the metric of `train.keep_best`, by which validations are then compared; default: by their losses.
             replay: texts without a pair that are trained on as well; default: none.
         """
         recipe = session.recipe
         self.session, self.metrics, self.save = session, metrics, save
         self.progress, self.watchdog, self.prefixes = progress or Progress(), watchdog, prefixes
-        self.chrf = chrf
-        self.progress.judge_by("loss" if chrf is None else "chrf")
+        self.score = score
+        self.progress.judge_by(recipe.train.translated_metric or LOSS)
         self.train = recipe.train
         self.pairs = recipe.data.pairs
         train = data.split("train")
@@ -150,9 +150,9 @@ class Trainer:
     def _validate(self) -> Validation:
         """Measure, record and compare (collective)."""
         losses = validation_loss(self.session, self.valid)
-        measured = Validation(losses, {} if self.chrf is None else self.chrf())
-        self.metrics.validation(self.progress.done, measured)
-        self.progress.validated(measured.mean_loss if measured.mean_chrf is None else measured.mean_chrf)
+        measured = Validation(losses, {} if self.score is None else self.score())
+        self.metrics.validation(self.progress.done, measured, self.train.translated_metric)
+        self.progress.validated(measured.mean_loss if measured.mean_score is None else measured.mean_score)
         return measured
 
     def _out_of_patience(self) -> bool:

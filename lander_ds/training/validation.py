@@ -19,8 +19,8 @@ class Validation:
 
     losses: Mapping[str, float]
     """Mean loss per target token in nats, by pair."""
-    chrf: Mapping[str, float] = field(default_factory=dict)
-    """chrF of the translations, by pair; empty where nothing is translated."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Of the translations, by pair; empty where nothing is translated."""
 
     @property
     def mean_loss(self) -> float:
@@ -28,9 +28,9 @@ class Validation:
         return fmean(self.losses.values())
 
     @property
-    def mean_chrf(self) -> float | None:
+    def mean_score(self) -> float | None:
         """Over pairs; None where nothing is translated."""
-        return fmean(self.chrf.values()) if self.chrf else None
+        return fmean(self.scores.values()) if self.scores else None
 
 
 def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> dict[str, float]:

@@ -94,6 +94,22 @@ OVERRIDES = [
         "train.keep_best: chrf translates, for which topology: pipeline would need the whole model",
         "set topology: replicated or zero3",
     ),
+    (
+        "train",
+        ["train.keep_best=chrff"],
+        "train.keep_best: expected one of loss, chrf, off or a metric of score.neural, found 'chrff'; did you mean chrf?",
+    ),
+    (
+        "train",
+        ["train.keep_best=comet", "score.neural.kiwi.model=kiwi"],
+        "train.keep_best: expected one of loss, chrf, off, kiwi or a metric of score.neural, found 'comet'; describe it",
+    ),
+    (
+        "train",
+        ["train.keep_best=comet", "train.valid_every=5", "score.neural.comet.model=nowhere/here"],
+        "score.neural.comet.",
+    ),
+    ("score", ["score.neural.loss.model=kiwi"], "score.neural.loss: a metric's name begins with a letter"),
     ("train", ["train.trackers=[wandb, wandb]"], "train.trackers: wandb is given twice"),
     ("train", ["train.trackers=[wandbd]"], "train.trackers.0: expected one of", "did you mean wandb?"),
     ("train", ["train.lr={general: 0, specific: 0, gates: 0}"], "train.lr: nothing would be trained"),

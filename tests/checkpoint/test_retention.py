@@ -51,12 +51,15 @@ def test_of_equally_good_ones_the_first(tmp_path: Path) -> None:
     assert best(written(tmp_path, {40: 1.5, 20: 1.5}), list(STEPS)) == {20}
 
 
-@pytest.mark.parametrize(("newest_by", "expected"), [("chrf", {20}), ("loss", {30})])
+@pytest.mark.parametrize(
+    ("newest_by", "expected"), [("chrf", {20}), ("loss", {30}), ("comet", {10}), ("off", {30}), (None, {30})]
+)
 def test_the_newest_says_what_the_best_is_best_in(tmp_path: Path, newest_by: str, expected: set[int]) -> None:
     scores = {10: (2.0, None), 20: (1.9, 40.0), 30: (1.5, 38.0), 40: (1.7, 40.0), 50: (None, None)}
     for step, (loss, chrf) in scores.items():
         by = newest_by if step == max(scores) else "loss"
-        write(tmp_path, step, valid_loss=loss, valid_chrf=chrf, train={"keep_best": by})
+        comet = None if loss is None else loss / 2
+        write(tmp_path, step, valid_loss=loss, valid_chrf=chrf, valid_comet=comet, train={"keep_best": by})
     assert best(tmp_path, list(STEPS)) == expected
 
 

@@ -163,8 +163,10 @@ def test_validations_that_translated_have_a_plot_of_their_own(
     validation = next(line for line in lines if "valid_loss" in line)
     # As of a pair without validation data: it has no figure.
     validation |= {"valid_chrf": {PAIRS[0]: 31.5}, "valid_chrf_mean": 31.5}
+    validation |= {"valid_comet": {PAIRS[0]: 0.8}, "valid_comet_mean": 0.8}
     copy.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "chrF of the validation sentences" in titles(render_report(complete[0], copy))
+    shown = titles(render_report(complete[0], copy))
+    assert {"chrF of the validation sentences", "comet of the validation sentences"} <= set(shown)
 
 
 def test_the_stage_writes_once_and_again_when_something_changed(

@@ -203,7 +203,7 @@ def test_the_journal_starts_anew_and_is_whole_after_every_step(tmp_path: Path) -
     journal.step({**record, "lr": {}, "gates": {}})
     assert json.loads(path.read_text())["loss"] == 1.5, "written before the next step begins"
     journal.validation(1, Validation({"en-de": 1.0, "en-fr": 2.0}))
-    journal.validation(1, Validation({"en-de": 1.0}, {"en-de": 30.0, "en-fr": 40.0}))
+    journal.validation(1, Validation({"en-de": 1.0}, {"en-de": 30.0, "en-fr": 40.0}), "chrf")
     journal.close()
     _, plain, translated = map(json.loads, path.read_text().splitlines())
     assert plain == {"step": 1, "valid_loss": {"en-de": 1.0, "en-fr": 2.0}, "valid_loss_mean": 1.5}

@@ -26,7 +26,7 @@ def _once_boolean(value: Any) -> Any:
     return value
 
 
-KeepBest = Annotated[Literal["loss", "chrf", "off"], BeforeValidator(_once_boolean)]
+KeepBest = Annotated[str, BeforeValidator(_once_boolean)]
 """Recipes and checkpoints of earlier versions say true for loss and false for off."""
 
 
@@ -136,8 +136,9 @@ class TrainConfig:
     """With `keep_last`: also keep checkpoints whose step is a multiple of this; 0: none."""
     keep_best: KeepBest = "loss"
     """Which checkpoint is the best: for `patience`, for `checkpoint: best`, and, with `keep_last`, which one is kept as
-    well. `loss`: lowest mean validation loss. `chrf`: highest mean chrF of the validation sentences, which every validation
-    then translates greedily; not in pipelines. `off`: as `loss`, but none is kept for it."""
+    well. `loss`: lowest mean validation loss. `chrf`, or the name of a metric in `score.neural`: highest mean score of the
+    validation sentences, which every validation then translates greedily; not in pipelines. `off`: as `loss`, but none is
+    kept for it."""
     max_skipped: Count = 10
     """Steps whose loss or gradients are not finite are skipped and counted; stop after so many in a row."""
     stall_seconds: NonNegative = 1800.0
@@ -155,3 +156,8 @@ class TrainConfig:
     """Only for `method: lora`."""
     shira: ShiraConfig = field(default_factory=ShiraConfig)
     """Only for `method: shira`."""
+
+    @property
+    def translated_metric(self) -> str | None:
+        """The metric of translations that validations go by: `chrf`, or one of `score.neural`; None: the loss."""
+        return None if self.keep_best in ("loss", "off") else self.keep_best

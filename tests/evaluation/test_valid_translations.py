@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from statistics import fmean
 from typing import Any
 
 import pytest
 from sacrebleu.metrics import CHRF
 from support.compare import metrics, validations
+from support.jobs import NOTES
+from support.neural import calls, metric_model, stand_in
 from support.tiny_run import PAIRS, TinyRun
 from support.training_runs import sets
 from support.worlds import Job, run_world
@@ -26,11 +29,21 @@ COMMON = (
 CHRF_BEST = (*COMMON, "train.keep_best=chrf")
 REPLICATED = ("topology=replicated", "deepspeed=$root/replicated.json")
 CALL = "support.jobs:train_and_translate"
+
+
+def by_metric(name: str) -> tuple[str, ...]:
+    """Goes by a neural metric of the stand-in in `$root/comet`."""
+    neural = (f"score.neural.{name}.model=$root/{name}", f"score.neural.{name}.python=$root/comet/bin/python")
+    return (*COMMON, *neural, f"train.keep_best={name}")
+
+
 JOBS = (
     Job("by-loss", COMMON),
     Job("by-chrf", CHRF_BEST, CALL),
     Job("by-chrf-replicated", (*CHRF_BEST, *REPLICATED), CALL),
     Job("by-chrf-lora", (*CHRF_BEST, *REPLICATED, "train.method=lora"), CALL),
+    Job("by-metric", by_metric("lengths"), CALL),
+    Job("by-damaged", by_metric("damaged"), "support.jobs:diverge"),
     Job("by-chrf-few", (*CHRF_BEST, "train.valid_examples=1"), CALL),
 )
 
@@ -38,15 +51,22 @@ JOBS = (
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun) -> TinyRun:
     """All jobs, on two ranks."""
+    stand_in(tiny_run.root / "comet")
+    metric_model(tiny_run.root / "lengths")
+    metric_model(tiny_run.root / "damaged", content="damaged")
     run_world(tiny_run.root, 2, JOBS)
     return tiny_run
 
 
-def chrf_of(run: RunDirectory, pair: str) -> float:
-    """Of what stage translate has written."""
+def translated(run: RunDirectory, pair: str) -> list[dict[str, Any]]:
+    """What stage translate has written."""
     lines = (run.translations / "trained" / f"{pair}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    assert len(rows) == 4
+    assert len(lines) == 4
+    return [json.loads(line) for line in lines]
+
+
+def chrf_of(run: RunDirectory, pair: str) -> float:
+    rows = translated(run, pair)
     return float(CHRF().corpus_score([row["hyp"] for row in rows], [[row["ref"] for row in rows]]).score)
 
 
@@ -64,6 +84,30 @@ def test_it_is_the_score_of_the_translations_that_the_checkpoint_gives(runs: Tin
     assert chosen(run.checkpoints, "best").step == best["step"]
     assert saved.state["progress"]["best"] == best["valid_chrf_mean"]
     assert json.loads(run.training_summary.read_text())["frozen_unchanged"]
+
+
+def test_a_neural_metric_says_which_is_best(runs: TinyRun) -> None:
+    run = runs.run("by-metric-2")
+    first, last = validations(run)
+    expected = {
+        pair: fmean(len(row["hyp"]) / (len(row["hyp"]) + len(row["ref"])) for row in translated(run, pair))
+        for pair in PAIRS
+    }
+    assert last["valid_lengths"] == pytest.approx(expected)
+    assert last["valid_lengths_mean"] == pytest.approx(fmean(expected.values()))
+    saved = checkpoint.newest(run.checkpoints)
+    assert saved.state["valid_lengths"] == last["valid_lengths_mean"]
+    assert saved.state["progress"]["criterion"] == "lengths"
+    best = max((first, last), key=lambda record: record["valid_lengths_mean"])
+    assert chosen(run.checkpoints, "best").step == best["step"]
+    # Rank 0 alone scores.
+    assert sum("loaded" in call for call in calls(runs.root / "lengths")) <= 2
+
+
+def test_a_metric_that_fails_ends_every_rank(runs: TinyRun) -> None:
+    run = runs.run("by-damaged-2")
+    for rank in range(2):
+        assert "score.neural.damaged" in (run.path / f"{rank}-{NOTES}").read_text()
 
 
 def test_training_never_notices(runs: TinyRun) -> None:
