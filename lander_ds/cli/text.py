@@ -42,7 +42,15 @@ from lander_ds.inference.open import (
     positions_in,
 )
 from lander_ds.inference.provenance import decoding_options
-from lander_ds.inference.segments import STANDARD, Segment, is_json_lines, read_segments, written
+from lander_ds.inference.segments import (
+    STANDARD,
+    Line,
+    Segment,
+    is_json_lines,
+    lines_of,
+    read_segments,
+    written,
+)
 from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import read_translations
 from lander_ds.preflight.recipe import load_checked
@@ -100,19 +108,22 @@ def _check(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment]) -> None:
     recipe, pair = start.recipe, arguments.pair
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
-    requests = _requests(recipe, pair, arguments.input, segments, tokenizer)
+    lines = lines_of(segments, recipe.data.prompt.context)
+    requests = _requests(recipe, pair, arguments.input, segments, lines, tokenizer)
     if arguments.prompts:
         if process_group.rank() == 0:
-            _put(arguments.output, _prompts(recipe, segments, requests, tokenizer))
+            _put(arguments.output, _prompts(recipe, segments, lines, requests, tokenizer))
         return
-    key = json_hash([_depends_on(start, arguments), [[r.id, r.prompt, r.stop] for r in requests]])
+    key = json_hash([_depends_on(start, arguments), [[r.id, r.prompt, r.stop] for r in requests.values()]])
     with _work_directory(arguments.output) as work:
         if arguments.force and process_group.rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
         collectives.barrier()
         if requests:
             model = _open(start, arguments)
-            done = translate(model, tokenizer, {pair: requests}, recipe.decoding, work, key, arguments.n_best)
+            done = translate(
+                model, tokenizer, {pair: [*requests.values()]}, recipe.decoding, work, key, arguments.n_best
+            )
             logger.info("%d sentences, %.1f tokens/s", done.sentences, done.tokens / done.seconds)
             if done.truncated and process_group.rank() == 0:
                 logger.warning(
@@ -120,8 +131,9 @@ def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment
                     *(done.truncated, recipe.decoding.max_new_tokens),
                 )
         if process_group.rank() == 0:
-            translations = {t.src: t for t in read_translations(work / f"{pair}.jsonl")} if requests else {}
-            text = written(segments, translations, n_best=arguments.n_best > 1)
+            of = {t.id: t for t in read_translations(work / f"{pair}.jsonl")} if requests else {}
+            translations = {line: of[request.id] for line, request in requests.items()}
+            text = written(segments, lines, translations, n_best=arguments.n_best > 1)
             _put(arguments.output, text)
             shutil.rmtree(work, ignore_errors=True)
     collectives.barrier()
@@ -138,26 +150,31 @@ def _put(output: str | None, text: str) -> None:
 def _prompts(
     recipe: Recipe,
     segments: Sequence[Segment],
-    requests: Sequence[Request],
+    lines: Sequence[Sequence[Line]],
+    requests: Mapping[Line, Request],
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """What another program needs to translate the same lines as this one, as JSON."""
-    asked = {request.src: list(request.prompt) for request in requests}
     # Every request of a pair ends alike.
-    stop, special = split_stop(tokenizer, requests[0].stop if requests else "")
+    stop, special = split_stop(tokenizer, next((request.stop for request in requests.values()), ""))
     ends = end_tokens(generation_config(Path(recipe.model.path)), tokenizer)
-    lines = [(segment.line, line) for segment in segments for line in filter(None, segment.lines)]
+    asked = [
+        (segment.line, requests[line])
+        for segment, own in zip(segments, lines, strict=True)
+        for line in own
+        if line.text
+    ]
     content = {
         "end_ids": list(dict.fromkeys([*ends, *special, *line_end_tokens(tokenizer)])),
         "stop": stop,
         "prompts": [
             {
                 "line": number,
-                "src": line,
-                "ids": asked[line],
-                "tokens": tokenizer.convert_ids_to_tokens(asked[line]),
+                "src": request.src,
+                "ids": list(request.prompt),
+                "tokens": tokenizer.convert_ids_to_tokens(list(request.prompt)),
             }
-            for number, line in lines
+            for number, request in asked
         ],
     }
     return json.dumps(content, ensure_ascii=False) + "\n"
@@ -176,8 +193,13 @@ def _work_directory(output: str | None) -> Iterator[Path]:
 
 
 def _requests(
-    recipe: Recipe, pair: str, source: str, segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase
-) -> list[Request]:
+    recipe: Recipe,
+    pair: str,
+    source: str,
+    segments: Sequence[Segment],
+    lines: Sequence[Sequence[Line]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[Line, Request]:
     """One per line of text that is not empty; what stands in the input several times is translated once.
 
     Raises:
@@ -186,26 +208,30 @@ def _requests(
     """
     config = recipe.data.prompt
     examples = training_shots(recipe, resolve(recipe.data)) if config.shots else {}
-    lines: dict[str, int] = {}
-    for segment in segments:
-        for line in filter(None, segment.lines):
-            lines.setdefault(line, segment.line)
+    asked: dict[Line, int] = {}
+    for segment, own in zip(segments, lines, strict=True):
+        for line in own:
+            if line.text:
+                asked.setdefault(line, segment.line)
     shots, form = examples.get(pair, []), prompt_format(config, tokenizer)
     prompts = TextEncoder(tokenizer).prompts(
-        [form.prompt(pair, line, shots_for(shots, (line, ""), config.shots)) for line in lines]
+        [
+            form.prompt(pair, line.text, shots_for(shots, (line.text, ""), config.shots), line.context)
+            for line in asked
+        ]
     )
     positions = positions_in(recipe.model)
-    for prompt, number in zip(prompts, lines.values(), strict=True):
+    for prompt, number in zip(prompts, asked.values(), strict=True):
         if positions is not None and len(prompt) >= positions:
             raise ConfigError(
                 f"--input {source}, line {number}: its prompt has {len(prompt)} tokens, and the model reads "
                 f"{positions}: divide the line"
             )
     stop = form.stop(pair, len(shots))
-    return [
-        Request(str(index), line, "", tuple(prompt), stop)
-        for index, (line, prompt) in enumerate(zip(lines, prompts, strict=True))
-    ]
+    return {
+        line: Request(str(index), line.text, "", tuple(prompt), stop)
+        for index, (line, prompt) in enumerate(zip(asked, prompts, strict=True))
+    }
 
 
 def _open(start: Start, arguments: argparse.Namespace) -> InferenceModel:

@@ -23,6 +23,7 @@ def check_data(check: Check) -> None:
     for index, corpus in enumerate(check.recipe.data.corpora):
         _check_corpus(check, f"data.corpora.{index}", corpus)
     _check_min_score(check)
+    _check_context(check)
     if pairs_are_fine:
         _check_coverage(check)
         _check_template(check)
@@ -190,6 +191,8 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
             check.warn(
                 f"{key}.columns.scores.{place}", f"has no effect: data.filters.min_score does not have {name}"
             )
+    if columns.doc is not None and not check.recipe.data.prompt.context:
+        check.warn(f"{key}.columns.doc", "has no effect: data.prompt.context is 0")
     check.refuse_placeholders(f"{key}.columns.src", columns.src, ("src", "tgt"))
     check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
     if columns.src == columns.tgt:
@@ -201,6 +204,18 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
             check.warn(f"{key}.columns", "has no effect: test sets of sacreBLEU have no columns")
     elif corpus.format == "moses" and columns != ColumnConfig():
         check.warn(f"{key}.columns", "has no effect: Moses files have no columns")
+
+
+def _check_context(check: Check) -> None:
+    """A context needs corpora that know documents."""
+    sources = (*check.recipe.data.corpora, *check.recipe.evaluate.sets.values())
+    context = check.recipe.data.prompt.context
+    if context and not any(one.columns.doc or one.path.startswith(SACREBLEU) for one in sources):
+        check.refuse(
+            "data.prompt.context",
+            f"{context}, but no corpus says which document a line is of; name the column, for example columns: "
+            "{doc: doc}",
+        )
 
 
 def _check_min_score(check: Check) -> None:

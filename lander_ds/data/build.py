@@ -83,7 +83,7 @@ def build(
     def fill(directory: Path) -> Mapping[str, Mapping[str, Counts]]:
         known = None if trained_on is None else trained_on()
         read = sum(size_of(corpus) * _readings(recipe, corpus) for corpus in corpora)
-        with EntryWriter(directory, recipe.data.pairs, read) as writer:
+        with EntryWriter(directory, recipe.data.pairs, read, recipe.data.prompt.context) as writer:
             _Builder(recipe, corpora, encoder, writer, known).run()
         return writer.counts
 

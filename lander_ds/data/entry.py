@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +20,11 @@ from lander_ds.common.console import ProgressTask, progress
 from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.files import file_hash, publish_entry, write_json
 from lander_ds.config.schema.types import Split
+from lander_ds.data.context import Preceding
 from lander_ds.data.passes import reading
 from lander_ds.data.prepared import FEATURES, FORMAT, read_manifest, split_file
 from lander_ds.data.sources.corpus import Corpus
-from lander_ds.data.sources.rows import Reason, Rejection, Row
+from lander_ds.data.sources.rows import OVERLAPS, Reason, Rejection, Row
 from lander_ds.data.tokens.encoding import Encoded
 
 REJECTED_TEXT_CHARS = 200
@@ -65,14 +66,16 @@ class EntryWriter:
         directory: of the entry.
         names: of what has splits: pairs.
         total: bytes that will be read, for the progress bar.
+        context: how many sentences before its own a prompt shows.
     """
 
-    def __init__(self, directory: Path, names: Iterable[str], total: int) -> None:
+    def __init__(self, directory: Path, names: Iterable[str], total: int, context: int = 0) -> None:
         self._directory = directory
         self.counts: dict[str, dict[str, Counts]] = {name: {} for name in names}
         """Pair -> split -> what became of its lines."""
         self._rejected = (directory / "rejected.jsonl").open("w", encoding="utf-8")
         self._progress = progress("prepare (bytes)", total)
+        self._context = context
 
     def __enter__(self) -> EntryWriter:
         self.bar: ProgressTask = self._progress.__enter__()
@@ -90,15 +93,22 @@ class EntryWriter:
     def kept_rows(self, corpus: Corpus, keep: Keep) -> Iterator[Row]:
         """The rows of a corpus that pass the filters, up to its limit; the others are recorded."""
         counts, kept = self.of(corpus.pair, corpus.split), 0
+        preceding = Preceding(self._context)
         for item in reading(corpus, self.bar):
             counts.read += 1
             if isinstance(item, Rejection):
                 self.reject(corpus.pair, corpus.split, item)
-            elif reason := keep.reason(item):
+                continue
+            context = preceding.of(item.document)
+            reason = keep.reason(item)
+            # What is not worth learning is part of the document all the same; but nobody may read what is kept apart.
+            if item.src and reason not in OVERLAPS:
+                preceding.add(item.src)
+            if reason:
                 text = f"{item.src} | {item.tgt}"
                 self.reject(corpus.pair, corpus.split, Rejection(item.file, item.line, reason, text))
             else:
-                yield item
+                yield replace(item, context=context) if context else item
                 kept += 1
                 if kept == corpus.limit:
                     return

@@ -221,11 +221,12 @@ def replay_directory(run: RunDirectory) -> Path:
 
 
 def corpus_options(corpus: CorpusConfig | Corpus) -> dict[str, Any]:
-    """What prepared data depends on in a corpus, as JSON values. Scores are there where they are read alone; records of
-    before there were any lack them."""
+    """What prepared data depends on in a corpus, as JSON values. Scores and documents are there where they are read alone;
+    records of before there were any lack them."""
     options = asdict(corpus)
-    if not corpus.columns.scores:
-        del options["columns"]["scores"]
+    for name in ("scores", "doc"):
+        if not options["columns"][name]:
+            del options["columns"][name]
     return options
 
 

@@ -30,7 +30,7 @@ PLAIN = PromptConfig(template="{src}", target_prefix="")
 def instruction(prompt: PromptConfig) -> PromptConfig:
     """How instructions are asked: as the chat template has it, or on the lines before the answer."""
     if prompt.chat:
-        return replace(prompt, user="{src}", system="", shots=0)
+        return replace(prompt, user="{src}", system="", shots=0, context=0)
     return PromptConfig(template="{src}", target_prefix="\n")
 
 

@@ -1,8 +1,9 @@
 """Text to translate from files, and translations back to files: as many lines out as in, in the same order.
 
-A line of a text file is a segment. A line of a JSON-lines file is an object whose `src` is a segment, which may hold line
-breaks; it comes back with `hyp` beside everything that it had. The model translates single lines (that is what it was
-trained on), so a segment with line breaks is translated line by line and put together again.
+A line of a text file is a segment, and an empty line ends a document. A line of a JSON-lines file is an object whose `src`
+is a segment, which may hold line breaks, and whose `doc` may name its document; it comes back with `hyp` beside everything
+that it had. The model translates single lines (that is what it was trained on), so a segment with line breaks is translated
+line by line and put together again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lander_ds.common.errors import DataError
+from lander_ds.data.context import Preceding
 from lander_ds.data.sources.files import read_lines, without_compression
 from lander_ds.data.sources.rows import one_line
 from lander_ds.inference.translations import Translation
@@ -39,6 +41,32 @@ class Segment:
     def lines(self) -> list[str]:
         """What the model is asked to translate; empty ones are not worth asking."""
         return [one_line(line) for line in self.text.split("\n")]
+
+
+class Line(NamedTuple):
+    """What the model is asked to translate."""
+
+    text: str
+    """A line of a segment."""
+    context: tuple[str, ...]
+    """Lines before it in its document, as many as its prompt shows."""
+
+
+def lines_of(segments: Sequence[Segment], context: int) -> list[list[Line]]:
+    """The lines of every segment; `context`: how many before its own a prompt shows."""
+    preceding, lines, document = Preceding(context), [], 0
+    for segment in segments:
+        if segment.row is None and not segment.text.strip():
+            document += 1
+        # Lines of JSON segments without a document have each other.
+        own = document if segment.row is None else segment.row.get("doc") or f"line {segment.line}"
+        of_segment = []
+        for text in segment.lines:
+            of_segment.append(Line(text, preceding.of(str(own)) if text else ()))
+            if text:
+                preceding.add(text)
+        lines.append(of_segment)
+    return lines
 
 
 def is_json_lines(name: str) -> bool:
@@ -90,20 +118,28 @@ def _segment(source: str, number: int, line: bytes, json_lines: bool) -> Segment
     return Segment(number, src, row)
 
 
-def written(segments: Sequence[Segment], translations: Mapping[str, Translation], n_best: bool) -> str:
+def written(
+    segments: Sequence[Segment],
+    lines: Sequence[Sequence[Line]],
+    translations: Mapping[Line, Translation],
+    n_best: bool,
+) -> str:
     """The content of the output.
 
     Args:
         segments: the input.
-        translations: by line of source text.
+        lines: from `lines_of`.
+        translations: of every line that is not empty.
         n_best: write the alternatives of every segment too, as JSON lines whatever the input is. The k-th of a segment
             with line breaks is put together of the k-th of its lines, and their scores are added up.
     """
-    return "".join(_written(segment, translations, n_best) + "\n" for segment in segments)
+    return "".join(
+        _written(segment, [translations.get(line) for line in own], n_best) + "\n"
+        for segment, own in zip(segments, lines, strict=True)
+    )
 
 
-def _written(segment: Segment, translations: Mapping[str, Translation], n_best: bool) -> str:
-    lines = [translations.get(line) for line in segment.lines]
+def _written(segment: Segment, lines: Sequence[Translation | None], n_best: bool) -> str:
     hyp = "\n".join("" if line is None else line.hyp for line in lines)
     if segment.row is None and not n_best:
         return hyp

@@ -116,6 +116,26 @@ def test_line_breaks_inside_segments(root: Path) -> None:
     assert [row["hyp"] for row in written] == [f"{plain[0]}\n\n{plain[2]}", "", plain[5]]
 
 
+def test_lines_before_a_line(root: Path) -> None:
+    """The same line has another prompt, and translation, in another document."""
+    template = "data.prompt.template='{context}{src} {tgt_lang}'"
+    joined = "data.prompt.context_template='{context} '"
+    context = [word for one in (template, joined, "data.prompt.context=1") for word in ("--set", one)]
+    context += ["--set", "data.corpora.0.columns.doc=doc"]
+    asked = json.loads(lines(root, "--prompts", *context)[0])["prompts"]
+    tokenizer = tiny_tokenizer()
+    texts = [tokenizer.decode(one["ids"], skip_special_tokens=True) for one in asked]
+    assert [text.split("de")[0].split() for text in texts] == [
+        ["w1", "w2", "w3"],
+        ["w9", "w8", "w7", "w6"],
+        ["w9", "w8", "w7", "w6", "w1", "w2", "w3"],
+        ["w40", "w41"],
+    ]
+    translated = lines(root, *context)
+    assert [bool(line) for line in translated] == [bool(line.strip()) for line in LINES]
+    assert scores(root, *context)[4:6] != scores(root, *context)[:2]
+
+
 def test_the_best_with_their_scores(root: Path) -> None:
     beams = lines(root, "--set", "translate.beams=3")
     written = [json.loads(line) for line in lines(root, "--n-best", "3")]

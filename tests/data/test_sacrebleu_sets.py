@@ -9,7 +9,7 @@ from sacrebleu.dataset import DATASETS
 from support.sacrebleu_cache import empty_sacrebleu_cache, fill_sacrebleu_cache
 
 from lander_ds.common.errors import DataError
-from lander_ds.config.schema.data import CorpusConfig, DataConfig
+from lander_ds.config.schema.data import CorpusConfig, DataConfig, PromptConfig
 from lander_ds.data.sources.corpus import resolve
 from lander_ds.data.sources.readers import read
 from lander_ds.data.sources.rows import Row
@@ -25,6 +25,11 @@ WMT23 = """<?xml version="1.0" encoding="utf-8"?><dataset id="wmt23"><collection
 def texts(config: CorpusConfig, pair: str) -> list[tuple[str, str]]:
     (corpus,) = resolve(DataConfig((pair,), (config,)))
     return [(row.src, row.tgt) for row in read(corpus) if isinstance(row, Row)]
+
+
+def documents(config: CorpusConfig, context: int) -> list[str | None]:
+    (corpus,) = resolve(DataConfig(("en-de",), (config,), prompt=PromptConfig(context=context)))
+    return [row.document for row in read(corpus) if isinstance(row, Row)]
 
 
 def test_lines_of_the_cache_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +49,11 @@ def test_a_downloaded_archive_is_read_by_sacrebleu(tmp_path: Path, monkeypatch: 
     xml.write_text(WMT23, encoding="utf-8")
     (directory / f"wmt23.{Path(DATASETS['wmt23'].data[0]).name}").write_text("unpacked already")
     lines = [("One house.", "Ein Haus."), ("Two.", "Zwei.")]
-    assert texts(CorpusConfig("sacrebleu:wmt23", "test"), "en-de") == lines
+    config = CorpusConfig("sacrebleu:wmt23", "test")
+    assert texts(config, "en-de") == lines
+    # Where prompts show what comes before, it matters which document a line is of.
+    assert documents(config, 0) == [None, None]
+    assert documents(config, 1) == ["d1", "d1"]
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,14 @@ class ColumnConfig:
     """Columns with scores of the sentence pairs, e.g. of quality estimation, for `data.filters.min_score`. Every row must
     have a number in each."""
 
+    doc: str | None = None
+    """The document that a row belongs to; lines of a document stand behind one another, and rows without one alone. Only for
+    `data.prompt.context`."""
+
     @property
     def named(self) -> tuple[str, ...]:
         """Every column that is read."""
-        return tuple(filter(None, (self.src, self.tgt, self.src_lang, self.tgt_lang, *self.scores)))
+        return tuple(filter(None, (self.src, self.tgt, self.src_lang, self.tgt_lang, self.doc, *self.scores)))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -103,7 +107,8 @@ class PromptConfig:
     """How a sentence becomes a prompt. The target follows directly after the prompt."""
 
     template: str = "{src_name}: {src}\n{tgt_name}:"
-    """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names. `chat`: the chat
+    """`{src}` source text, `{src_lang}`/`{tgt_lang}` codes, `{src_name}`/`{tgt_name}` language names; `{context}`: see
+    `context`. `chat`: the chat
     template of the tokenizer, for instruct models; few-shot examples are earlier turns, and the end of a turn ends a
     translation."""
     user: str = (
@@ -119,6 +124,13 @@ class PromptConfig:
     """Put between few-shot examples."""
     shots: Count = 0
     """Few-shot examples in front of every prompt, also in training (from the training split, seeded)."""
+    context: Count = 0
+    """So many source sentences before the one to translate, of the same document (`columns.doc`; of sacreBLEU's sets their
+    own), stand where the template says `{context}`. Examples that are shown have none."""
+    context_template: str = "{context}\n"
+    """What is written for `{context}`; nothing at the beginning of a document."""
+    context_separator: str = " "
+    """Put between the sentences of a context."""
     language_names: dict[str, str] = field(default_factory=dict)
     """Overrides or additions to the built-in English names, e.g. `{de: German}`."""
 

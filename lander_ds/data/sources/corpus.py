@@ -59,7 +59,7 @@ class Corpus:
     format: CorpusFormat | TextFormat
     """Never `auto`."""
     paths: tuple[Path, ...]
-    """The file or directory; two files, source and target, for Moses."""
+    """The file or directory; two files, source and target, for Moses, and a third with documents' names for sacreBLEU's."""
     src: str
     """Language of the side that the file calls source."""
     tgt: str
@@ -96,7 +96,8 @@ def resolve(data: DataConfig) -> list[Corpus]:
             raise DataError(f"{key}.pairs: {unknown[0]!r} is not one of data.pairs ({', '.join(data.pairs)})")
         if config.limit is not None and config.limit < 1:
             raise DataError(f"{key}.limit: {config.limit} keeps nothing: use 1 or more, or leave it out")
-        corpora += [_resolve_one(config, key, pair) for pair in config.pairs or data.pairs]
+        pairs = config.pairs or data.pairs
+        corpora += [_resolve_one(config, key, pair, data.prompt.context > 0) for pair in pairs]
     _check_complete(data, corpora)
     return corpora
 
@@ -109,10 +110,11 @@ def resolve_set(recipe: Recipe, name: str) -> list[Corpus]:
         DataError: a file is missing or its format unknown, or a test set cannot be had.
     """
     config, pairs = recipe.evaluate.sets[name], set_pairs(recipe, name)
-    corpora = [_resolve_one(config, f"evaluate.sets.{name}", pair) for pair in pairs]
+    documents = recipe.data.prompt.context > 0
+    corpora = [_resolve_one(config, f"evaluate.sets.{name}", pair, documents) for pair in pairs]
     for number, source in enumerate(recipe.evaluate.shots):
         shown = [pair for pair in shown_pairs(recipe, source) if pair in pairs]
-        resolved = (_resolve_one(source, f"evaluate.shots[{number}]", pair) for pair in shown)
+        resolved = (_resolve_one(source, f"evaluate.shots[{number}]", pair, False) for pair in shown)
         corpora += [replace(corpus, split="train") for corpus in resolved]
     return corpora
 
@@ -162,7 +164,8 @@ def _check_complete(data: DataConfig, corpora: list[Corpus]) -> None:
         )
 
 
-def _resolve_one(config: CorpusConfig, key: str, pair: str) -> Corpus:
+def _resolve_one(config: CorpusConfig, key: str, pair: str, documents: bool) -> Corpus:
+    """`documents`: whether it matters which document a line is of."""
     src, tgt = split_pair(pair)
     if config.swap:
         src, tgt = tgt, src
@@ -175,11 +178,13 @@ def _resolve_one(config: CorpusConfig, key: str, pair: str) -> Corpus:
     paths: tuple[Path, ...]
     if config.path.startswith(SACREBLEU):
         kind, paths = "moses", sacrebleu_files(config.path, src, tgt, f"{key}.path")
+        paths = paths if documents else paths[:2]
     else:
         kind, paths = _locate(Path(fill(config.path)), config.format, src, tgt, f"{key}.path")
-    if columns.scores and kind in ("moses", "tmx"):
+    wanted = "scores" if columns.scores else "doc" if columns.doc else None
+    if wanted is not None and kind in ("moses", "tmx"):
         raise DataError(
-            f"{key}.columns.scores: {paths[0]} has no columns (format {kind}): remove it, or give the corpus as JSON "
+            f"{key}.columns.{wanted}: {paths[0]} has no columns (format {kind}): remove it, or give the corpus as JSON "
             "lines or TSV"
         )
     return Corpus(key, pair, config.split, kind, paths, src, tgt, columns, config.swap, config.limit)

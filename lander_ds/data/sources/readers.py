@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice, zip_longest
+from itertools import islice, repeat, zip_longest
 from typing import Any
 
 from lander_ds.common.errors import DataError
@@ -148,8 +148,8 @@ def _usual_width(corpus: Corpus) -> int:
 
 
 def _check_header(corpus: Corpus, names: list[str]) -> None:
-    for column in (corpus.columns.src, corpus.columns.tgt, *corpus.columns.scores):
-        if column not in names and not column.isdecimal():
+    for column in (corpus.columns.src, corpus.columns.tgt, corpus.columns.doc, *corpus.columns.scores):
+        if column is not None and column not in names and not column.isdecimal():
             shown = ", ".join(repr(name[:30]) for name in names[:8])
             raise DataError(
                 f"{corpus.name}: line 1: no column {column!r} in the header ({shown}): set "
@@ -159,16 +159,20 @@ def _check_header(corpus: Corpus, names: list[str]) -> None:
 
 
 def _read_moses(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
-    source, target = corpus.paths
+    source, target, *documents = corpus.paths
+    of = (
+        (line[1].decode() for line in read_lines(documents[0], lambda _: None)) if documents else repeat(None)
+    )
     count = {source: 0, target: 0}
     for left, right in zip_longest(read_lines(source, advance), read_lines(target, advance)):
+        document = next(of, None)
         for path, side in ((source, left), (target, right)):
             count[path] += side is not None
         if left is None or right is None:
             continue
         number = left[0]
         try:
-            yield make_row(corpus.name, number, left[1].decode(), right[1].decode())
+            yield make_row(corpus.name, number, left[1].decode(), right[1].decode(), document=document)
         except UnicodeDecodeError:
             yield _not_utf8(corpus.name, number, left[1] + b" | " + right[1])
     if count[source] != count[target]:

@@ -25,6 +25,14 @@ Reason = Literal[
 ]
 """Why a line is dropped, in the order in which the reasons are tried."""
 
+OVERLAPS: tuple[Reason, ...] = (
+    "test_overlap_exact",
+    "test_overlap_normalised",
+    "training_overlap_exact",
+    "training_overlap_normalised",
+)
+"""Those of sentences that are kept apart."""
+
 _LINE_BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 
@@ -42,6 +50,10 @@ class Row:
     """Target text; the text without a pair."""
     scores: tuple[tuple[str, float], ...] = ()
     """The columns that `columns.scores` names, with what they say."""
+    document: str | None = None
+    """The document that it belongs to, of those that name one."""
+    context: tuple[str, ...] = ()
+    """Source sentences before it in its document, as many as a prompt shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +77,7 @@ def make_row(
     tgt: Any,
     scores: tuple[tuple[str, float], ...] = (),
     one_lined: bool = True,
+    document: str | None = None,
 ) -> Row | Rejection:
     """A row, or its rejection: `malformed` when a value is no text, `invalid_utf8` when it is no UTF-8.
 
@@ -72,6 +85,7 @@ def make_row(
         file, line: where it stands.
         src, tgt, scores: its values.
         one_lined: write every text on one line.
+        document: that it belongs to.
     """
     if not isinstance(src, str) or not isinstance(tgt, str):
         return Rejection(file, line, "malformed", f"not two texts: {src!r}, {tgt!r}")
@@ -80,7 +94,7 @@ def make_row(
     except UnicodeEncodeError:
         return Rejection(file, line, "invalid_utf8", repr(src + " | " + tgt))
     clean = one_line if one_lined else str.strip
-    return Row(file, line, clean(src), clean(tgt), scores)
+    return Row(file, line, clean(src), clean(tgt), scores, document)
 
 
 def one_line(text: str) -> str:

@@ -16,10 +16,10 @@ _PATIENCE = 3600.0
 """Seconds to wait for another process that downloads."""
 
 
-def sacrebleu_files(path: str, src: str, tgt: str, key: str) -> tuple[Path, Path]:
-    """Source and reference of a test set, line by line; downloaded unless they are in sacreBLEU's cache
-    (`~/.sacrebleu`, or the environment variable `SACREBLEU`). Of several references the first by
-    name.
+def sacrebleu_files(path: str, src: str, tgt: str, key: str) -> tuple[Path, ...]:
+    """Source and reference of a test set, line by line, and the names of the documents of its lines, where it has them;
+    downloaded unless they are in sacreBLEU's cache (`~/.sacrebleu`, or the environment variable `SACREBLEU`). Of several
+    references the first by name.
 
     Args:
         path: `sacrebleu:NAME`.
@@ -56,7 +56,8 @@ def sacrebleu_files(path: str, src: str, tgt: str, key: str) -> tuple[Path, Path
             "in the environment variable SACREBLEU"
         ) from None
     # Those of WMT21 and later come in no order of their own.
-    return Path(source), Path(min(references))
+    documents = Path(source).with_suffix(".docid")
+    return (Path(source), Path(min(references)), *([documents] if documents.is_file() else []))
 
 
 def origin(config: CorpusConfig) -> dict[str, str] | None:

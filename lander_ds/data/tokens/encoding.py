@@ -47,7 +47,9 @@ def encode_job(encoder: TextEncoder, job: Job) -> list[Encoded]:
     """Token ids and prompt length of every row of a job."""
     form = prompt_format(job.prompt, encoder.tokenizer)
     prompts = [
-        form.prompt(job.pair, row.src, shots_for(job.shots, (row.src, row.tgt), job.prompt.shots))
+        form.prompt(
+            job.pair, row.src, shots_for(job.shots, (row.src, row.tgt), job.prompt.shots), row.context
+        )
         for row in job.rows
     ]
     return encoder.examples(prompts, [form.target(row.tgt) for row in job.rows], form.end)

@@ -13,13 +13,15 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.config.schema.data import PromptConfig
 from lander_ds.data.tokens.languages import language_name, split_pair
 
-PLACEHOLDERS = ("src", "src_lang", "tgt_lang", "src_name", "tgt_name")
+PLACEHOLDERS = ("src", "src_lang", "tgt_lang", "src_name", "tgt_name", "context")
 
 Prompt: TypeAlias = tuple[str, ...]
 """The text before a target, in pieces: the recipe's and the corpus's words by turns, beginning with the recipe's."""
 
 SOURCE = "\0"
 """Stands for the source sentence in a filled template; no recipe can hold it."""
+CONTEXT = "\1"
+"""Stands for the sentences before it."""
 
 
 def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
@@ -34,7 +36,9 @@ def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
     used = _placeholders(config.request, key)
     if config.chat:
         used |= _placeholders(config.system, "system")
-        _check_placeholders(config.system, "system", [name for name in PLACEHOLDERS if name != "src"])
+        apart = ("src", "context")
+        _check_placeholders(config.system, "system", [name for name in PLACEHOLDERS if name not in apart])
+    _check_context(config, key)
     _check_placeholders(config.request, key, PLACEHOLDERS)
     if config.shots < 0:
         raise ConfigError(f"data.prompt.shots: {config.shots} is negative: use 0 or more")
@@ -58,6 +62,25 @@ def check_prompt(config: PromptConfig, pairs: Sequence[str]) -> None:
             )
 
 
+def _check_context(config: PromptConfig, key: str) -> None:
+    shown = "context" in _placeholders(config.request, key)
+    if config.context and not shown:
+        raise ConfigError(
+            f"data.prompt.context: {config.context}, but data.prompt.{key} does not say where the context goes: add "
+            f"{{context}}, for example {'{context}' + config.request!r}"
+        )
+    if shown and not config.context:
+        raise ConfigError(
+            f"data.prompt.{key}: has {{context}}, but data.prompt.context is 0: set it to the number of sentences, or "
+            "take {context} out"
+        )
+    _check_placeholders(config.context_template, "context_template", ["context"])
+    if config.context_template.format(context=CONTEXT).count(CONTEXT) != 1:
+        raise ConfigError(
+            "data.prompt.context_template: needs {context} once: write for example 'Context: {context}\\n'"
+        )
+
+
 def _check_placeholders(text: str, key: str, known: Sequence[str]) -> None:
     if unknown := sorted(_placeholders(text, key).difference(known)):
         allowed = ", ".join(f"{{{name}}}" for name in known)
@@ -67,9 +90,11 @@ def _check_placeholders(text: str, key: str, known: Sequence[str]) -> None:
 
 
 def prompt_options(config: PromptConfig) -> dict[str, Any]:
-    """What prompts depend on, as JSON values. Keys of the chat are there with a chat alone; records of before it
-    existed lack them."""
+    """What prompts depend on, as JSON values. Keys of the chat and of the context are there with a chat and a context
+    alone; records of before they existed lack them."""
     options = asdict(config)
+    if not config.context:
+        del options["context"], options["context_template"], options["context_separator"]
     if not config.chat:
         del options["user"], options["system"]
     return options
@@ -87,7 +112,9 @@ def equal_prompts(config: PromptConfig, pairs: Sequence[str]) -> list[tuple[str,
     return [(one, other) for one, other in twins if one != other]
 
 
-def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> Prompt:
+def render_prompt(
+    config: PromptConfig, pair: str, src: str, shots: Sequence[tuple[str, str]], context: Sequence[str] = ()
+) -> Prompt:
     """The text before the target: few-shot examples with their translations, the source, the target prefix.
 
     Blanks that end the target prefix are left out here: `target_text` has them, because a tokenizer joins a
@@ -98,14 +125,26 @@ def render_prompt(config: PromptConfig, pair: str, src: str, shots: Sequence[tup
         pair: translation direction.
         src: source sentence.
         shots: (source, target) examples to show first; `config.shots` does not matter here.
+        context: sentences before the source in its document.
     """
     template = filled(config.template, config, pair)
     pieces = [""]
     for shot_src, shot_tgt in shots:
-        _append(pieces, template, shot_src, config.target_prefix)
+        append(pieces, template, [shot_src] * (len(template) - 1))
+        pieces[-1] += config.target_prefix
         pieces += [shot_tgt, config.separator]
-    _append(pieces, template, src, config.target_prefix.rstrip(" "))
+    append(pieces, template, [src] * (len(template) - 1), context_block(config, context))
+    pieces[-1] += config.target_prefix.rstrip(" ")
     return tuple(pieces)
+
+
+def context_block(config: PromptConfig, context: Sequence[str]) -> list[str]:
+    """What stands in place of `{context}`, in pieces: the recipe's words, the sentences, the recipe's words; nothing where
+    there is no context."""
+    if not context:
+        return []
+    before, after = config.context_template.format(context=CONTEXT).split(CONTEXT)
+    return [before, config.context_separator.join(context), after]
 
 
 def target_text(config: PromptConfig, tgt: str) -> str:
@@ -119,7 +158,9 @@ def next_example(config: PromptConfig, pair: str) -> str:
     words of the template where the separator is nothing but blanks. Only what stands before a line end, which ends every
     translation; empty where that is nothing but blanks."""
     separator = config.separator
-    text = separator if separator.strip(" ") else separator + filled(config.template, config, pair)[0]
+    # Examples have no context.
+    begins = filled(config.template, config, pair)[0].replace(CONTEXT, "")
+    text = separator if separator.strip(" ") else separator + begins
     line = text.partition("\n")[0]
     return line if line.strip(" ") else ""
 
@@ -162,17 +203,29 @@ def _placeholders(text: str, key: str = "template") -> frozenset[str]:
         ) from None
 
 
-def _append(pieces: list[str], template: Sequence[str], src: str, ending: str) -> None:
-    """Append a template, its sources filled in, and what follows it, to pieces that end with the recipe's words."""
-    first, *rest = template
-    pieces[-1] += first
-    for words in rest:
-        pieces += [src, words]
-    pieces[-1] += ending
+def append(pieces: list[str], words: Sequence[str], texts: Sequence[str], block: Sequence[str] = ()) -> None:
+    """Append words of a template and the texts between them to pieces that end with words.
+
+    Args:
+        pieces: of a prompt, by turns words and texts.
+        words: may hold the mark of a context.
+        texts: one fewer than words, or as many.
+        block: from `context_block`, for every such mark.
+    """
+    for number, part in enumerate(words):
+        first, *others = part.split(CONTEXT)
+        pieces[-1] += first
+        for other in others:
+            if block:
+                pieces[-1] += block[0]
+                pieces += block[1:]
+            pieces[-1] += other
+        if number < len(texts):
+            pieces += [texts[number], ""]
 
 
 def filled(text: str, config: PromptConfig, pair: str) -> list[str]:
-    """A template with everything but the source filled in, cut where the source belongs.
+    """A template with everything but source and context filled in, cut where the source belongs.
 
     Args:
         text: the template, one that `check_prompt` accepts.
@@ -180,7 +233,7 @@ def filled(text: str, config: PromptConfig, pair: str) -> list[str]:
         pair: translation direction.
     """
     src_lang, tgt_lang = split_pair(pair)
-    values = {"src": SOURCE, "src_lang": src_lang, "tgt_lang": tgt_lang}
+    values = {"src": SOURCE, "context": CONTEXT, "src_lang": src_lang, "tgt_lang": tgt_lang}
     # Names only where the template asks for them: languages without a known name are fine otherwise.
     for name, code in (("src_name", src_lang), ("tgt_name", tgt_lang)):
         if name in _placeholders(text):

@@ -14,6 +14,8 @@ from lander_ds.config.schema.data import PromptConfig
 from lander_ds.data.tokens.prompt import (
     SOURCE,
     Prompt,
+    append,
+    context_block,
     filled,
     next_example,
     render_prompt,
@@ -32,8 +34,10 @@ class PromptFormat(Protocol):
     end: str
     """The token that the model writes after a translation; empty: the tokenizer's end of sequence."""
 
-    def prompt(self, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> Prompt:
-        """What stands before the target: `shots`, (source, target) each, and the source."""
+    def prompt(
+        self, pair: str, src: str, shots: Sequence[tuple[str, str]], context: Sequence[str] = ()
+    ) -> Prompt:
+        """What stands before the target: `shots`, (source, target) each, the sentences before the source, and the source."""
 
     def target(self, tgt: str) -> str:
         """What the model writes, without what ends it."""
@@ -59,8 +63,10 @@ class _OwnFormat:
     def __init__(self, config: PromptConfig) -> None:
         self._config = config
 
-    def prompt(self, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> Prompt:
-        return render_prompt(self._config, pair, src, shots)
+    def prompt(
+        self, pair: str, src: str, shots: Sequence[tuple[str, str]], context: Sequence[str] = ()
+    ) -> Prompt:
+        return render_prompt(self._config, pair, src, shots, context)
 
     def target(self, tgt: str) -> str:
         return target_text(self._config, tgt)
@@ -99,15 +105,18 @@ class ChatFormat:
         end = re.search("|".join(map(re.escape, longest_first)) or "(?!)", ending)
         self.end = end[0] if end else ""
 
-    def prompt(self, pair: str, src: str, shots: Sequence[tuple[str, str]]) -> Prompt:
+    def prompt(
+        self, pair: str, src: str, shots: Sequence[tuple[str, str]], context: Sequence[str] = ()
+    ) -> Prompt:
         words = self._prompts.get((pair, len(shots)))
         if words is None:
             words = self._prompts[pair, len(shots)] = self._words(pair, len(shots))
         # The user's text may hold the source several times.
         times = (len(words) - 1 - len(shots)) // (len(shots) + 1)
-        texts = [text for one, other in shots for text in (*[one] * times, other)] + [src] * times
-        pieces = (piece for both in zip(words, texts, strict=False) for piece in both)
-        return (*pieces, words[-1].rstrip(" "))
+        pieces, before = [""], len(shots) * (times + 1)
+        append(pieces, words[:before], [text for one, other in shots for text in (*[one] * times, other)])
+        append(pieces, words[before:], [src] * times, context_block(self._config, context))
+        return (*pieces[:-1], pieces[-1].rstrip(" "))
 
     def target(self, tgt: str) -> str:
         return self._blanks + tgt
