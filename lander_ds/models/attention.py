@@ -2,9 +2,9 @@
 
 Registered with transformers as the attention implementation `lander_packed`; `segments` reaches it through the decoder
 layers' keyword arguments. On a CPU every example gets its own products, so cost grows with the sum of squared example
-lengths and not with the square of the row. Elsewhere the number of kernels must not grow with the number of examples: one
-kernel for sequences of different lengths where there is one, and otherwise (float32, softcap, wide heads) one batch per
-class of lengths, padded to the longest of it.
+lengths and not with the square of the row. Elsewhere the number of kernels must not grow with the number of examples:
+one kernel for sequences of different lengths where there is one, and otherwise (float32, softcap, ALiBi, wide heads)
+one batch per class of lengths, padded to the longest of it.
 
 Shapes: T tokens, E examples, L length of an example.
 """
@@ -85,6 +85,7 @@ def packed_attention(
     segments: Segments,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment.
@@ -98,10 +99,12 @@ def packed_attention(
         segments: the examples.
         sliding_window: a token sees itself and this many minus one before it; None sees all before.
         softcap: scores s become softcap * tanh(s / softcap) (Gemma 2).
+        slopes: [heads] float32; scores of the token at position p of an example grow by slope * p, in the type of the scores
+            (ALiBi, as BLOOM writes it).
 
     Returns: ([1, T, heads, head width], None).
     """
-    options = _Options(scaling, dropout, sliding_window, softcap)
+    options = _Options(scaling, dropout, sliding_window, softcap, slopes)
     if query.device.type == "cpu":
         output = _one_by_one(query, key, value, segments, options)
     elif options.plain and has_varlen(query):
@@ -119,11 +122,17 @@ class _Options:
     dropout: float
     window: int | None
     softcap: float | None
+    slopes: torch.Tensor | None
 
     @property
     def plain(self) -> bool:
         """Whether it is softmax attention and nothing else."""
-        return self.softcap is None and self.dropout == 0.0
+        return not self.bent and self.dropout == 0.0
+
+    @property
+    def bent(self) -> bool:
+        """Whether scores are changed, which no kernel of torch does."""
+        return self.softcap is not None or self.slopes is not None
 
 
 def has_varlen(query: torch.Tensor) -> bool:
@@ -140,7 +149,7 @@ def _one_by_one(
     """A call per example: [1, T, heads, head width]."""
     lengths, outputs = list(segments.lengths), []
     for q, k, v in zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True):
-        explicit = options.softcap is not None or q.shape[2] <= CPU_EXPLICIT_LENGTH
+        explicit = options.bent or q.shape[2] <= CPU_EXPLICIT_LENGTH
         outputs.append(_batch(q, k, v, options, explicit))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
@@ -185,7 +194,7 @@ def _by_class(
             .transpose(0, 1)
             for tensor in (query, key, value)
         )
-        output = _batch(q, k, v, options, options.softcap is not None)
+        output = _batch(q, k, v, options, options.bent)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, order).unsqueeze(0)
 
@@ -228,6 +237,9 @@ def _explicit(
     scores = scores * (options.scaling if options.scaling is not None else width**-0.5)
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.slopes is not None:
+        bias = options.slopes[:, None] * torch.arange(length, device=q.device)
+        scores = scores + bias.to(scores.dtype)[:, None]
     seen = mask if mask is not None else torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lander_ds.common.errors import ModelError
 from lander_ds.models.attention import Segments
+from lander_ds.models.bloom_attention import attend_in_examples
 from lander_ds.models.family import Family, FFNPaths, LayerArguments
 
 GATED = FFNPaths(
@@ -58,19 +59,12 @@ def _embed_bloom(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.T
 def _alibi(
     decoder: nn.Module, hidden: torch.Tensor, positions: torch.Tensor, segments: Segments
 ) -> LayerArguments:
-    """BLOOM: ALiBi from the position inside the example, and an additive mask that keeps examples apart.
-
-    Its layers compute attention themselves, over the whole row: the cost grows with the square of T.
-    """
-    ones = torch.ones(1, max(segments.lengths), device=hidden.device)
-    slopes = decoder.build_alibi_tensor(ones, decoder.num_heads, hidden.dtype)  # type: ignore[operator]
-    total = hidden.shape[1]
-    places = torch.arange(total, device=hidden.device)
-    # From where its example begins up to the token itself.
-    seen = (places[None, :] >= (places - positions[0])[:, None]) & (places[None, :] <= places[:, None])
-    mask = torch.zeros(1, 1, total, total, dtype=hidden.dtype, device=hidden.device)
-    mask.masked_fill_(~seen, torch.finfo(hidden.dtype).min)
-    shared = {"alibi": slopes[:, :, positions[0]], "attention_mask": mask}
+    """BLOOM: ALiBi by its slopes, the examples in place of a mask."""
+    attend_in_examples(decoder)
+    # At position 1 a slope's bias is the slope.
+    two = torch.ones(1, 2, device=hidden.device)
+    slopes = decoder.build_alibi_tensor(two, decoder.num_heads, torch.float32)[:, 0, 1]  # type: ignore[operator]
+    shared = {"alibi": slopes, "attention_mask": segments}
     return lambda layer: shared
 
 

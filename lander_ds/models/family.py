@@ -66,8 +66,8 @@ class Family:
     layer_arguments: Callable[[nn.Module, torch.Tensor, torch.Tensor, Segments], LayerArguments]
     """(decoder, hidden, positions, examples of the row) -> arguments per layer."""
     packed_attention: bool = True
-    """The layers take their attention from transformers' attention interface; False: they compute it
-    themselves from the masks in `layer_arguments` (BLOOM)."""
+    """The layers take their attention from transformers' attention interface; False: they compute it themselves, and
+    `layer_arguments` sees to it that they do so inside examples (BLOOM)."""
     logit_factor: Callable[[Any], float] | None = None
     """HF configuration -> what the head's output is multiplied by (Cohere, Granite)."""
     renamed: tuple[tuple[str, str], ...] = ()

@@ -14,7 +14,12 @@ LENGTHS = (5, 1, 9)
 
 
 def by_hand(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token at a time: softmax over what it sees in its own example."""
     outputs, start = [], 0
@@ -24,7 +29,10 @@ def by_hand(
             first = start if window is None else max(start, token - window + 1)
             for head in range(q.shape[1]):
                 keys, values = (x[0, head // repeats, first : token + 1] for x in (k, v))
-                weights = torch.softmax(keys @ q[0, head, token] * scaling, 0)
+                scores = keys @ q[0, head, token] * scaling
+                if slopes is not None:
+                    scores = scores + slopes[head] * torch.arange(first - start, token + 1 - start)
+                weights = torch.softmax(scores, 0)
                 outputs.append(weights @ values)
         start += length
     return torch.stack(outputs).view(1, start, q.shape[1], -1)
@@ -91,8 +99,26 @@ def test_every_way_equals_attention_by_hand(way: str, window: int | None, heads:
     torch.testing.assert_close(actual, by_hand(q, k, v, 0.3, window), atol=1e-5, rtol=1e-5)
 
 
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 2.0])
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_alibi_is_attention_by_hand(monkeypatch: pytest.MonkeyPatch, by_class: bool) -> None:
+    monkeypatch.setattr(attention, "SHORTEST_CLASS", 2)
+    # No kernel knows it, however long examples are.
+    monkeypatch.setattr(attention, "CPU_EXPLICIT_LENGTH", 0)
+    if by_class:
+        monkeypatch.setattr(attention, "_one_by_one", attention._by_class)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, sum(LENGTHS), 8) for _ in range(3))
+    actual = attend(q, k, v, scaling=0.3, slopes=SLOPES)
+    torch.testing.assert_close(actual, by_hand(q, k, v, 0.3, None, SLOPES), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"sliding_window": 3}, {"softcap": 0.7, "sliding_window": 3}], ids=str
+    "options",
+    [{}, {"sliding_window": 3}, {"softcap": 0.7, "sliding_window": 3}, {"slopes": SLOPES}],
+    ids=",".join,
 )
 def test_batches_of_examples_have_the_gradients_of_single_ones(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -92,9 +92,6 @@ def _attention(model: Anatomy, index: int, batch: MicroBatch) -> float:
     config = model.model.config
     heads = int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    if not model.family.packed_attention:
-        # BLOOM computes the whole square of the row.
-        return 2.0 * PRODUCT * heads * width * batch.tokens**2
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     sliding = window is not None and (types is None or types[index] == "sliding_attention")
