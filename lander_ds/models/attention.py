@@ -29,6 +29,8 @@ IMPLEMENTATION = "lander_packed"
 CPU_EXPLICIT_LENGTH = 512
 """Examples up to this many tokens are attended to by plain matrix products on CPU: forward and backward together take
 half as long as torch's fused kernel there."""
+LENGTH_STEP = 16
+"""Lengths on a CPU are multiples of this: few, because the products of every other one are compiled anew."""
 SHORTEST_CLASS = 16
 """Examples up to this length are one class; the next reach to twice, four times, ... as many tokens."""
 VARLEN_WIDTH, VARLEN_STEP = 256, 8
@@ -149,8 +151,11 @@ def _one_by_one(
     """A call per example: [1, T, heads, head width]."""
     lengths, outputs = list(segments.lengths), []
     for q, k, v in zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True):
-        explicit = options.bent or q.shape[2] <= CPU_EXPLICIT_LENGTH
-        outputs.append(_batch(q, k, v, options, explicit))
+        explicit, length = options.bent or q.shape[2] <= CPU_EXPLICIT_LENGTH, q.shape[2]
+        # Behind the example, so that no token of it sees what is added.
+        missing = (0, 0, 0, -length % LENGTH_STEP)
+        queries, keys, values = (functional.pad(tensor, missing) for tensor in (q, k, v))
+        outputs.append(_batch(queries, keys, values, options, explicit)[:, :, :length])
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 

@@ -16,6 +16,8 @@ from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_
 from torch import nn
 from torch.nn import functional
 
+from lander_ds.common.sizes import rounded_up
+
 CHUNK_ELEMENTS = 1 << 27
 """Logits that exist at one time, in the model's type: 256 MiB in bfloat16."""
 CPU_VOCABULARY_BLOCK = 4096
@@ -41,10 +43,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
+            count = len(hidden[part])
             logits = _logits(hidden[part], weight, bias)
-            losses[part] = _losses_and_slopes(logits, targets[part], softcap)
+            losses[part] = _losses_and_slopes(logits[:count], targets[part], softcap)
             if grad is not None:
-                grad[part] = _through_head(logits, weight)
+                grad[part] = _through_head(logits, weight)[:count]
         ctx.save_for_backward(grad)
         return losses
 
@@ -62,7 +65,8 @@ def _blocks(weight: torch.Tensor) -> list[slice]:
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """[rows, V] in the model's type."""
+    """[rounded_up(rows), V] in the model's type; those beyond the rows are of zeros."""
+    hidden = functional.pad(hidden, (0, 0, 0, rounded_up(len(hidden)) - len(hidden)))
     logits = hidden.new_empty(len(hidden), weight.shape[0])
     for block in _blocks(weight):
         logits[:, block] = functional.linear(hidden, weight[block], None if bias is None else bias[block])

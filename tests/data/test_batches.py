@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.tiny_run import PAIRS, TinyRun
 
+from lander_ds.common.sizes import rounded_up
 from lander_ds.data.batching.micro_batches import packed, whole_split
 from lander_ds.data.prepared import PreparedData, PreparedSplit
 
@@ -39,7 +40,7 @@ def test_a_limit_and_a_missing_pair(valid: dict[int, PreparedSplit]) -> None:
         valid[2].target_lengths[:3].sum(),
     ]
     [micro] = packed(batch, {0: valid[0], 2: valid[2]}, 0, 1, 1, CPU)
-    assert set(micro.pair_ids.tolist()) == {0, 2}
+    assert set(micro.pair_ids.tolist()) - {-1} == {0, 2}
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (2, 3), (4, 1), (3, 40)])
@@ -61,3 +62,16 @@ def test_every_example_is_somewhere_once(
                 assert len(micro.targets) == 0
     assert sorted(actual) == list(range(len(batch)))
     assert targets == batch.target_tokens
+
+
+def test_what_is_added_to_a_row_counts_for_nothing(valid: dict[int, PreparedSplit]) -> None:
+    batch = whole_split(valid, None)
+    micro = list(packed(batch, valid, 0, 1, 3, CPU))
+    sizes = [len(one.input_ids) for one in micro]
+    assert sizes == [rounded_up(size) for size in sizes]
+    real = [one.pair_ids >= 0 for one in micro]
+    assert sum(int(kept.sum()) for kept in real) == int(batch.lengths.sum()) < sum(sizes)
+    assert sum(len(one.targets) for one in micro) == batch.target_tokens
+    for one, kept in zip(micro, real, strict=True):
+        assert kept[one.target_positions].all()
+        assert (one.sample_ids >= 0).sum() == len(set(one.segment_ids[kept].tolist()))

@@ -1,7 +1,8 @@
 """This rank's packed micro-batches of a set of examples, the same number on every rank.
 
 A micro-batch that gets no example (fewer examples than micro-batches) is filled with one token that belongs to no
-pair and no sample (both ids are -1) and has no target, because every rank must call the same modules equally often.
+pair and no sample (both ids are -1) and has no target, because every rank must call the same modules equally often. Such
+tokens also end a row, so that rows have few different lengths (`rounded_up`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.nn import functional
 
+from lander_ds.common.sizes import rounded_up
 from lander_ds.config.schema.training import TrainConfig
 from lander_ds.data.batching.examples import examples
 from lander_ds.data.batching.packing import Example, PackedBatch, pack
@@ -20,7 +23,13 @@ from lander_ds.data.batching.plan import GlobalBatch, cut
 from lander_ds.data.prefixes import Prefixes
 from lander_ds.data.prepared import PreparedSplit
 
-FILLER = Example(np.zeros(1, dtype=np.int32), prompt_length=1, pair_id=-1, sample_id=-1)
+
+def filler(tokens: int) -> Example:
+    """An example that counts for nothing."""
+    return Example(np.zeros(tokens, dtype=np.int32), prompt_length=tokens, pair_id=-1, sample_id=-1)
+
+
+FILLER = filler(1)
 
 
 def whole_split(splits: Mapping[int, PreparedSplit], limit: int | None) -> GlobalBatch:
@@ -75,7 +84,11 @@ def packed(
         prefixes: hidden states of all examples of `splits`, to go with them.
     """
     for positions in cut(batch, ranks, micro_batches)[rank]:
-        row = pack(examples(batch, positions, splits) or [FILLER])
+        chosen = examples(batch, positions, splits) or [FILLER]
+        tokens = sum(len(example.input_ids) for example in chosen)
+        missing = rounded_up(tokens) - tokens
+        row = pack([*chosen, filler(missing)] if missing else chosen)
         if prefixes is not None:
-            row = replace(row, prefix=prefixes.of(batch, positions), prefix_layers=prefixes.layer)
+            prefix = functional.pad(prefixes.of(batch, positions), (0, 0, 0, missing))
+            row = replace(row, prefix=prefix, prefix_layers=prefixes.layer)
         yield row.to(device)
