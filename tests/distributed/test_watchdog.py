@@ -119,6 +119,8 @@ def hang_where_nothing_can_be_written(directory: Path) -> None:
 
 def detect_with_a_rank_that_hangs(directory: Path, recipe: Recipe, port: int) -> None:
     """Rank 1 does not come back from its first micro-batch."""
+    # Or one leaves the group while the other is still joining it.
+    collectives.barrier()
     process_group.stop()
     os.environ.update(LOCAL_RANK=os.environ["RANK"], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     process_group.start(60.0)
