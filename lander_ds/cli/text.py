@@ -158,12 +158,7 @@ def _prompts(
     # Every request of a pair ends alike.
     stop, special = split_stop(tokenizer, next((request.stop for request in requests.values()), ""))
     ends = end_tokens(generation_config(Path(recipe.model.path)), tokenizer)
-    asked = [
-        (segment.line, requests[line])
-        for segment, own in zip(segments, lines, strict=True)
-        for line in own
-        if line.text
-    ]
+    asked = [(number, requests[line]) for number, line in _asked(segments, lines)]
     content = {
         "end_ids": list(dict.fromkeys([*ends, *special, *line_end_tokens(tokenizer)])),
         "stop": stop,
@@ -192,6 +187,13 @@ def _work_directory(output: str | None) -> Iterator[Path]:
         yield path
 
 
+def _asked(segments: Sequence[Segment], lines: Sequence[Sequence[Line]]) -> Iterator[tuple[int, Line]]:
+    """Every line that is not empty, with the number of its segment's."""
+    for segment, own in zip(segments, lines, strict=True):
+        for line in filter(lambda line: line.text, own):
+            yield segment.line, line
+
+
 def _requests(
     recipe: Recipe,
     pair: str,
@@ -209,10 +211,8 @@ def _requests(
     config = recipe.data.prompt
     examples = training_shots(recipe, resolve(recipe.data)) if config.shots else {}
     asked: dict[Line, int] = {}
-    for segment, own in zip(segments, lines, strict=True):
-        for line in own:
-            if line.text:
-                asked.setdefault(line, segment.line)
+    for number, line in _asked(segments, lines):
+        asked.setdefault(line, number)
     shots, form = examples.get(pair, []), prompt_format(config, tokenizer)
     prompts = TextEncoder(tokenizer).prompts(
         [

@@ -147,7 +147,7 @@ class _Builder:
     def _examples(
         self, pair: str, split: Split, corpora: list[Corpus], keep: Filter
     ) -> Iterator[tuple[Row, Encoded]]:
-        rows = (row for corpus in corpora for row in self._writer.kept_rows(corpus, keep))
+        rows = (row for corpus in corpora for row in self._writer.kept_rows(corpus, keep, keep.apart))
         for row, encoded in self._encoder.encode(pair, rows, self._data.prompt, self._shots[pair]):
             if len(encoded[0]) > self._data.max_length:
                 self._writer.reject(pair, split, too_many_tokens(row, len(encoded[0])))

@@ -21,10 +21,11 @@ from lander_ds.common.errors import ArtefactError, DataError
 from lander_ds.common.files import file_hash, publish_entry, write_json
 from lander_ds.config.schema.types import Split
 from lander_ds.data.context import Preceding
+from lander_ds.data.filters import Sentences
 from lander_ds.data.passes import reading
 from lander_ds.data.prepared import FEATURES, FORMAT, read_manifest, split_file
 from lander_ds.data.sources.corpus import Corpus
-from lander_ds.data.sources.rows import OVERLAPS, Reason, Rejection, Row
+from lander_ds.data.sources.rows import Reason, Rejection, Row
 from lander_ds.data.tokens.encoding import Encoded
 
 REJECTED_TEXT_CHARS = 200
@@ -90,8 +91,9 @@ class EntryWriter:
         """The counts of a split."""
         return self.counts[pair].setdefault(split, Counts())
 
-    def kept_rows(self, corpus: Corpus, keep: Keep) -> Iterator[Row]:
-        """The rows of a corpus that pass the filters, up to its limit; the others are recorded."""
+    def kept_rows(self, corpus: Corpus, keep: Keep, apart: Sentences | None = None) -> Iterator[Row]:
+        """The rows of a corpus that pass the filters, up to its limit; the others are recorded. Contexts have no sentence of
+        `apart`."""
         counts, kept = self.of(corpus.pair, corpus.split), 0
         preceding = Preceding(self._context)
         for item in reading(corpus, self.bar):
@@ -100,11 +102,10 @@ class EntryWriter:
                 self.reject(corpus.pair, corpus.split, item)
                 continue
             context = preceding.of(item.document)
-            reason = keep.reason(item)
             # What is not worth learning is part of the document all the same; but nobody may read what is kept apart.
-            if item.src and reason not in OVERLAPS:
+            if self._context and item.src and not (apart and apart.overlap(item.src, item.tgt)):
                 preceding.add(item.src)
-            if reason:
+            if reason := keep.reason(item):
                 text = f"{item.src} | {item.tgt}"
                 self.reject(corpus.pair, corpus.split, Rejection(item.file, item.line, reason, text))
             else:

@@ -118,7 +118,7 @@ class Filter:
     """
 
     def __init__(self, config: FilterConfig, apart: Sentences | None) -> None:
-        self._config, self._apart = config, apart
+        self._config, self.apart = config, apart
         self._seen = HashSet()
 
     def reason(self, row: Row) -> Reason | None:
@@ -130,7 +130,7 @@ class Filter:
             return "identical"
         if any(score < self._config.min_score.get(name, -math.inf) for name, score in row.scores):
             return "low_score"
-        if self._apart and (reason := self._apart.overlap(row.src, row.tgt)):
+        if self.apart and (reason := self.apart.overlap(row.src, row.tgt)):
             return reason
         if self._config.drop_duplicates and not self._seen.add(text_hash(f"{src}\0{tgt}")):
             return "duplicate"

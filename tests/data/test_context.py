@@ -176,6 +176,14 @@ def test_preparation(recipe: Recipe) -> None:
     assert prompts(recipe, "test") == ["en: Before it.\nde:", "Before: Before it.\nen: Kept apart.\nde:"]
 
 
+def test_what_is_kept_apart_is_no_context_whatever_else_drops_it(recipe: Recipe, tmp_path: Path) -> None:
+    corpus(
+        tmp_path / "train.jsonl",
+        [("a", "Kept apart.", "Kept apart."), ("a", "The next one.", "Der nächste.")],
+    )
+    assert prompts(recipe) == ["en: The next one.\nde:"]
+
+
 def test_several_processes_prepare_the_same(recipe: Recipe) -> None:
     one = prompts(recipe)
     assert prompts(replace(recipe, data=replace(recipe.data, workers=2)), force=True) == one

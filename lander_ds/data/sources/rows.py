@@ -25,14 +25,6 @@ Reason = Literal[
 ]
 """Why a line is dropped, in the order in which the reasons are tried."""
 
-OVERLAPS: tuple[Reason, ...] = (
-    "test_overlap_exact",
-    "test_overlap_normalised",
-    "training_overlap_exact",
-    "training_overlap_normalised",
-)
-"""Those of sentences that are kept apart."""
-
 _LINE_BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 
