@@ -191,7 +191,11 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
             check.warn(
                 f"{key}.columns.scores.{place}", f"has no effect: data.filters.min_score does not have {name}"
             )
-    if columns.doc is not None and not check.recipe.data.prompt.context:
+    if (
+        columns.doc is not None
+        and not check.recipe.data.prompt.context
+        and corpus.split in ("train", "detect")
+    ):
         check.warn(f"{key}.columns.doc", "has no effect: data.prompt.context is 0")
     check.refuse_placeholders(f"{key}.columns.src", columns.src, ("src", "tgt"))
     check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))

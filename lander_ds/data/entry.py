@@ -9,11 +9,12 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from lander_ds.common.console import ProgressTask, progress
@@ -22,7 +23,7 @@ from lander_ds.common.files import file_hash, publish_entry, write_json
 from lander_ds.config.schema.types import Split
 from lander_ds.data.context import Preceding
 from lander_ds.data.filters import Sentences
-from lander_ds.data.passes import reading
+from lander_ds.data.passes import HELD_OUT, reading
 from lander_ds.data.prepared import FEATURES, FORMAT, read_manifest, split_file
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.rows import Reason, Rejection, Row
@@ -134,22 +135,25 @@ class EntryWriter:
         self._rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def write(
-        self, pair: str, split: Split, examples: Iterable[tuple[Row, Encoded]], corpora: Iterable[Corpus]
+        self, pair: str, split: Split, examples: Iterable[tuple[Row, Encoded]], corpora: Sequence[Corpus]
     ) -> None:
         """Write the examples of a split.
 
         Args:
             pair, split: which.
             examples: rows with their token ids.
-            corpora: where they come from, for messages.
+            corpora: where they come from.
 
         Raises:
             DataError: there is none.
         """
         path, content = self._directory / split_file(pair, split), hashlib.sha256()
-        with ArrowWriter(path=str(path), features=FEATURES) as writer:
+        named = split in HELD_OUT and any(corpus.has_documents for corpus in corpora)
+        features = datasets.Features({**FEATURES, "doc": datasets.Value("string")}) if named else FEATURES
+        with ArrowWriter(path=str(path), features=features) as writer:
             counts = self.of(pair, split)
             for row, (ids, prompt_length) in examples:
+                document = {"doc": row.document} if named else {}
                 writer.write(
                     {
                         "id": f"{pair}:{split}:{counts.kept}",
@@ -158,9 +162,12 @@ class EntryWriter:
                         "input_ids": ids,
                         "prompt_length": prompt_length,
                         "length": len(ids),
+                        **document,
                     }
                 )
-                content.update(json.dumps([row.src, row.tgt, ids, prompt_length]).encode())
+                content.update(
+                    json.dumps([row.src, row.tgt, ids, prompt_length, *document.values()]).encode()
+                )
                 counts.kept += 1
                 counts.tokens += len(ids)
                 counts.target_tokens += len(ids) - prompt_length

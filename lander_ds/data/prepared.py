@@ -53,6 +53,8 @@ class Sentence:
     """Source text."""
     tgt: str
     """Target text (the reference)."""
+    doc: str | None = None
+    """The document it belongs to, in splits whose corpora name one; lines of a document stand behind one another."""
 
 
 class PreparedSplit:
@@ -66,7 +68,8 @@ class PreparedSplit:
         self._prompt_lengths: np.ndarray = table.column("prompt_length").to_numpy()
         self.target_lengths: np.ndarray = self.lengths - self._prompt_lengths
         """[n] int32: tokens of the target and the end of sequence."""
-        self._columns = {name: table.column(name) for name in ("id", "src", "tgt", "input_ids")}
+        self._texts = [name for name in ("id", "src", "tgt", "doc") if name in table.column_names]
+        self._columns = {name: table.column(name) for name in (*self._texts, "input_ids")}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -83,8 +86,7 @@ class PreparedSplit:
 
     def sentence(self, index: int) -> Sentence:
         """The text of an example."""
-        values = (self._columns[name][int(index)].as_py() for name in ("id", "src", "tgt"))
-        return Sentence(*values)
+        return Sentence(**{name: self._columns[name][int(index)].as_py() for name in self._texts})
 
     def texts(self) -> Iterator[str]:
         """Every source, then every target."""

@@ -5,11 +5,14 @@ Per pair and system: BLEU, chrF2 (`chrf`), chrF2++ (`chrfpp`) and TER, bootstrap
 translations in another language than the target (`off_target`), the share of empty ones (`empty`)
 and that of those cut short at `translate.max_new_tokens` (`truncated`). A neural metric (`score.neural`) has the figures of
 BLEU, under its name.
+Where the corpus says which document a sentence is of, `doc_bleu` and `doc_chrf` are BLEU and chrF2 of whole documents, with
+the same figures; the bootstrap draws documents.
 The baseline is the system `baseline`, read from the file of `score.baseline`, or else the untouched base.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -35,6 +38,9 @@ BASE = "base"
 TRAINED = "trained"
 FEWSHOT = "fewshot"
 MEANS = (*BOOTSTRAPPED, "ter", "off_target", "empty", "truncated")
+
+DOCUMENTS = {"doc_bleu": "bleu", "doc_chrf": "chrf"}
+"""Metrics of whole documents."""
 
 Translations = Mapping[str, Sequence[Translation]]
 """System -> its translations of one pair."""
@@ -76,6 +82,7 @@ def score_pair(
     tokenizer = bleu_tokenizer(language, config.tokenizers)
     segments = aligned(pair, translations)
     references = [segment.ref for segment in next(iter(segments.values()))]
+    documents = documents_of(translations)
 
     def estimate(compared: Segments) -> tuple[dict[str, dict[str, Estimate]], dict[str, str]]:
         """Of systems, each tested against the first."""
@@ -86,6 +93,13 @@ def score_pair(
             for system, estimated in evaluate_sentences(sentences, config, seed).items():
                 estimates[system][metric] = estimated
             signatures[metric] = scores.signature
+        if documents is not None:
+            whole = {system: joined(texts, documents) for system, texts in hypotheses.items()}
+            of_whole, signed = evaluate(joined(references, documents), whole, tokenizer, config, seed)
+            for name, metric in DOCUMENTS.items():
+                signatures[name] = signed[metric]
+                for system, estimated_whole in of_whole.items():
+                    estimates[system][name] = estimated_whole[metric]
         return estimates, signatures
 
     estimates, signatures = estimate(segments)
@@ -103,9 +117,10 @@ def score_pair(
     # The base with examples in its prompt is the fairer comparison.
     compared = {system: segments[system] for system in (FEWSHOT, TRAINED) if system in segments}
     fairer = estimate(compared)[0][TRAINED] if len(compared) == 2 else {}
-    tested = (*BOOTSTRAPPED, *(neural or {}))
+    tested = (*BOOTSTRAPPED, *(neural or {}), *(DOCUMENTS if documents else ()))
     entry = {
         "sentences": len(references),
+        **({"documents": len(documents)} if documents else {}),
         "tokenizer": tokenizer,
         "systems": systems,
         **{f"p_{metric}": systems.get(TRAINED, {}).get(f"p_{metric}") for metric in tested},
@@ -113,6 +128,29 @@ def score_pair(
         "off_target_reference": identifier.off_target(references, language),
     }
     return entry, signatures
+
+
+def documents_of(translations: Translations) -> list[int] | None:
+    """How many sentences each document has, in the order of `aligned`; None where no sentence is known to be of one.
+
+    Sentences of a document stand behind one another, and a sentence of none is a document of its own.
+    """
+    known = {one.id: one.doc for of in translations.values() for one in of if one.doc is not None}
+    if not known:
+        return None
+    baseline = baseline_of(translations)
+    order = translations[next(iter(translations)) if baseline is None else baseline]
+    names: list[str | None] = [known.get(one.id) for one in order]
+    begins = [
+        place for place, name in enumerate(names) if not place or name is None or name != names[place - 1]
+    ]
+    return [end - begin for begin, end in itertools.pairwise([*begins, len(names)])]
+
+
+def joined(sentences: Sequence[str], documents: Iterable[int]) -> list[str]:
+    """Documents as texts of one line (R, d-BLEU of Liu et al. 2020)."""
+    following = iter(sentences)
+    return [" ".join(itertools.islice(following, count)) for count in documents]
 
 
 def aligned(pair: str, translations: Translations) -> dict[str, list[Segment]]:
@@ -145,6 +183,12 @@ def aligned(pair: str, translations: Translations) -> dict[str, list[Segment]]:
     return segments
 
 
+def documented(pairs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Metrics of whole documents that some system of some pair has."""
+    figures = [of for entry in pairs.values() for of in entry["systems"].values()]
+    return tuple(name for name in DOCUMENTS if any(name in of for of in figures))
+
+
 def means(
     pairs: Mapping[str, Mapping[str, Any]], neural: Iterable[str] = ()
 ) -> dict[str, dict[str, float | None]]:
@@ -153,7 +197,7 @@ def means(
     return {
         system: {
             metric: _mean([pair["systems"][system].get(metric) for pair in pairs.values()])
-            for metric in (*MEANS, *neural)
+            for metric in (*MEANS, *neural, *documented(pairs))
         }
         for system in systems
     }

@@ -16,7 +16,15 @@ from lander_ds.data.tokens.languages import split_pair
 from lander_ds.distributed.start import Start
 from lander_ds.export.writer import Form
 from lander_ds.models.weights import base_name
-from lander_ds.report.summary import METRICS, NEURAL_DIGITS, SYSTEM_NAMES, number, pair_scores, remarks
+from lander_ds.report.summary import (
+    DOCUMENT_METRICS,
+    METRICS,
+    NEURAL_DIGITS,
+    SYSTEM_NAMES,
+    number,
+    pair_scores,
+    remarks,
+)
 
 Facts = Mapping[str, Any]
 """What is known of a training, as JSON values; a delta carries it along."""
@@ -225,6 +233,7 @@ def _scores(facts: Facts) -> str:
     rows = []
     # Files of version 0.1 name no neural metrics.
     digits: dict[str, int] = dict.fromkeys(METRICS, 2) | dict.fromkeys(facts.get("neural", ()), NEURAL_DIGITS)
+    digits |= {name: 2 for name in DOCUMENT_METRICS if any(name in figures for figures in scores.values())}
     for pair, figures in scores.items():
         for system, title in SYSTEM_NAMES.items():
             prefix = "" if system == "trained" else f"{system}_"

@@ -101,7 +101,7 @@ def _of_split(
     shots = config.shots if system == "fewshot" else recipe.data.prompt.shots
     stop = prompt_format(recipe.data.prompt, tokenizer).stop(pair, shots)
     return [
-        Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop)
+        Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop, sentence.doc)
         for sentence, prompt in zip(sentences, prompts, strict=True)
     ]
 

@@ -57,6 +57,8 @@ class Request:
     """Token ids that the model continues."""
     stop: str = ""
     """Text that ends the translation, beside line ends and end tokens; the same for every request of a pair."""
+    doc: str | None = None
+    """The document the sentence belongs to, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def _translation(request: Request, best: Sequence[Hypothesis]) -> Translation:
     return Translation(
         *(request.id, request.src, request.ref, first.text, first.tokens, first.truncated),
         n_best=alternatives or None,
+        doc=request.doc,
     )
 
 

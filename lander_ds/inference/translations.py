@@ -51,6 +51,8 @@ class Translation:
     """Whether it was cut short at `translate.max_new_tokens`; None where that is not known."""
     n_best: tuple[Alternative, ...] | None = None
     """The best translations, or samples as they were drawn, `hyp` first, where several were wanted."""
+    doc: str | None = None
+    """The document that the sentence belongs to, where it is known."""
 
 
 def write_translations(path: Path, translations: Sequence[Translation]) -> None:
@@ -141,8 +143,9 @@ class Appender:
 
 def _line(translation: Translation) -> str:
     fields = asdict(translation)
-    if translation.n_best is None:
-        del fields["n_best"]
+    for name in ("n_best", "doc"):
+        if fields[name] is None:
+            del fields[name]
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
@@ -160,11 +163,15 @@ def _parse(line: bytes) -> Translation | None:
     texts = [value.get(name) for name in ("id", "src", "ref", "hyp")]
     id_, src, ref, hyp = (text if isinstance(text, str) else None for text in texts)
     # Files of version 0.1 do not say whether a translation is truncated.
-    tokens, truncated = value.get("tokens"), value.get("truncated")
+    tokens, truncated, doc = (value.get(name) for name in ("tokens", "truncated", "doc"))
     if id_ is None or src is None or ref is None or hyp is None or not isinstance(tokens, int):
         return None
     try:
         n_best = tuple(Alternative(**one) for one in value["n_best"]) if "n_best" in value else None
     except TypeError:
         return None
-    return Translation(id_, src, ref, hyp, tokens, truncated if isinstance(truncated, bool) else None, n_best)
+    cut_short, document = (
+        truncated if isinstance(truncated, bool) else None,
+        doc if isinstance(doc, str) else None,
+    )
+    return Translation(id_, src, ref, hyp, tokens, cut_short, n_best, document)

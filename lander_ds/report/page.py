@@ -20,8 +20,8 @@ from lander_ds.method.relevance import relevance
 from lander_ds.report import plots
 from lander_ds.report.artefacts import Artefacts, load_artefacts
 from lander_ds.report.figures import data_uri
-from lander_ds.report.sets import lines, systems_of
-from lander_ds.report.summary import NEURAL_DIGITS, SYSTEM_NAMES, remarks, summarise
+from lander_ds.report.sets import further_of_sets, lines, systems_of
+from lander_ds.report.summary import SYSTEM_NAMES, further_metrics, remarks, summarise
 
 EXAMPLES_PER_PAIR = 5
 
@@ -58,8 +58,8 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
         summary=summary,
         remarks=remarks(summary["scores"]),
         artefacts=artefacts,
-        neural=summary["neural"],
-        neural_digits=NEURAL_DIGITS,
+        further=further_metrics(artefacts.scores["pairs"], summary["neural"]) if artefacts.scores else {},
+        further_of_sets=further_of_sets(summary["sets"], summary["neural"]),
         gain=_mean_gain(artefacts.scores),
         system_names=SYSTEM_NAMES,
         set_lines={name: list(lines(entry)) for name, entry in summary["sets"].items()},

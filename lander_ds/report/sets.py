@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lander_ds.report.summary import NEURAL_DIGITS, SYSTEM_NAMES, number, p_value
+from lander_ds.report.summary import SYSTEM_NAMES, further_metrics, number, p_value
 
 GROUPS = {"trained": "mean", "untrained": "mean *"}
 """Directions that are and are not among `data.pairs` -> what their means are called."""
@@ -57,8 +57,16 @@ def systems_of(sets: Mapping[str, Any]) -> list[str]:
     return [system for system in SYSTEM_NAMES if any(system in entry for entry in entries)]
 
 
+def further_of_sets(sets: Mapping[str, Any], neural: Sequence[str]) -> dict[str, int]:
+    """`further_metrics` of all sets together."""
+    entries = {
+        f"{name} {pair}": of for name, entry in sets.items() for pair, of in entry["directions"].items()
+    }
+    return further_metrics(entries, neural)
+
+
 def set_tables(sets: Mapping[str, Any], neural: Sequence[str]) -> list[Table]:
-    """The matrix, one per neural metric, and the losses on plain text; nothing without test sets.
+    """The matrix, one per further metric, and the losses on plain text; nothing without test sets.
 
     Args:
         sets: `sets` of `scores.json`.
@@ -66,7 +74,8 @@ def set_tables(sets: Mapping[str, Any], neural: Sequence[str]) -> list[Table]:
     """
     if not sets:
         return []
-    matrices = [_matrix(sets, name, name, NEURAL_DIGITS, off_target=False) for name in neural]
+    further = further_of_sets(sets, neural)
+    matrices = [_matrix(sets, name, name, digits, off_target=False) for name, digits in further.items()]
     return [_matrix(sets, "chrf", "chrF", 1, off_target=True), *matrices, _losses(sets)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -28,6 +28,8 @@ TRAINING_FIGURES = (
 METRICS = ("bleu", "chrf", "chrfpp", "ter")
 SHARES = {"empty": "are empty", "truncated": "were cut short at translate.max_new_tokens"}
 """Of the translations of a system; a system's scores say little where they are large."""
+DOCUMENT_METRICS = ("doc_bleu", "doc_chrf")
+"""BLEU and chrF2 of whole documents, where documents are known."""
 NEURAL_DIGITS = 4
 """Behind the point of neural scores, which mostly stay between 0 and 1, as `comet-score` writes them."""
 P_VALUES = ("p_bleu", "p_chrf", "p_chrfpp")
@@ -70,7 +72,20 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
 
 def pair_scores(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Pair -> flat figures from the contents of `scores.json`."""
-    return {pair: _flat(entry, scores.get("neural", ())) for pair, entry in scores["pairs"].items()}
+    further = further_metrics(scores["pairs"], scores.get("neural", ()))
+    return {pair: _flat(entry, further) for pair, entry in scores["pairs"].items()}
+
+
+def further_metrics(entries: Mapping[str, Mapping[str, Any]], neural: Iterable[str]) -> dict[str, int]:
+    """Metrics beside those that every run has -> digits behind the point.
+
+    Args:
+        entries: `pairs` of `scores.json`, or `directions` of a test set.
+        neural: names of neural metrics.
+    """
+    figures = [of for entry in entries.values() for of in entry["systems"].values()]
+    documents = {name: 1 for name in DOCUMENT_METRICS if any(name in of for of in figures)}
+    return documents | dict.fromkeys(neural, NEURAL_DIGITS)
 
 
 def stage_seconds(run: RunDirectory) -> dict[str, float]:
@@ -90,8 +105,11 @@ def artefacts(run: RunDirectory) -> dict[str, str]:
 
 
 def score_tables(scores: Mapping[str, Mapping[str, Any]], neural: Sequence[str]) -> list[Table]:
-    """BLEU and chrF2 per pair, then a table per neural metric."""
+    """BLEU and chrF2 per pair, those of whole documents where they are known, then a table per neural metric."""
     tables = [_score_table(scores, "BLEU / chrF2", {"bleu": "BLEU", "chrf": "chrF"}, 1)]
+    if any("doc_chrf" in figures for figures in scores.values()):
+        whole = {"doc_bleu": "BLEU", "doc_chrf": "chrF"}
+        tables.append(_score_table(scores, "BLEU / chrF2 of whole documents", whole, 1))
     return tables + [_score_table(scores, name, {name: ""}, NEURAL_DIGITS) for name in neural]
 
 
@@ -176,15 +194,15 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return outer
 
 
-def _flat(entry: Mapping[str, Any], neural: Sequence[str]) -> dict[str, Any]:
+def _flat(entry: Mapping[str, Any], further: Collection[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    metrics = (*METRICS, *neural, *SHARES)
+    metrics = (*METRICS, *further, *SHARES)
     for system in SYSTEM_NAMES:
         # Most runs have no other system to compare with, while the others are null until they are scored.
         if system != "baseline" or system in entry["systems"]:
             scores = entry["systems"].get(system, {})
             figures |= {f"{_prefix(system)}{metric}": scores.get(metric) for metric in metrics}
-    p_values = {name: entry.get(name) for name in (*P_VALUES, *(f"p_{name}" for name in neural))}
+    p_values = {name: entry.get(name) for name in (*P_VALUES, *(f"p_{name}" for name in further))}
     return {**figures, **p_values, "sentences": entry.get("sentences")}
 
 

@@ -258,3 +258,22 @@ def test_lines_of_a_text_and_of_json() -> None:
         (),
     ]
     assert {line.context for own in lines_of(keyed, 0) for line in own} == {()}
+
+
+def test_what_is_scored_knows_its_document(recipe: Recipe) -> None:
+    """Training data does not, and nobody does without the column."""
+    prompts(recipe)
+    data = PreparedData.load(RunDirectory(recipe.run_dir), recipe)
+    (test,), (train,) = data.split("test").values(), data.split("train").values()
+    assert [test.sentence(index).doc for index in range(len(test))] == ["t", "t"]
+    assert train.sentence(0).doc is None
+    plain = replace(
+        recipe,
+        data=replace(
+            recipe.data,
+            corpora=(recipe.data.corpora[0], replace(recipe.data.corpora[1], columns=ColumnConfig())),
+        ),
+    )
+    prompts(plain)
+    (test,) = PreparedData.load(RunDirectory(plain.run_dir), plain).split("test").values()
+    assert test.sentence(0).doc is None

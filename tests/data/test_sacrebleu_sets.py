@@ -41,6 +41,17 @@ def test_lines_of_the_cache_both_ways(tmp_path: Path, monkeypatch: pytest.Monkey
     assert texts(backwards, "de-en") == [(target, source) for source, target in lines]
 
 
+def test_documents_are_named_in_any_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_sacrebleu_cache(
+        monkeypatch, tmp_path, "multi30k/2016", "en-de", [("a", "b"), ("c", "d"), ("e", "f")]
+    )
+    (source,) = tmp_path.rglob("*.en-de.src")
+    source.with_suffix(".docid").write_bytes(b"caf\xe9\nbar\n")
+    config = CorpusConfig("sacrebleu:multi30k/2016", "test")
+    assert documents(config, 1) == ["caf\\xe9", "bar", None]
+    assert documents(config, 0) == [None] * 3
+
+
 def test_a_downloaded_archive_is_read_by_sacrebleu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several references that which sacreBLEU scores with."""
     directory = empty_sacrebleu_cache(monkeypatch, tmp_path, "wmt23") / "raw"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from sacrebleu.metrics import BLEU
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.evaluation.language import LanguageIdentifier
-from lander_ds.evaluation.score import means, score_pair
+from lander_ds.evaluation.score import documents_of, joined, means, score_pair
 from lander_ds.inference.translations import Translation
-from lander_ds.report.summary import pair_scores, remarks
+from lander_ds.report.summary import pair_scores, remarks, score_tables
 
 CONFIG = ScoreConfig(bootstrap_samples=50)
 REFERENCES = [
@@ -129,3 +130,36 @@ def test_translations_cut_short_are_counted_and_told(identifier: LanguageIdentif
     assert remarks(figures) == [
         "en-de, trained: 25.0 % of the translations were cut short at translate.max_new_tokens"
     ]
+
+
+def test_whole_documents(identifier: LanguageIdentifier) -> None:
+    """Sentences of a document are one text, and a sentence of none is a text of its own."""
+    documents = ["a"] * 4 + ["b"] * 4 + [None] * 2 + ["a"] * 10
+
+    def known(share: float) -> list[Translation]:
+        return [replace(one, doc=doc) for one, doc in zip(system(share), documents, strict=True)]
+
+    systems = {"trained": known(0.9), "base": system(0.5)}
+    assert documents_of(systems) == [4, 4, 1, 1, 10]
+    assert documents_of({"base": system(0.5)}) is None
+    assert joined(["a", "b", "c"], [2, 1]) == ["a b", "c"]
+    entry, signatures = score_pair("en-de", systems, CONFIG, 1, identifier)
+    assert entry["documents"] == 5
+    trained = entry["systems"]["trained"]
+    expected = BLEU().corpus_score(
+        joined([one.hyp for one in systems["trained"]], [4, 4, 1, 1, 10]),
+        [joined(REFERENCES, [4, 4, 1, 1, 10])],
+    )
+    assert trained["doc_bleu"] == pytest.approx(expected.score)
+    assert trained["doc_bleu"] != trained["bleu"]
+    assert entry["p_doc_chrf"] == trained["p_doc_chrf"]
+    assert {"doc_bleu", "doc_chrf"} <= set(signatures)
+    pairs = {"en-de": entry}
+    assert means(pairs)["trained"]["doc_chrf"] == trained["doc_chrf"]
+    figures = pair_scores({"pairs": pairs})["en-de"]
+    assert figures["doc_chrf"] == trained["doc_chrf"]
+    _, of_documents = score_tables({"en-de": figures}, [])
+    assert str(of_documents.title).startswith("BLEU / chrF2 of whole documents")
+    unknown, _ = score_pair("en-de", {"trained": system(0.9)}, CONFIG, 1, identifier)
+    assert "documents" not in unknown
+    assert len(score_tables(pair_scores({"pairs": {"en-de": unknown}}), [])) == 1

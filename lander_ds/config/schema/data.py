@@ -48,8 +48,8 @@ class ColumnConfig:
     have a number in each."""
 
     doc: str | None = None
-    """The document that a row belongs to; lines of a document stand behind one another, and rows without one alone. Only for
-    `data.prompt.context`."""
+    """The document that a row belongs to; lines of a document stand behind one another, and rows without one alone. For
+    `data.prompt.context`, and for scores of whole documents."""
 
     @property
     def named(self) -> tuple[str, ...]:

@@ -72,6 +72,11 @@ class Corpus:
     """At most so many rows that pass the filters."""
 
     @property
+    def has_documents(self) -> bool:
+        """Whether it says which document a row is of."""
+        return self.columns.doc is not None or len(self.paths) == 3
+
+    @property
     def name(self) -> str:
         """The file as a person writes it."""
         return str(self.paths[0])

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice, repeat, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from typing import Any
 
 from lander_ds.common.errors import DataError
@@ -160,9 +160,9 @@ def _check_header(corpus: Corpus, names: list[str]) -> None:
 
 def _read_moses(corpus: Corpus, advance: Advance) -> Iterator[Row | Rejection]:
     source, target, *documents = corpus.paths
-    of = (
-        (line[1].decode() for line in read_lines(documents[0], lambda _: None)) if documents else repeat(None)
-    )
+    # Names of documents need only differ, whatever they are written in.
+    names = read_lines(documents[0], lambda _: None) if documents else ()
+    of = chain((line.decode(errors="backslashreplace") for _, line in names), repeat(None))
     count = {source: 0, target: 0}
     for left, right in zip_longest(read_lines(source, advance), read_lines(target, advance)):
         document = next(of, None)
