@@ -16,6 +16,7 @@ from lander_ds.data.tokens.languages import split_pair
 from lander_ds.distributed.start import Start
 from lander_ds.export.writer import Form
 from lander_ds.models.weights import base_name
+from lander_ds.report.artefacts import data_statistics
 from lander_ds.report.summary import (
     DOCUMENT_METRICS,
     METRICS,
@@ -82,17 +83,20 @@ def facts_of(start: Start, checkpoint_state: Mapping[str, Any]) -> dict[str, Any
         checkpoint_state: state.json of the exported checkpoint.
     """
     recipe, run = start.recipe, start.run
-    prepared = run.record_path("prepare")
-    statistics = run.data / "statistics.json"
+    stages = ["prepare", *(["prepare_replay"] if recipe.data.replay.corpora else [])]
+    records = [run.record_path(stage) for stage in stages]
     scores = read_json(run.scores, "run stage score again") if run.scores.exists() else None
-    inputs = read_json(prepared, "run stage prepare again").get("inputs", {}) if prepared.exists() else {}
+    inputs: dict[str, str] = {}
+    for path in (path for path in records if path.exists()):
+        inputs |= read_json(path, "run stage prepare again").get("inputs", {})
     return {
         "base": {"name": base_name(recipe.model.path), "fingerprint": start.base_fingerprint},
         "method": checkpoint_state["method"],
         "step": checkpoint_state["step"],
         "pairs": list(checkpoint_state["pairs"]),
         "recipe": dump_recipe(as_trained(recipe, checkpoint_state)),
-        "data": read_json(statistics, "run stage prepare again") if statistics.exists() else {},
+        "data": data_statistics(run, recipe) or {},
+        "context": recipe.data.prompt.context,
         "corpora": {name: digest for name, digest in inputs.items() if name != "tokenizer"},
         "scores": None if scores is None else pair_scores(scores),
         "scored": _translated_with(run) or f"step-{checkpoint_state['step']}",
@@ -163,6 +167,8 @@ def _origin(facts: Facts) -> str:
     ]
     if "step" in facts:
         rows.append(("optimizer steps", str(facts["step"])))
+    if context := facts.get("context"):
+        rows.append(("context in a prompt", f"the {context} source sentences before, of the same document"))
     if "versions" in facts:
         rows.append(("made with", ", ".join(f"{name} {value}" for name, value in facts["versions"].items())))
     return _table(("", ""), rows)

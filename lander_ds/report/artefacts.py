@@ -11,9 +11,15 @@ from typing import Any
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import read_json
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.config.data_consistency import translated_pairs
+from lander_ds.config.recipe import Recipe
+from lander_ds.data.prepared import replay_directory
+from lander_ds.data.sources.corpus import TEXT
 from lander_ds.inference.translations import Translation, read_translations
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.selection import Selection
+
+STATISTICS = "statistics.json"
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,30 @@ class Artefacts:
     """What is not there."""
 
 
-def load_artefacts(run: RunDirectory, pairs: Sequence[str]) -> Artefacts:
+def data_statistics(run: RunDirectory, recipe: Recipe) -> dict[str, Any] | None:
+    """Pair -> split -> counts of the prepared data, the texts of `data.replay` as `replay`; None before prepare has run.
+
+    Raises:
+        ArtefactError: a file is damaged.
+    """
+    statistics = _json(run.data / STATISTICS, "prepare")
+    texts = _json(replay_directory(run) / STATISTICS, "prepare") if recipe.data.replay.corpora else None
+    if statistics is None or texts is None:
+        return statistics
+    return statistics | {"replay": texts[TEXT]}
+
+
+def load_artefacts(run: RunDirectory, recipe: Recipe) -> Artefacts:
     """Load what there is.
 
     Raises:
         ArtefactError: something is there but damaged.
     """
-    statistics_path = run.data / "statistics.json"
-    translations = _translations(run, pairs)
+    statistics = data_statistics(run, recipe)
+    translations = _translations(run, translated_pairs(recipe))
     steps, validations = _metrics(run.metrics)
     expected = (
-        ("the data statistics", "prepare", statistics_path.exists()),
+        ("the data statistics", "prepare", statistics is not None),
         ("relevance of the layers, awareness and overlap of the pairs", "detect", run.awareness.exists()),
         ("selected layers and banks", "select", run.selection.exists()),
         ("losses, learning rates and gates", "train", bool(steps)),
@@ -69,7 +88,7 @@ def load_artefacts(run: RunDirectory, pairs: Sequence[str]) -> Artefacts:
         ("scores", "score", run.scores.exists()),
     )
     return Artefacts(
-        statistics=_json(statistics_path, "prepare"),
+        statistics=statistics,
         awareness=Awareness.load(run.awareness) if run.awareness.exists() else None,
         selection=Selection.load(run.selection) if run.selection.exists() else None,
         steps=steps,

@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 
 from lander_ds.common.run_directory import RunDirectory, versions
-from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.loading import dump_recipe
 from lander_ds.config.recipe import Recipe
 from lander_ds.data.tokens.languages import split_pair
@@ -41,7 +40,7 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
     Raises:
         ArtefactError: no stage has run, or an artefact is damaged.
     """
-    artefacts, summary = load_artefacts(run, translated_pairs(recipe)), summarise(run)
+    artefacts, summary = load_artefacts(run, recipe), summarise(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

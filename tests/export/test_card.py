@@ -17,6 +17,7 @@ from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
 from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.data import PromptConfig, ReplayConfig, TextCorpusConfig
 from lander_ds.distributed.start import Start
 from lander_ds.export.card import Exactness, facts_of, render
 from lander_ds.export.writer import Form
@@ -63,6 +64,22 @@ def facts(tiny_run: TinyRun, tmp_path: Path) -> dict[str, Any]:
         target.write_text(path.read_text())
     scored(run)
     return facts_of(Start(recipe, run), state_of(recipe))
+
+
+def test_replay_and_context_are_named(facts: dict[str, Any], tiny_run: TinyRun, tmp_path: Path) -> None:
+    assert not {"replay", "context in a prompt"} & set(render(facts, "routed", Exactness.exact()).split("| "))
+    recipe, run = replace(tiny_run.recipe("prepared"), run_dir=str(tmp_path)), RunDirectory(tmp_path)
+    texts = ReplayConfig(corpora=(TextCorpusConfig("news.txt"),), share=0.1)
+    prompt = PromptConfig(template="{context}{src} {tgt_lang}", context=3)
+    recipe = replace(recipe, data=replace(recipe.data, replay=texts, prompt=prompt))
+    write_json(
+        run.data / "replay" / "statistics.json", {"text": {"train": {"read": 7, "kept": 5, "tokens": 1234}}}
+    )
+    write_json(run.record_path("prepare_replay"), {"inputs": {"news.txt": "digest"}})
+    text = render(facts_of(Start(recipe, run), state_of(recipe)), "routed", Exactness.exact())
+    assert "| replay | train | 7 | 5 | 1,234 |" in text
+    assert "| `news.txt` | `digest` |" in text
+    assert "| context in a prompt | the 3 source sentences before, of the same document |" in text
 
 
 def front_matter(text: str) -> dict[str, Any]:
