@@ -16,6 +16,14 @@ GATED = FFNPaths(
     block="mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", activation="mlp.act_fn"
 )
 
+FUSED = FFNPaths(
+    block="mlp",
+    gate="mlp.gate_up_proj",
+    up="mlp.gate_up_proj",
+    down="mlp.down_proj",
+    activation="mlp.activation_fn",
+)
+
 
 def _embed_tokens(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Token embedding alone; Gemma's scale is inside its embedding module."""
@@ -90,7 +98,7 @@ def _learned_positions(
 
 def _llama_like(name: str, *model_types: str, **different: Any) -> Family:
     """A family of the LLaMA class; `different` says in what it is not."""
-    plain: dict[str, Any] = {"embed": _embed_tokens, "layer_arguments": _rotary}
+    plain: dict[str, Any] = {"ffn": GATED, "embed": _embed_tokens, "layer_arguments": _rotary}
     return Family(
         name=name,
         model_types=model_types,
@@ -98,7 +106,6 @@ def _llama_like(name: str, *model_types: str, **different: Any) -> Family:
         embeddings="embed_tokens",
         layers="layers",
         final=("norm",),
-        ffn=GATED,
         **plain | different,
     )
 
@@ -144,6 +151,8 @@ for _family in (
     _llama_like("smollm3", "smollm3"),
     _llama_like("hunyuan", "hunyuan_v1_dense"),
     _llama_like("seed_oss", "seed_oss"),
+    _llama_like("phi3", "phi3", ffn=FUSED),
+    _llama_like("glm", "glm", "glm4", ffn=FUSED),
     _llama_like("olmo2", "olmo2"),
     _llama_like("olmo3", "olmo3", layer_arguments=_rotary_per_type),
     _llama_like("cohere", "cohere", "cohere2", logit_factor=lambda config: float(config.logit_scale)),

@@ -32,11 +32,22 @@ class FFNPaths:
     activation: str
     """The non-linearity."""
     gate: str | None = None
-    """Gating in-projection of a gated FFN."""
+    """Gating in-projection of a gated FFN. The same path as `up`: one matrix [2 f, d] has the rows of both, the gating ones
+    first (Phi-3)."""
     block: str | None = None
     """Module that takes x and returns the FFN output and nothing else: the routed FFN replaces it. None: the
     FFN is spread in the layer (OPT) or adds the residual itself (BLOOM): the routed FFN replaces `up`, while
     `activation` and `down` become identities."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether one matrix is both in-projections."""
+        return self.gate == self.up
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Paths of all projections, each once."""
+        return tuple(dict.fromkeys(filter(None, (self.up, self.gate, self.down))))
 
 
 @dataclass(frozen=True)
@@ -131,4 +142,4 @@ class Family:
         """f, neurons per FFN (only before surgery)."""
         weight = self.layers_of(model)[0].get_submodule(self.ffn.up).weight
         assert isinstance(weight, torch.Tensor)
-        return int(weight.shape[0])
+        return int(weight.shape[0]) // (1 + self.ffn.fused)

@@ -37,13 +37,13 @@ _AT_ONCE = 1 << 17
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "seq_length")
 """Names under which config.json has the longest sequence that the model is made for."""
 
-_DROPOUT = re.compile(r"(^|_)(dropout|layerdrop)$")
+_DROPOUT = re.compile(r"(^|_)(dropout|layerdrop|pdrop)$")
 
 
 def hf_config(model: ModelConfig) -> tuple[Any, Family]:
     """The HF configuration of the text model, and its family.
 
-    Dropout is switched off (of the known families only OPT has any): its random numbers would follow the rank
+    Dropout is switched off (of the known families OPT and Phi-3 have some): its random numbers would follow the rank
     and the micro-batch, and with them the result.
 
     Raises:

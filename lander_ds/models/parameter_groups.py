@@ -121,7 +121,7 @@ def _ffn_parameters(model: PreTrainedModel, family: Family, layers: list[int]) -
     """All weights of the FFN projections of `layers`, and the in-projection's bias where there is one."""
     for index in layers:
         layer = family.layers_of(model)[index]
-        for path in filter(None, (family.ffn.gate, family.ffn.up, family.ffn.down)):
+        for path in family.ffn.projections:
             projection = layer.get_submodule(path)
             assert isinstance(projection, nn.Linear)
             for name, parameter in projection.named_parameters():

@@ -83,7 +83,7 @@ def install(
         layer, index = layers[chosen.layer], chosen.layer
         projections = _projections(layer, f"{family.decoder}.{family.layers}.{index}", family.ffn)
         up, down = projections["up"][1], projections["down"][1]
-        banks = _banks(projections, chosen, selection.pairs)
+        banks = _banks(projections, chosen, selection, family.ffn.fused)
         router = None if routing.gate == "none" else _new_gate(up.weight, routing.hidden, seed, index)
         activation = layer.get_submodule(family.ffn.activation)
         output_bias = None if down.bias is None else down.bias.data
@@ -116,8 +116,10 @@ def _projections(layer: nn.Module, name: str, paths: FFNPaths) -> Projections:
     return projections
 
 
-def _banks(projections: Projections, chosen: LayerSelection, pairs: tuple[str, ...]) -> list[BankFFN]:
-    """One module per bank, each parameter marked with its slice of the base."""
+def _banks(
+    projections: Projections, chosen: LayerSelection, selection: Selection, fused: bool
+) -> list[BankFFN]:
+    """One module per bank, each parameter marked with its slice of the base; `fused`: as `FFNPaths.fused`."""
     # Role in the bank -> base name, base tensor, dimension of the neurons.
     bases: dict[str, tuple[str, torch.Tensor, int]] = {
         role: (f"{name}.weight", module.weight.data, 1 if role == "down" else 0)
@@ -128,14 +130,17 @@ def _banks(projections: Projections, chosen: LayerSelection, pairs: tuple[str, .
         bases["bias"] = (f"{name}.bias", up.bias.data, 0)
     banks = []
     for bank, neurons in zip(chosen.banks, chosen.slices(), strict=True):
-        values = {
-            role: tensor.index_select(dim, neurons.to(tensor.device))
-            for role, (_, tensor, dim) in bases.items()
+        cuts = {
+            role: Slice(
+                base, dim, neurons + selection.neurons if fused and role == "up" else neurons, tensor.shape
+            )
+            for role, (base, tensor, dim) in bases.items()
         }
-        module = BankFFN(bank.kind, [pairs.index(pair) for pair in bank.owners], **values)
+        values = {role: cut.take(bases[role][1]) for role, cut in cuts.items()}
+        module = BankFFN(bank.kind, [selection.pairs.index(pair) for pair in bank.owners], **values)
         module.group = bank.group
-        for role, (base, tensor, dim) in bases.items():
-            mark(module.get_parameter(role), Slice(base, dim, neurons, tensor.shape))
+        for role, cut in cuts.items():
+            mark(module.get_parameter(role), cut)
         banks.append(module)
     return banks
 
@@ -150,7 +155,7 @@ def _put_in(layer: nn.Module, paths: FFNPaths, routed: RoutedFFN) -> None:
     if paths.block is not None:
         # Kept for `remove`, without its weights.
         routed.replaced = (layer.get_submodule(paths.block),)
-        for path in filter(None, (paths.up, paths.gate, paths.down)):
+        for path in paths.projections:
             replace(layer, path, nn.Identity())
     substitute(layer, asdict(paths), routed)
 
@@ -221,7 +226,7 @@ def remove(model: PreTrainedModel, family: Family) -> None:
         whole = restored(tensors, slices(routed))
         if paths.block is not None:
             replace(layer, paths.block, routed.replaced[0])
-        for path in filter(None, (paths.up, paths.gate, paths.down)):
+        for path in paths.projections:
             base = f"{family.decoder}.{family.layers}.{routed.layer}.{path}"
             replace(layer, path, _linear(whole[f"{base}.weight"], whole.get(f"{base}.bias")))
         replace(layer, paths.activation, routed.activation)

@@ -67,7 +67,10 @@ def test_a_hook_on_the_down_projection_sees_h(case: str) -> None:
         model(examples()[0][None])
     for layer, x, h in zip(family.layers_of(model), seen["x"], seen["h"], strict=True):
         up = layer.get_submodule(family.ffn.up)
-        if case in GATED:
+        if family.ffn.fused:
+            gating, linear = (x @ up.weight.T).chunk(2, dim=-1)  # type: ignore[operator]
+            expected = activation_by_hand(layer, case, gating) * linear
+        elif case in GATED:
             assert family.ffn.gate is not None
             gate = layer.get_submodule(family.ffn.gate)
             expected = activation_by_hand(layer, case, x @ gate.weight.T) * (x @ up.weight.T)  # type: ignore[operator]

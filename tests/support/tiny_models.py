@@ -16,6 +16,8 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
     HunYuanDenseV1Config,
@@ -25,6 +27,7 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -108,6 +111,13 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         residual_multiplier=0.7,
         attention_multiplier=0.4,
     ),
+    "phi3": lambda: Phi3Config(
+        **{key: value for key, value in GROUPED.items() if key != "head_dim"},
+        sliding_window=WINDOW,
+        resid_pdrop=0.1,
+    ),
+    "glm": lambda: GlmConfig(**GROUPED, attention_bias=True),
+    "glm-4": lambda: Glm4Config(**GROUPED, attention_bias=True),
     "bloom": lambda: BloomConfig(
         vocab_size=VOCABULARY,
         hidden_size=36,
@@ -136,8 +146,8 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 """By case: one family each, or a second form of it. OPT has dropout, which `build` must switch off."""
 
-ALIKE = ("ministral", "seed_oss", "hunyuan", "smollm3", "olmo2", "olmo3")
-"""Cases that differ from others in attention and norms alone: their FFNs, heads and embeddings are those of `llama`."""
+ALIKE = ("ministral", "seed_oss", "hunyuan", "smollm3", "olmo2", "olmo3", "glm", "glm-4")
+"""Cases that differ from others in attention and norms alone: FFNs, heads and embeddings are those of `llama` or `phi3`."""
 DIFFERENT = tuple(case for case in CONFIGS if case not in ALIKE)
 PLAIN = ("bloom", "gpt_neox", "opt")
 GATED = tuple(case for case in CONFIGS if not case.startswith(PLAIN))
