@@ -55,6 +55,7 @@ FREE = (
     "train.stall_seconds",
     "train.log_every",
     "train.trackers",
+    "train.start_from",
 )
 """What may change without a word: it changes neither batches nor updates (`steps` moves the end of the schedule)."""
 

@@ -14,7 +14,7 @@ from lander_ds.config.document import nearest
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.method import BankChoice, LayerChoice, RoutingConfig, ShieldConfig
 from lander_ds.config.schema.results import SamplingConfig
-from lander_ds.config.schema.training import LoraConfig, ShiraConfig
+from lander_ds.config.schema.training import CpoConfig, LoraConfig, ShiraConfig
 from lander_ds.config.topology_consistency import check_topology
 
 _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
@@ -205,6 +205,20 @@ def _check_method(check: Check) -> None:
             check.warn("routing", f"has no effect with train.method: {train.method}")
         if set(train.banks) != {"general", "specific"}:
             check.warn("train.banks", f"has no effect with train.method: {train.method}")
+    if train.objective != "cpo" and train.cpo != CpoConfig():
+        check.warn("train.cpo", f"has no effect with train.objective: {train.objective}")
+    if train.objective == "cpo":
+        for index, corpus in enumerate(recipe.data.corpora):
+            if corpus.split == "train" and corpus.columns.rejected is None:
+                check.refuse(
+                    f"data.corpora.{index}.columns",
+                    "train.objective: cpo compares every translation with a worse one; name its column, for example "
+                    "{rejected: rejected}",
+                )
+        if train.prefix_cache != "off":
+            check.refuse(
+                "train.prefix_cache", "holds no worse translations, which objective: cpo needs; write off"
+            )
     if train.method != "lora" and train.lora != LoraConfig():
         check.warn("train.lora", f"has no effect with train.method: {train.method}")
     if train.method != "shira" and train.shira != ShiraConfig():

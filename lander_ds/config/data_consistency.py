@@ -197,6 +197,14 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
         and corpus.split in ("train", "detect")
     ):
         check.warn(f"{key}.columns.doc", "has no effect: data.prompt.context is 0")
+    if columns.rejected is not None:
+        if corpus.swap:
+            check.refuse(
+                f"{key}.columns.rejected",
+                "worse translations cannot be swapped with sources; remove it, or swap",
+            )
+        if check.recipe.train.objective != "cpo" and corpus.split in ("train", "valid"):
+            check.warn(f"{key}.columns.rejected", "has no effect on training: train.objective is not cpo")
     check.refuse_placeholders(f"{key}.columns.src", columns.src, ("src", "tgt"))
     check.refuse_placeholders(f"{key}.columns.tgt", columns.tgt, ("src", "tgt"))
     if columns.src == columns.tgt:

@@ -149,8 +149,8 @@ class _Builder:
     ) -> Iterator[tuple[Row, Encoded]]:
         rows = (row for corpus in corpora for row in self._writer.kept_rows(corpus, keep, keep.apart))
         for row, encoded in self._encoder.encode(pair, rows, self._data.prompt, self._shots[pair]):
-            if len(encoded[0]) > self._data.max_length:
-                self._writer.reject(pair, split, too_many_tokens(row, len(encoded[0])))
+            if encoded.longest > self._data.max_length:
+                self._writer.reject(pair, split, too_many_tokens(row, encoded.longest))
             else:
                 yield row, encoded
 

@@ -24,7 +24,7 @@ from lander_ds.config.schema.types import Split
 from lander_ds.data.context import Preceding
 from lander_ds.data.filters import Sentences
 from lander_ds.data.passes import HELD_OUT, reading
-from lander_ds.data.prepared import FEATURES, FORMAT, read_manifest, split_file
+from lander_ds.data.prepared import DOC, FEATURES, FORMAT, TOKENS, read_manifest, split_file
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.rows import Reason, Rejection, Row
 from lander_ds.data.tokens.encoding import Encoded
@@ -149,11 +149,14 @@ class EntryWriter:
         """
         path, content = self._directory / split_file(pair, split), hashlib.sha256()
         named = split in HELD_OUT and any(corpus.has_documents for corpus in corpora)
-        features = datasets.Features({**FEATURES, "doc": datasets.Value("string")}) if named else FEATURES
-        with ArrowWriter(path=str(path), features=features) as writer:
+        preferred = any(corpus.columns.rejected for corpus in corpora)
+        further = {"doc": DOC} if named else {}
+        further |= {"rejected": TOKENS} if preferred else {}
+        with ArrowWriter(path=str(path), features=datasets.Features(FEATURES | further)) as writer:
             counts = self.of(pair, split)
-            for row, (ids, prompt_length) in examples:
-                document = {"doc": row.document} if named else {}
+            for row, (ids, prompt_length, rejected) in examples:
+                values = {"doc": row.document, "rejected": rejected}
+                own = {name: values[name] for name in further}
                 writer.write(
                     {
                         "id": f"{pair}:{split}:{counts.kept}",
@@ -162,12 +165,10 @@ class EntryWriter:
                         "input_ids": ids,
                         "prompt_length": prompt_length,
                         "length": len(ids),
-                        **document,
+                        **own,
                     }
                 )
-                content.update(
-                    json.dumps([row.src, row.tgt, ids, prompt_length, *document.values()]).encode()
-                )
+                content.update(json.dumps([row.src, row.tgt, ids, prompt_length, *own.values()]).encode())
                 counts.kept += 1
                 counts.tokens += len(ids)
                 counts.target_tokens += len(ids) - prompt_length

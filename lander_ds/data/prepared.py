@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import inside, json_hash, read_json
@@ -29,16 +31,18 @@ from lander_ds.data.tokens.prompt import prompt_options
 
 FORMAT = "lander-prepared-3"
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "src": datasets.Value("string"),
-        "tgt": datasets.Value("string"),
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "prompt_length": datasets.Value("int32"),
-        "length": datasets.Value("int32"),
-    }
-)
+TOKENS, DOC = datasets.List(datasets.Value("int32")), datasets.Value("string")
+FEATURES = {
+    "id": datasets.Value("string"),
+    "src": datasets.Value("string"),
+    "tgt": datasets.Value("string"),
+    "input_ids": TOKENS,
+    "prompt_length": datasets.Value("int32"),
+    "length": datasets.Value("int32"),
+}
+"""Columns of every split. Where a corpus names documents or worse translations there is one more, `doc` or `rejected`."""
+
+TOKEN_COLUMNS = ("input_ids", "rejected")
 
 CURE = "run stage prepare (again)"
 
@@ -69,7 +73,10 @@ class PreparedSplit:
         self.target_lengths: np.ndarray = self.lengths - self._prompt_lengths
         """[n] int32: tokens of the target and the end of sequence."""
         self._texts = [name for name in ("id", "src", "tgt", "doc") if name in table.column_names]
-        self._columns = {name: table.column(name) for name in (*self._texts, "input_ids")}
+        self.has_preferences = "rejected" in table.column_names
+        """Whether some example has a worse translation too."""
+        tokens = [name for name in TOKEN_COLUMNS if name in table.column_names]
+        self._columns = {name: table.column(name) for name in (*self._texts, *tokens)}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -79,9 +86,28 @@ class PreparedSplit:
         ids: np.ndarray = self._columns["input_ids"][int(index)].values.to_numpy()
         return ids, int(self._prompt_lengths[index])
 
+    def rejected(self, index: int) -> np.ndarray | None:
+        """Token ids [length] int32 of prompt, worse translation and end of sequence; None for an example without one."""
+        ids = self._columns["rejected"][int(index)].values if self.has_preferences else None
+        if ids is None:
+            return None
+        prompt = self.tokens(index)[0][: self._prompt_lengths[index]]
+        return np.concatenate([prompt, ids.to_numpy()])
+
+    @cached_property
+    def rejected_lengths(self) -> np.ndarray:
+        """[n] int32: tokens of prompt, worse translation and end of sequence; 0 for examples without one."""
+        if not self.has_preferences:
+            return np.zeros_like(self.lengths)
+        counts = pyarrow.compute.list_value_length(self._columns["rejected"]).fill_null(0).to_numpy()
+        rejected: np.ndarray = np.where(counts > 0, counts + self._prompt_lengths, 0).astype(np.int32)
+        return rejected
+
     def largest_id(self) -> int:
         """The largest token id in it; -1 when it is empty."""
-        chunks = self._columns["input_ids"].chunks
+        chunks = [
+            chunk for name in TOKEN_COLUMNS if name in self._columns for chunk in self._columns[name].chunks
+        ]
         return max((int(chunk.flatten().to_numpy().max(initial=-1)) for chunk in chunks), default=-1)
 
     def sentence(self, index: int) -> Sentence:
@@ -226,7 +252,7 @@ def corpus_options(corpus: CorpusConfig | Corpus) -> dict[str, Any]:
     """What prepared data depends on in a corpus, as JSON values. Scores and documents are there where they are read alone;
     records of before there were any lack them."""
     options = asdict(corpus)
-    for name in ("scores", "doc"):
+    for name in ("scores", "doc", "rejected"):
         if not options["columns"][name]:
             del options["columns"][name]
     return options

@@ -101,7 +101,7 @@ def _examples(
     # Neither prompt names a language.
     pair = recipe.data.pairs[0]
     for row, encoded in encoder.encode(pair, writer.kept_rows(corpus, keep), prompt, ()):
-        ids, prompt_length = encoded
+        ids, prompt_length, _ = encoded
         if len(ids) <= longest:
             yield row, encoded
         elif asked:
@@ -109,4 +109,4 @@ def _examples(
         else:
             opening, room = ids[:prompt_length], longest - prompt_length
             for begin in range(prompt_length, len(ids), room):
-                yield row, ([*opening, *ids[begin : begin + room]], prompt_length)
+                yield row, Encoded([*opening, *ids[begin : begin + room]], prompt_length)

@@ -22,6 +22,7 @@ from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.attention import Segments
 from lander_ds.models.family import Family
 from lander_ds.models.loss import LossHead
+from lander_ds.models.preference import FIGURES, Preference, contrast, of_rejected
 from lander_ds.models.routed_ffn import Routing
 from lander_ds.models.span import Span, units, whole
 from lander_ds.models.surgery import routed_ffns
@@ -40,11 +41,13 @@ class BatchTotals:
     """Target tokens of the global batch."""
     examples: int
     """Examples of the global batch."""
+    preferences: int = 0
+    """Those of them that have a worse translation too."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised besides the cross-entropy, and what its noise depends on."""
+    """What is minimised besides the cross-entropy or in its place, and what the gate noise depends on."""
 
     budget_weight: float = 0.0
     """Weight of the budget loss."""
@@ -52,6 +55,8 @@ class Objective:
     """p of the budget loss."""
     seed: int = 0
     """Of the gate noise."""
+    preference: Preference | None = None
+    """Minimised in place of the cross-entropy."""
 
 
 class GateStatistics:
@@ -160,6 +165,11 @@ class TranslationModel(nn.Module):
         return self.objective.budget_weight > 0.0 and self.gated
 
     @property
+    def figures(self) -> int:
+        """R, sums per pair that a forward pass returns."""
+        return 2 + (0 if self.objective.preference is None else FIGURES)
+
+    @property
     def has_backward(self) -> bool:
         """Whether a backward pass has anything to do in this span."""
         return self.span.last or self.first_trained < self.span.stop
@@ -201,8 +211,10 @@ class TranslationModel(nn.Module):
 
         Returns: of a span that is not the last, what travels on. Of the last:
             scalar: target loss / totals.target_tokens (+ budget loss); summed over all micro-batches and data-parallel
-            ranks it is the loss of the global batch.
-            [2, M + 1] float64: sum of losses (nats) and target tokens per pair, and of texts without one.
+            ranks it is the loss of the global batch. With an `Objective.preference`: its weight of that, and preference
+            loss / totals.preferences.
+            [R, M + 1] float64: sum of losses (nats) and target tokens per pair, and of texts without one; without rejected
+            translations. With a preference also `Contrast.sums`.
             [] float64: budget loss of this micro-batch (already divided), before its weight.
         """
         if self.announce is not None:
@@ -289,19 +301,32 @@ class TranslationModel(nn.Module):
         assert self.head is not None
         targets = hidden[0].index_select(0, batch.target_positions)
         losses = self.head(self.family.finish(self.model, targets), batch.targets)
-        total = losses.sum() / totals.target_tokens
+        preference, compared = self.objective.preference, None
+        counted = torch.ones_like(losses)
+        if preference is None:
+            total = losses.sum() / totals.target_tokens
+        else:
+            compared = contrast(losses, batch, preference.beta, self.pairs)
+            counted = (~of_rejected(batch)).to(losses.dtype)
+            losses = losses * counted
+            total = preference.likelihood * losses.sum() / totals.target_tokens
+            total = total + compared.losses.sum() / max(1, totals.preferences)
         budget = total.new_zeros(())
         if share is not None:
             # Per example, so that the value does not depend on which examples share a micro-batch. A filler
             # (sample id -1) is no example.
             mean = share / (len(self.routed_layers) * batch.boundaries.diff())
             real = (batch.sample_ids >= 0).to(mean.dtype)
-            budget = ((mean - self.objective.budget).abs() * real).sum() / totals.examples
+            budget = ((mean - self.objective.budget).abs() * real).sum() / (
+                totals.examples + totals.preferences
+            )
             total = total + self.objective.budget_weight * budget
         per_pair = torch.zeros(2, self.pairs + 1, dtype=torch.float64, device=losses.device)
         owners = batch.pair_ids[batch.target_positions] % (self.pairs + 1)
         per_pair[0].index_add_(0, owners, losses.detach().double())
-        per_pair[1].index_add_(0, owners, torch.ones_like(losses, dtype=torch.float64))
+        per_pair[1].index_add_(0, owners, counted.double())
+        if compared is not None:
+            per_pair = torch.cat([per_pair, compared.sums])
         return total, per_pair, budget.detach().double()
 
 

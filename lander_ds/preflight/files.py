@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lander_ds.common.errors import DataError, ModelError
+from lander_ds.checkpoint.earlier_run import KEY, check_fit, earlier_checkpoint
+from lander_ds.checkpoint.identity import identity_of
+from lander_ds.common.errors import ArtefactError, DataError, ModelError
 from lander_ds.config.check import Check
 from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.schema.data import ColumnConfig
@@ -41,8 +43,20 @@ def check_files(check: Check) -> None:
             f"{shield} does not exist; run stage detect of a recipe for what is to be shielded, and name its "
             "awareness.safetensors",
         )
+    if check.recipe.train.start_from is not None and check.runs("select", "train"):
+        _check_start(check, check.recipe.train.start_from)
     if check.recipe.model.dtype == "float16" and check.runs("detect", "train", "translate"):
         _check_float16(check)
+
+
+def _check_start(check: Check, directory: str) -> None:
+    """The run that training starts from, as far as it can be told without the base and the data."""
+    known = identity_of(check.recipe, {"base": "", "data": ""})
+    told = {key: value for key, value in known.items() if not key.endswith(("_fingerprint", "_hash"))}
+    try:
+        check_fit(earlier_checkpoint(directory), told)
+    except ArtefactError as error:
+        check.refuse(KEY, str(error).removeprefix(f"{KEY}: "))
 
 
 def _check_directories(check: Check) -> None:

@@ -6,7 +6,10 @@ import logging
 from pathlib import Path
 from typing import get_args
 
+from lander_ds.checkpoint.checkpoint import SELECTION, Checkpoint
+from lander_ds.checkpoint.earlier_run import earlier_checkpoint
 from lander_ds.common.files import file_hash
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import section
 from lander_ds.distributed.start import Start
 from lander_ds.method.awareness import Awareness
@@ -18,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
-    """One part: layers and banks chosen from `awareness.safetensors`, written to `selection.safetensors`.
+    """One part: layers and banks chosen from `awareness.safetensors`, written to `selection.safetensors`; or those of the
+    run that `train.start_from` names.
 
     The order of the pairs in the recipe defines the pair ids, whatever their order in the awareness.
 
@@ -27,6 +31,8 @@ def _parts(start: Start) -> list[Part]:
         ConfigError: `select` asks for something this awareness cannot give.
     """
     recipe, run = start.recipe, start.run
+    if recipe.train.start_from is not None:
+        return [_of_earlier_run(run, earlier_checkpoint(recipe.train.start_from))]
     awareness = Awareness.load(run.awareness).reordered(recipe.data.pairs)
     inputs = {"awareness": file_hash(run.awareness)}
     shield: Awareness | None = None
@@ -45,6 +51,19 @@ def _parts(start: Start) -> list[Part]:
 
     options = {**section(recipe, "select", "seed"), "pairs": list(recipe.data.pairs)}
     return [Part("select", options, inputs, select)]
+
+
+def _of_earlier_run(run: RunDirectory, earlier: Checkpoint) -> Part:
+    path = earlier.path / SELECTION
+
+    def take_over() -> Result:
+        if path.is_file():
+            Selection.load(path).save(run.selection)
+            logger.info("the selection is that of %s", earlier.path)
+        return Result([run.selection] if path.is_file() else [])
+
+    inputs = {"start_from": file_hash(path) if path.is_file() else "none"}
+    return Part("select", {}, inputs, take_over)
 
 
 STAGE = Stage("select", _parts)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lander_ds.checkpoint.checkpoint import STATE, Checkpoint
+from lander_ds.checkpoint.earlier_run import check_fit, earlier_checkpoint
 from lander_ds.checkpoint.identity import identity_of, starting_point
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, write_json
@@ -26,7 +28,7 @@ from lander_ds.training.saver import Saver
 from lander_ds.training.session import METHODS_WITH_SELECTION, Session, open_session
 from lander_ds.training.trackers import open_trackers
 from lander_ds.training.trainer import Outcome, Trainer
-from lander_ds.training.validation import Validation, validation_loss
+from lander_ds.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,12 @@ def _parts(start: Start) -> list[Part]:
     }
     # Change no result; records of before they existed lack them.
     del options["train"]["prefix_cache"], options["train"]["trackers"]
+    if recipe.train.objective == "likelihood":
+        del options["train"]["objective"], options["train"]["cpo"]
+    # What it holds is an input; where it lies changes nothing.
+    del options["train"]["start_from"]
+    if recipe.train.start_from is not None:
+        inputs["start_from"] = file_hash(earlier_checkpoint(recipe.train.start_from).path / STATE)
     # Was a boolean when there was only the loss.
     if recipe.train.translated_metric is None:
         options["train"]["keep_best"] = recipe.train.keep_best == "loss"
@@ -81,11 +89,16 @@ def _train(
             f"train.steps: {recipe.train.steps}, but {checkpoint.path} has come further already: raise train.steps, "
             f"start anew in another run_dir, or translate and export an earlier one with checkpoint: step-N"
         )
+    earlier: Checkpoint | None = None
+    if checkpoint is None and recipe.train.start_from is not None:
+        earlier = earlier_checkpoint(recipe.train.start_from)
+        check_fit(earlier, identity, start.is_base)
+        logger.info("starting from %s", earlier.path)
     with (
         open_trackers(recipe, run, checkpoint is not None) as trackers,
         Watchdog(run.path / "stalled", recipe.train.stall_seconds, "train") as watchdog,
     ):
-        session = open_session(start, checkpoint)
+        session = open_session(start, checkpoint, earlier)
         _announce(session)
         before = session.engine.frozen_digest()
         prefixes = open_prefixes(start, session, data, watchdog.beat, replay)
@@ -106,7 +119,7 @@ def _train(
             outcome = trainer.run()
             watchdog.beat("validation at the end")
             if trainer.valid and not recipe.train.valid_every and not outcome.preempted:
-                metrics.validation(outcome.steps, Validation(validation_loss(session, trainer.valid)))
+                metrics.validation(outcome.steps, validation_loss(session, trainer.valid))
             metrics.close()
             watchdog.beat("writing the last checkpoint")
             saver.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class MetricsLogger:
                 "train/tokens_per_second": record["tokens_per_second"],
                 **{f"loss/{pair}": value for pair, value in record["loss_per_pair"].items()},
                 **({"loss/replay": record["replay_loss"]} if "replay_loss" in record else {}),
+                **{f"preference/{name}": value for name, value in record.get("preference", {}).items()},
                 **{f"lr/{group}": value for group, value in record["lr"].items()},
             }
             for layer, gates in record["gates"].items():
@@ -59,6 +61,13 @@ class MetricsLogger:
         scalars = {"valid/mean": measured.mean_loss}
         scalars.update({f"valid/{pair}": loss for pair, loss in measured.losses.items()})
         logger.info("step %d: validation loss %.4f (%s)", step, measured.mean_loss, _listed(measured.losses))
+        if (preferences := measured.preferences) is not None:
+            record["valid_preference"] = values = asdict(preferences)
+            scalars.update({f"valid/preference_{name}": value for name, value in values.items()})
+            logger.info(
+                "step %d: the better translation is the likelier one in %.1f %% of the preferences, by %s nats",
+                *(step, 100 * preferences.accuracy, preferences.margin),
+            )
         if (mean := measured.mean_score) is not None:
             record |= {f"valid_{metric}": measured.scores, f"valid_{metric}_mean": mean}
             scalars[f"{metric}/mean"] = mean

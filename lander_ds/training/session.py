@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.common.errors import ArtefactError
@@ -89,12 +92,15 @@ def load_selection(recipe: Recipe, run: RunDirectory, fingerprint: str) -> Selec
     return selection
 
 
-def open_session(start: Start, resumed: Checkpoint | None = None) -> Session:
+def open_session(
+    start: Start, resumed: Checkpoint | None = None, earlier: Checkpoint | None = None
+) -> Session:
     """Build, fill and spread the model and make the engine (collective).
 
     Args:
         start: what to train, and the run directory in which the selection lies.
         resumed: checkpoint to go on from; its selection is that of the run.
+        earlier: without `resumed`, checkpoint of another run with the same selection, whose result is trained further.
     """
     recipe, run = start.recipe, start.run
     dims = parallel_dims(recipe)
@@ -117,7 +123,11 @@ def open_session(start: Start, resumed: Checkpoint | None = None) -> Session:
         for name, parameters in groups.items()
     }
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
-    trained = {} if resumed is None else resumed.trained()
+    trained: Mapping[str, torch.Tensor] = {}
+    if resumed is not None:
+        trained = resumed.trained()
+    elif earlier is not None:
+        trained = earlier.result()
     engine = spread(recipe, config, dims, model, family, selection, trained)
     if resumed is not None:
         engine.restore(trained, resumed.optimizer(), resumed.state["group_steps"], resumed.averaged())

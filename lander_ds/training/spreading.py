@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.training import TrainConfig
 from lander_ds.distributed.balance import span_of
 from lander_ds.distributed.engines.engine import Engine
 from lander_ds.distributed.engines.opening import open_engine
@@ -17,6 +18,7 @@ from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import fill
 from lander_ds.models.parameter_groups import mark_trained
+from lander_ds.models.preference import Preference
 from lander_ds.models.span import Span, units
 from lander_ds.models.translation_model import Objective, TranslationModel
 from lander_ds.models.weights import BaseWeights
@@ -53,7 +55,10 @@ def spread(
         model,
         family,
         len(recipe.data.pairs),
-        Objective(recipe.routing.budget_weight, recipe.routing.budget, recipe.seed),
+        Objective(
+            *(recipe.routing.budget_weight, recipe.routing.budget, recipe.seed),
+            None if detect else preference_of(recipe.train),
+        ),
         span,
         input_gradients=detect,
         recompute=recipe.train.activation_checkpointing and not detect,
@@ -61,6 +66,11 @@ def spread(
     optimizer = None if detect else _optimizer(recipe, config, model, family, selection, span)
     engine.attach(part, optimizer)
     return engine
+
+
+def preference_of(train: TrainConfig) -> Preference | None:
+    """What `train.objective` asks for besides likelihood."""
+    return Preference(train.cpo.beta, train.cpo.likelihood) if train.objective == "cpo" else None
 
 
 def _optimizer(

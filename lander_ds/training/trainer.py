@@ -6,14 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from lander_ds.common import console
 from lander_ds.common.errors import LanderError
-from lander_ds.data.batching.micro_batches import packed
+from lander_ds.data.batching.micro_batches import packed, preferences_in, row_lengths
 from lander_ds.data.batching.plan import BatchPlan, GlobalBatch, Replay
 from lander_ds.data.prefixes import Prefixes
 from lander_ds.data.prepared import PreparedData, PreparedSplit
@@ -29,7 +29,7 @@ from lander_ds.training.preemption import StopRequest
 from lander_ds.training.progress import LOSS, Progress
 from lander_ds.training.schedule import lr_factor, noise_alpha
 from lander_ds.training.session import Session
-from lander_ds.training.validation import Validation, validation_loss
+from lander_ds.training.validation import Preferences, Validation, finite, validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +95,13 @@ class Trainer:
         train = data.split("train")
         self.splits: dict[int, PreparedSplit] = {i: train[pair] for i, pair in enumerate(self.pairs)}
         """Training data by pair id."""
+        self.preferred = recipe.train.objective == "cpo"
+        """Whether worse translations are trained on too."""
         valid = data.split("valid")
         self.valid = {i: valid[pair] for i, pair in enumerate(self.pairs) if len(valid.get(pair, ()))}
         """Validation data by pair id, of the pairs that have any."""
         self.plan = BatchPlan(
-            [split.lengths for split in self.splits.values()],
+            [row_lengths(split, self.preferred) for split in self.splits.values()],
             [split.target_lengths for split in self.splits.values()],
             batch_tokens=recipe.train.batch_tokens,
             temperature=recipe.train.temperature,
@@ -149,8 +151,9 @@ class Trainer:
 
     def _validate(self) -> Validation:
         """Measure, record and compare (collective)."""
-        losses = validation_loss(self.session, self.valid)
-        measured = Validation(losses, {} if self.score is None else self.score())
+        measured = validation_loss(self.session, self.valid)
+        if self.score is not None:
+            measured = replace(measured, scores=self.score())
         self.metrics.validation(self.progress.done, measured, self.train.translated_metric)
         self.progress.validated(measured.mean_loss if measured.mean_score is None else measured.mean_score)
         return measured
@@ -184,30 +187,35 @@ class Trainer:
             session.micro_batches,
             accelerator.device(),
             self.prefixes,
+            self.preferred,
         )
-        totals = BatchTotals(batch.target_tokens, len(batch.indices))
+        preferences = preferences_in(batch, self.splits) if self.preferred else 0
+        totals = BatchTotals(batch.target_tokens, len(batch.indices), preferences)
         figures = session.engine.train_step(list(micro), totals, alpha, gates)
         # One reduction for everything, and the first time in a step that the host waits for the device.
         own = figures.budget.new_tensor([float(stop), time.process_time() - processor])
         mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), own])
-        *sums, budget, asked, processor_seconds = collectives.sum_over_ranks(mine).tolist()
+        *flat, budget, asked, processor_seconds = collectives.sum_over_ranks(mine).tolist()
+        sums = torch.tensor(flat, dtype=torch.float64).view(figures.per_pair.shape)
         # The last of both are of texts without a pair.
-        losses, tokens = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+        losses, tokens = sums[:2].tolist()
         seconds = time.monotonic() - begun
         present = [i for i in range(len(self.pairs)) if tokens[i] > 0]
-        replayed = {"replay_loss": _finite(losses[-1] / tokens[-1])} if tokens[-1] > 0 else {}
+        replayed = {"replay_loss": finite(losses[-1] / tokens[-1])} if tokens[-1] > 0 else {}
+        compared = Preferences.of(sums[2:]) if self.preferred else None
         grad_norm = session.engine.grad_norm
         record = {
             "step": step + 1,
-            "loss": _finite(sum(losses) / sum(tokens)),
-            "loss_per_pair": {self.pairs[i]: _finite(losses[i] / tokens[i]) for i in present},
+            "loss": finite(sum(losses) / sum(tokens)),
+            "loss_per_pair": {self.pairs[i]: finite(losses[i] / tokens[i]) for i in present},
             **replayed,
-            "budget_loss": _finite(budget),
+            **({} if compared is None else {"preference": asdict(compared)}),
+            "budget_loss": finite(budget),
             "tokens": int(batch.lengths.sum()),
             "target_tokens": batch.target_tokens,
             "examples": len(batch.indices),
             "lr": rates,
-            "grad_norm": _finite(grad_norm),
+            "grad_norm": finite(grad_norm),
             "skipped": not math.isfinite(grad_norm),
             "gates": self._gate_means(gates),
             "alpha": alpha,
@@ -281,11 +289,6 @@ class Trainer:
                 f"{what} is not finite at step {record['step']}, after {self.train.max_skipped} skipped steps: lower "
                 "train.lr, set train.clip, or check the corpora of these pairs; earlier checkpoints are whole"
             )
-
-
-def _finite(value: float) -> float | None:
-    """`value`, or None (null in JSON) where it is not finite."""
-    return value if math.isfinite(value) else None
 
 
 def _note(record: dict[str, Any]) -> str:

@@ -90,6 +90,7 @@ def test_adamw_with_clipping_that_bites(runs: TinyRun, topology: str, grid: str)
         ("full", 1e-4),
         ("lower", 1e-4),
         ("replay", 1e-4),
+        ("cpo", 1e-4),
     ],
 )
 def test_every_method_and_gate(runs: TinyRun, topology: str, grid: str, what: str, tolerance: float) -> None:

@@ -22,7 +22,7 @@ from lander_ds.distributed.engines import zero3
 from lander_ds.distributed.engines.deepspeed_internals import local_shard
 from lander_ds.distributed.start import Start
 from lander_ds.models.parameter_groups import active_groups
-from lander_ds.stages import prepare, train, translate
+from lander_ds.stages import prepare, select, train, translate
 from lander_ds.stages.catalogue import STAGES
 from lander_ds.training.session import Session, open_session
 from lander_ds.training.trainer import Outcome, Trainer
@@ -88,6 +88,15 @@ def train_lower(recipe: Recipe, run: RunDirectory) -> None:
 def prepare_and_train(recipe: Recipe, run: RunDirectory) -> None:
     """Stages prepare and train, for a base model of its own."""
     prepare.run(recipe, run)
+    train.run(recipe, run)
+
+
+def select_and_train(recipe: Recipe, run: RunDirectory) -> None:
+    """Stages select and train, with the selection of the run that training starts from."""
+    if process_group.rank() == 0:
+        run.selection.unlink()
+        select.run(recipe, run)
+    collectives.barrier()
     train.run(recipe, run)
 
 
@@ -178,10 +187,10 @@ def look_into_session(recipe: Recipe, run: RunDirectory) -> None:
     notes = {
         "parameters": sorted({str(p.dtype) for p in session.model.parameters()}),
         "rotary": sorted({str(b.dtype) for name, b in session.model.named_buffers() if "inv_freq" in name}),
-        "all": validation_loss(session, valid),
-        "one": validation_loss(session, {2: valid[2]}),
+        "all": validation_loss(session, valid).losses,
+        "one": validation_loss(session, {2: valid[2]}).losses,
         # One sentence: most micro-batches and perhaps ranks have none.
-        "few": validation_loss(few, {2: valid[2]}),
+        "few": validation_loss(few, {2: valid[2]}).losses,
     }
     if process_group.rank() == 0:
         (run.path / NOTES).write_text(json.dumps(notes))

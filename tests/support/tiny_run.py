@@ -122,6 +122,8 @@ def make_tiny_run(root: Path) -> TinyRun:
         for pair in PAIRS:
             lines = list(_short_lines(SAMPLE / f"{split}.{pair}.jsonl", count))
             (root / f"{split}.{pair}.jsonl").write_text("".join(lines), encoding="utf-8")
+            preferred = "".join(map(_with_worse, lines))
+            (root / f"preferred.{split}.{pair}.jsonl").write_text(preferred, encoding="utf-8")
     general = [json.loads(line)["tgt"] for line in _short_lines(SAMPLE / "train.en-cs.jsonl", 40)]
     (root / "general.txt").write_text("\n".join(general), encoding="utf-8")
     (root / "recipe.yaml").write_text(RECIPE.format(root=root, steps=STEPS), encoding="utf-8")
@@ -145,6 +147,12 @@ def _short_lines(path: Path, count: int) -> Iterator[str]:
     """The shortest lines of a corpus."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     yield from sorted(lines, key=len)[:count]
+
+
+def _with_worse(line: str) -> str:
+    """The same with a worse translation: the words from behind, without the first."""
+    row = json.loads(line)
+    return json.dumps({**row, "worse": " ".join(row["tgt"].split()[:0:-1]) or "?"}) + "\n"
 
 
 def _random_gemma(tied: bool) -> Gemma3ForCausalLM:

@@ -29,6 +29,7 @@ DIVERGE = "support.jobs:diverge"
 EVERY_STAGE = "support.jobs:every_stage"
 LOOK = "support.jobs:look_into_session"
 NUDGE = "support.jobs:train_and_nudge"
+FURTHER = "support.jobs:select_and_train"
 PREPARE_AND_TRAIN = "support.jobs:prepare_and_train"
 TRAIN_LOWER = "support.jobs:train_lower"
 COLLECTIVES = "support.jobs:use_collectives"
@@ -57,6 +58,19 @@ REPLAY = (
     *sets(train__steps=4),
     "data.replay={share: 0.4, corpora: [{path: $root/general.txt}]}",
 )
+CPO = (
+    *REPLAY,
+    *sets(train__objective="cpo", train__cpo__beta=0.3, train__cpo__likelihood=0.7),
+    "data.corpora=[{path: '$root/preferred.train.{pair}.jsonl', columns: {rejected: worse}}, "
+    "{path: '$root/preferred.valid.{pair}.jsonl', split: valid, columns: {rejected: worse}}, "
+    "{path: '$root/test.{pair}.jsonl', split: test}]",
+)
+"""Preferences, and texts without one."""
+STAYS = (
+    *sets(train__steps=1, train__start_from="$root/adamw-1"),
+    "train.lr={general: 1.0e-9, specific: 1.0e-9, gates: 1.0e-9}",
+)
+"""Where another run has come to."""
 BFLOAT16 = sets(model__dtype="bfloat16", train__steps=4)
 WHOLE = (
     *sets(train__steps=4, translate__max_new_tokens=8, score__bootstrap_samples=20),
@@ -98,6 +112,8 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("full", (*FULL, *ROOMY), PREPARE_AND_TRAIN),
         Job("lower", (*LOWER, *ROOMY), TRAIN_LOWER),
         Job("replay", (*REPLAY, *ROOMY), PREPARE_AND_TRAIN),
+        Job("cpo", (*CPO, *ROOMY), PREPARE_AND_TRAIN),
+        Job("further", STAYS, FURTHER),
         Job("relayed", (*RELAYED, *ROOMY)),
         Job("bfloat16", BFLOAT16),
         Job("whole", WHOLE, EVERY_STAGE),
@@ -117,6 +133,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("full", sets(train__method="full", train__steps=6, train__weight_decay=0.1)),
         Job("cached", CACHED),
         Job("replay", (*REPLAY, "train.prefix_cache=disk"), PREPARE_AND_TRAIN),
+        Job("cpo", CPO, PREPARE_AND_TRAIN),
         Job("layers", LAYERS, GATHER),
         Job("lora", LORA, GATHER),
         Job("shira", SHIRA, GATHER),

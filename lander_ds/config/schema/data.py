@@ -51,10 +51,18 @@ class ColumnConfig:
     """The document that a row belongs to; lines of a document stand behind one another, and rows without one alone. For
     `data.prompt.context`, and for scores of whole documents."""
 
+    rejected: str | None = None
+    """A worse translation than `tgt`, for `train.objective: cpo`."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Columns that every row must have, but for those of scores and languages."""
+        return tuple(filter(None, (self.src, self.tgt, self.doc, self.rejected)))
+
     @property
     def named(self) -> tuple[str, ...]:
         """Every column that is read."""
-        return tuple(filter(None, (self.src, self.tgt, self.src_lang, self.tgt_lang, self.doc, *self.scores)))
+        return (*self.texts, *filter(None, (self.src_lang, self.tgt_lang)), *self.scores)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -78,6 +78,17 @@ class AverageConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CpoConfig:
+    """Contrastive preference optimisation (R, Xu et al. 2024), without a reference model."""
+
+    beta: Positive = 0.1
+    """Factor of the difference of the log-likelihoods of both translations, which are sums over tokens."""
+    likelihood: NonNegative = 1.0
+    """Weight of the loss of the chosen translations, the mean over their tokens, beside that of the preferences, the mean
+    over examples."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """Selective fine-tuning and the baselines it is compared with."""
 
@@ -85,6 +96,14 @@ class TrainConfig:
     """`lander`: banks and gates. Baselines: everything, the whole FFNs of the selected layers, LoRA, SHiRA."""
     banks: tuple[Literal["general", "specific"], ...] = ("general", "specific")
     """Which banks are trained (ablations `general-only`, `specific-only`)."""
+    objective: Literal["likelihood", "cpo"] = "likelihood"
+    """`likelihood`: translations are made likelier. `cpo`: and likelier than the ones in `columns.rejected`."""
+    cpo: CpoConfig = field(default_factory=CpoConfig)
+    """Only for `objective: cpo`."""
+    start_from: str | None = None
+    """Start with what an earlier run trained: its run directory, or one of its checkpoints (`RUN/checkpoints/step-N`). Base,
+    pairs, method and gates must be the same; stage select takes over its selection, and detect is not needed. None: start
+    from the base."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
     batch_tokens: PositiveInt = 16384

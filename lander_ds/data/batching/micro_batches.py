@@ -32,12 +32,28 @@ def filler(tokens: int) -> Example:
 FILLER = filler(1)
 
 
-def whole_split(splits: Mapping[int, PreparedSplit], limit: int | None) -> GlobalBatch:
+def row_lengths(split: PreparedSplit, preferences: bool) -> np.ndarray:
+    """[n] int32: tokens that each example brings into a row, with its worse translation if `preferences`."""
+    return split.lengths + split.rejected_lengths if preferences else split.lengths
+
+
+def preferences_in(batch: GlobalBatch, splits: Mapping[int, PreparedSplit]) -> int:
+    """Examples of a global batch that have a worse translation."""
+    return sum(
+        int((split.rejected_lengths[batch.indices[batch.pair_ids == pair]] > 0).sum())
+        for pair, split in splits.items()
+    )
+
+
+def whole_split(
+    splits: Mapping[int, PreparedSplit], limit: int | None, preferences: bool = False
+) -> GlobalBatch:
     """The first `limit` examples of every pair as one global batch, in the order of the pairs.
 
     Args:
         splits: prepared data by pair id; pairs may be missing.
         limit: None takes all.
+        preferences: count worse translations as tokens too.
     """
     counts = {pair: len(split) if limit is None else min(limit, len(split)) for pair, split in splits.items()}
     targets = np.zeros(max(splits) + 1, dtype=np.int64)
@@ -48,7 +64,9 @@ def whole_split(splits: Mapping[int, PreparedSplit], limit: int | None) -> Globa
         pair_ids=np.repeat(np.array(list(counts), dtype=np.int32), list(counts.values())),
         indices=np.concatenate([np.arange(count, dtype=np.int64) for count in counts.values()]),
         sample_ids=np.arange(sum(counts.values()), dtype=np.int64),
-        lengths=np.concatenate([split.lengths[: counts[pair]] for pair, split in splits.items()]),
+        lengths=np.concatenate(
+            [row_lengths(split, preferences)[: counts[pair]] for pair, split in splits.items()]
+        ),
         target_tokens=int(targets.sum()),
         target_tokens_per_pair=targets,
     )
@@ -72,6 +90,7 @@ def packed(
     micro_batches: int,
     device: torch.device,
     prefixes: Prefixes | None = None,
+    preferences: bool = False,
 ) -> Iterator[PackedBatch]:
     """This rank's micro-batches of `batch`, on `device`.
 
@@ -82,9 +101,10 @@ def packed(
         micro_batches: how many per rank.
         device: where they go.
         prefixes: hidden states of all examples of `splits`, to go with them.
+        preferences: put the worse translation of an example behind it.
     """
     for positions in cut(batch, ranks, micro_batches)[rank]:
-        chosen = examples(batch, positions, splits) or [FILLER]
+        chosen = examples(batch, positions, splits, preferences) or [FILLER]
         tokens = sum(len(example.input_ids) for example in chosen)
         missing = rounded_up(tokens) - tokens
         row = pack([*chosen, filler(missing)] if missing else chosen)

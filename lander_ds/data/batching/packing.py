@@ -25,6 +25,8 @@ class Example:
     """Position of the language pair in the recipe."""
     sample_id: int
     """Global sample index: the same for every number of ranks. Keys the gate noise."""
+    rejected: bool = False
+    """Whether it is the worse translation of the example before it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class PackedBatch:
     """[T, d]: hidden states that come into decoder layer `prefix_layers`, where those below need not be run."""
     prefix_layers: int = 0
     """Decoder layers that `prefix` stands for."""
+    preferences: int = 0
+    """K: the first 2 K examples are by turns a chosen translation and a rejected one of the same source."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""
@@ -67,7 +71,8 @@ class PackedBatch:
 def pack(examples: Sequence[Example]) -> PackedBatch:
     """Put examples behind one another.
 
-    An example whose prompt is its whole length contributes tokens but no target.
+    An example whose prompt is its whole length contributes tokens but no target. Those with a rejected translation come
+    first, each followed by it.
     """
     lengths = [len(example.input_ids) for example in examples]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
@@ -90,4 +95,5 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(input_ids[target_positions + 1]),
         boundaries=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        preferences=sum(example.rejected for example in examples),
     )

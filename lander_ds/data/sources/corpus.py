@@ -186,7 +186,7 @@ def _resolve_one(config: CorpusConfig, key: str, pair: str, documents: bool) -> 
         paths = paths if documents else paths[:2]
     else:
         kind, paths = _locate(Path(fill(config.path)), config.format, src, tgt, f"{key}.path")
-    wanted = "scores" if columns.scores else "doc" if columns.doc else None
+    wanted = next((name for name in ("scores", "doc", "rejected") if getattr(columns, name)), None)
     if wanted is not None and kind in ("moses", "tmx"):
         raise DataError(
             f"{key}.columns.{wanted}: {paths[0]} has no columns (format {kind}): remove it, or give the corpus as JSON "

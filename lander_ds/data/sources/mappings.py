@@ -25,7 +25,7 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
     wanted = [(columns.src_lang, corpus.src), (columns.tgt_lang, corpus.tgt)]
     languages = [(column, normalise_code(code)) for column, code in wanted if column is not None]
     # A text need not have a prompt.
-    names = [*filter(None, (columns.src, columns.tgt, columns.doc)), *(column for column, _ in languages)]
+    names = [*columns.texts, *(column for column, _ in languages)]
     never_seen = set(names)
     keys: list[str] = []
     matched = False
@@ -55,7 +55,9 @@ def rows_of_mappings(corpus: Corpus, located: Iterable[Located]) -> Iterator[Row
             scores = tuple((name, _score(corpus, line, row, name)) for name in columns.scores)
             document = values.get(columns.doc) if columns.doc else None
             document = None if document in (None, "") else str(document)
-            yield make_row(corpus.name, line, src, tgt, scores, corpus.pair != TEXT, document)
+            # Null is an empty text: None would say that there is no such column.
+            rejected = (values[columns.rejected] or "") if columns.rejected else None
+            yield make_row(corpus.name, line, src, tgt, scores, corpus.pair != TEXT, document, rejected)
     if keys and never_seen:
         missing = next(name for name in names if name in never_seen)
         shown = ", ".join(repr(key[:30]) for key in keys[:12])

@@ -148,7 +148,7 @@ def _usual_width(corpus: Corpus) -> int:
 
 
 def _check_header(corpus: Corpus, names: list[str]) -> None:
-    for column in (corpus.columns.src, corpus.columns.tgt, corpus.columns.doc, *corpus.columns.scores):
+    for column in (*corpus.columns.texts, *corpus.columns.scores):
         if column is not None and column not in names and not column.isdecimal():
             shown = ", ".join(repr(name[:30]) for name in names[:8])
             raise DataError(

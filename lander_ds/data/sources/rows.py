@@ -15,6 +15,7 @@ Reason = Literal[
     "too_long",
     "length_ratio",
     "identical",
+    "no_preference",
     "low_score",
     "test_overlap_exact",
     "test_overlap_normalised",
@@ -46,6 +47,8 @@ class Row:
     """The document that it belongs to, of those that name one."""
     context: tuple[str, ...] = ()
     """Source sentences before it in its document, as many as a prompt shows."""
+    rejected: str | None = None
+    """A worse translation, of corpora that have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ def make_row(
     scores: tuple[tuple[str, float], ...] = (),
     one_lined: bool = True,
     document: str | None = None,
+    rejected: Any = None,
 ) -> Row | Rejection:
     """A row, or its rejection: `malformed` when a value is no text, `invalid_utf8` when it is no UTF-8.
 
@@ -78,15 +82,18 @@ def make_row(
         src, tgt, scores: its values.
         one_lined: write every text on one line.
         document: that it belongs to.
+        rejected: a worse translation, of corpora that have one.
     """
-    if not isinstance(src, str) or not isinstance(tgt, str):
-        return Rejection(file, line, "malformed", f"not two texts: {src!r}, {tgt!r}")
+    texts = [src, tgt, *([] if rejected is None else [rejected])]
+    if not all(isinstance(text, str) for text in texts):
+        return Rejection(file, line, "malformed", f"not texts: {', '.join(map(repr, texts))}")
     try:
-        (src + tgt).encode()
+        "".join(texts).encode()
     except UnicodeEncodeError:
-        return Rejection(file, line, "invalid_utf8", repr(src + " | " + tgt))
+        return Rejection(file, line, "invalid_utf8", repr(" | ".join(texts)))
     clean = one_line if one_lined else str.strip
-    return Row(file, line, clean(src), clean(tgt), scores, document)
+    worse = None if rejected is None else clean(rejected)
+    return Row(file, line, clean(src), clean(tgt), scores, document, rejected=worse)
 
 
 def one_line(text: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from types import TracebackType
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,8 +40,20 @@ class Job:
     """One more few-shot example than a prompt shows, so that no prompt needs to show its own row."""
 
 
-Encoded = tuple[list[int], int]
-"""Token ids of prompt, target and end of sequence; length of the prompt."""
+class Encoded(NamedTuple):
+    """A row as token ids."""
+
+    ids: list[int]
+    """Of prompt, target and end of sequence."""
+    prompt_length: int
+    """How many of them are the prompt."""
+    rejected: list[int] | None = None
+    """Of the worse translation, of rows that have one, and end of sequence, without the prompt."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with the longer translation."""
+        return max(len(self.ids), self.prompt_length + len(self.rejected or ()))
 
 
 def encode_job(encoder: TextEncoder, job: Job) -> list[Encoded]:
@@ -52,7 +65,14 @@ def encode_job(encoder: TextEncoder, job: Job) -> list[Encoded]:
         )
         for row in job.rows
     ]
-    return encoder.examples(prompts, [form.target(row.tgt) for row in job.rows], form.end)
+    better = encoder.examples(prompts, [form.target(row.tgt) for row in job.rows], form.end)
+    if all(row.rejected is None for row in job.rows):
+        return [Encoded(*one) for one in better]
+    worse = encoder.examples(prompts, [form.target(row.rejected or "") for row in job.rows], form.end)
+    return [
+        Encoded(*one, None if row.rejected is None else ids[length:])
+        for row, one, (ids, length) in zip(job.rows, better, worse, strict=True)
+    ]
 
 
 class Encoder:

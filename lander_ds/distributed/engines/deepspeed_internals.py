@@ -281,7 +281,7 @@ class PipelineStageEngine(_Zero1ForEveryType, PipelineEngine):
         self._options: dict[str, Any] = {}
         self._forwards = self._backwards = self._received = 0
         self._gradients: dict[int, list[torch.Tensor]] = {}
-        self.figures = Figures.nothing(self.part.pairs)
+        self.figures = Figures.nothing(self.part)
         if self._trains:
             self._join_pipeline_stages(self.optimizer)
 
@@ -304,7 +304,7 @@ class PipelineStageEngine(_Zero1ForEveryType, PipelineEngine):
         """
         self._batches, self._totals, self._scale, self._options = batches, totals, scale, options
         self._forwards = self._backwards = self._received = 0
-        self.figures = Figures.nothing(self.part.pairs)
+        self.figures = Figures.nothing(self.part)
         self._exec_schedule(commands(len(batches), self.num_stages, self.stage_id))
         self._batches, self._options = (), {}
         return self.figures

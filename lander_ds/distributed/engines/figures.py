@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lander_ds.distributed import accelerator
+from lander_ds.models.translation_model import TranslationModel
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,17 @@ class Figures:
     """What this rank computed of a global batch; the sum over all ranks is that of the batch."""
 
     per_pair: torch.Tensor
-    """[2, M + 1] float64 on this rank's device: losses (nats) and target tokens per pair, and of texts without one."""
+    """[R, M + 1] float64 on this rank's device: losses (nats) and target tokens per pair, and of texts without one, and
+    what else `TranslationModel.forward` adds up."""
     budget: torch.Tensor
     """[] float64, there too: budget loss, before its weight."""
 
     @classmethod
-    def nothing(cls, pairs: int) -> Figures:
+    def nothing(cls, model: TranslationModel) -> Figures:
         """Those of no micro-batch."""
-        per_pair = torch.zeros(2, pairs + 1, dtype=torch.float64, device=accelerator.device())
+        per_pair = torch.zeros(
+            model.figures, model.pairs + 1, dtype=torch.float64, device=accelerator.device()
+        )
         return cls(per_pair, per_pair.new_zeros(()))
 
     def add(self, per_pair: torch.Tensor, budget: torch.Tensor) -> None:

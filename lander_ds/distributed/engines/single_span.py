@@ -24,7 +24,7 @@ class SingleSpan(Engine):
         gates: GateStatistics | None = None,
     ) -> Figures:
         """One optimizer step over this rank's micro-batches."""
-        engine, figures = self._engine, Figures.nothing(self.model.pairs)
+        engine, figures = self._engine, Figures.nothing(self.model)
         engine.train()
         for batch in batches:
             loss, per_pair, budget = engine(batch, totals, alpha=alpha, gates=gates)
@@ -37,7 +37,7 @@ class SingleSpan(Engine):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch], totals: BatchTotals) -> Figures:
         """Forward passes alone."""
-        figures = Figures.nothing(self.model.pairs)
+        figures = Figures.nothing(self.model)
         self._engine.eval()
         for batch in batches:
             _, per_pair, budget = self._engine(batch, totals)
