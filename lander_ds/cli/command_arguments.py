@@ -100,6 +100,38 @@ def _add_tokenizer(commands: Commands[Any], summary: str) -> None:
     parser.set_defaults(target="lander_ds.cli.tokenizer:run")
 
 
+def _add_candidates(commands: Commands[Any], summary: str) -> None:
+    example = "lander candidates candidates.en-de.jsonl --reference tgt --output preferred.en-de.jsonl"
+    parser = command(commands, "candidates", summary, example)
+    add = parser.add_argument
+    add(
+        "input", type=path, metavar="FILE", help="what lander translate --input corpus.jsonl --n-best N wrote"
+    )
+    add("--output", type=path, required=True, metavar="FILE", help="preferences as JSON lines")
+    add("--reference", default="tgt", metavar="KEY", help="where references stand in a line (default: tgt)")
+    add(
+        "--metric",
+        default="chrf",
+        metavar="NAME",
+        help="chrf (default), or a metric in score.neural of --recipe",
+    )
+    add(
+        "--chosen",
+        choices=("reference", "best"),
+        default="reference",
+        help="the better translation: the reference (default), or the best candidate",
+    )
+    add(
+        "--margin",
+        type=float,
+        default=0.0,
+        metavar="POINTS",
+        help="leave out pairs whose scores differ by less (default: 0)",
+    )
+    add_recipe(parser, required=False)
+    parser.set_defaults(target="lander_ds.cli.candidates:run")
+
+
 def _add_delta(commands: Commands[Any], summary: str) -> None:
     parser = command(
         commands,
@@ -259,6 +291,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Commands[Any], str], None]]] = {
     "config": ("check, resolve and explain recipes", _add_config),
     "summary": ("print the figures of a run", _add_summary),
     "tokenizer": ("train a SentencePiece tokenizer on a recipe's corpora", _add_tokenizer),
+    "candidates": ("make preferences for train.objective: cpo out of n-best translations", _add_candidates),
     "delta": ("put a delta onto its base, take it off, or make one from two models", _add_delta),
     "doctor": ("before a run: whether all hosts are ready, and how fast their network is", _add_doctor),
     "experiment": (
