@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sacrebleu.metrics import CHRF
 
 from lander_ds.common.errors import DataError
-from lander_ds.data.sources.readers import read_lines
+from lander_ds.data.sources.files import read_lines
 from lander_ds.evaluation.neural_scores import Segment
 
 SentenceScores = Callable[[Sequence[Segment]], list[float]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def built(recipe: Recipe, span: Span | None = None) -> tuple[PreTrainedModel, Fa
 
 
 def wrapped(
-    recipe: Recipe, span: Span | None = None, recompute: bool = False, **objective: float
+    recipe: Recipe, span: Span | None = None, recompute: bool = False, **objective: Any
 ) -> TranslationModel:
     model, family = built(recipe, span)
     generator = torch.Generator().manual_seed(2)
