@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ CURES = {
 }
 
 
+@cache
 def earlier_checkpoint(directory: str) -> Checkpoint:
-    """The newest whole checkpoint of a run directory, or the checkpoint at a path.
+    """The newest whole checkpoint of a run directory, or the checkpoint at a path. Its files are read for that, so a process
+    looks once.
 
     Raises:
         ArtefactError: there is none, or it is damaged.

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lander_ds.common.errors import ConfigError
+
 Commands = argparse._SubParsersAction
 
 
@@ -46,6 +48,16 @@ def add_recipe(parser: argparse.ArgumentParser, required: bool = True) -> None:
 def path(text: str) -> Path:
     """Of `--out=~/x` the shell leaves the tilde as it is."""
     return Path(text).expanduser()
+
+
+def check_output(output: Path) -> None:
+    """Before there is something to write.
+
+    Raises:
+        ConfigError: the directory of a file is missing.
+    """
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no such directory: make it")
 
 
 def positive_number(text: str) -> int:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 
+from lander_ds.cli.arguments import check_output
 from lander_ds.common.errors import ConfigError, DataError
 from lander_ds.common.files import write_text
 from lander_ds.common.run_directory import RunDirectory
@@ -22,8 +23,7 @@ logger = logging.getLogger(__name__)
 
 def run(arguments: argparse.Namespace) -> None:
     """Write preferences."""
-    if not arguments.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {arguments.output}: there is no such directory: make it")
+    check_output(arguments.output)
     score = _metric(arguments)
     candidates = read_candidates(arguments.input, arguments.reference)
     lines = [

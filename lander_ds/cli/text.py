@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from lander_ds.checkpoint.choice import chosen
+from lander_ds.cli.arguments import check_output
 from lander_ds.cli.stages import process_group_for
 from lander_ds.common import launch
 from lander_ds.common.errors import ConfigError
@@ -101,8 +102,8 @@ def _check(recipe: Recipe, arguments: argparse.Namespace) -> None:
     check_prompt(recipe.data.prompt, [pair])
     if launch.world_size() > 1 and STANDARD in (arguments.input, arguments.output or STANDARD):
         raise ConfigError("several ranks need files: name them with --input and --output")
-    if arguments.output is not None and not Path(arguments.output).absolute().parent.is_dir():
-        raise ConfigError(f"--output {arguments.output}: there is no such directory: make it")
+    if arguments.output is not None:
+        check_output(Path(arguments.output))
 
 
 def _run(start: Start, arguments: argparse.Namespace, segments: Sequence[Segment]) -> None:

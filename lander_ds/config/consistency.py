@@ -147,6 +147,7 @@ def _check_train(check: Check) -> None:
     check.refuse_repeats("train.trackers", train.trackers)
     _check_prefix_cache(check)
     _check_method(check)
+    _check_objective(check)
     _check_learning_rates(check)
 
 
@@ -205,6 +206,14 @@ def _check_method(check: Check) -> None:
             check.warn("routing", f"has no effect with train.method: {train.method}")
         if set(train.banks) != {"general", "specific"}:
             check.warn("train.banks", f"has no effect with train.method: {train.method}")
+    if train.method != "lora" and train.lora != LoraConfig():
+        check.warn("train.lora", f"has no effect with train.method: {train.method}")
+    if train.method != "shira" and train.shira != ShiraConfig():
+        check.warn("train.shira", f"has no effect with train.method: {train.method}")
+
+
+def _check_objective(check: Check) -> None:
+    recipe, train = check.recipe, check.recipe.train
     if train.objective != "cpo" and train.cpo != CpoConfig():
         check.warn("train.cpo", f"has no effect with train.objective: {train.objective}")
     if train.objective == "cpo":
@@ -219,10 +228,6 @@ def _check_method(check: Check) -> None:
             check.refuse(
                 "train.prefix_cache", "holds no worse translations, which objective: cpo needs; write off"
             )
-    if train.method != "lora" and train.lora != LoraConfig():
-        check.warn("train.lora", f"has no effect with train.method: {train.method}")
-    if train.method != "shira" and train.shira != ShiraConfig():
-        check.warn("train.shira", f"has no effect with train.method: {train.method}")
 
 
 def _check_learning_rates(check: Check) -> None:

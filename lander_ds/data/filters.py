@@ -125,26 +125,24 @@ class Filter:
         """Why a row is dropped, or None when it is kept."""
         if reason := self._shape(row):
             return reason
-        src, tgt = visible(row.src), visible(row.tgt)
+        src, tgt, *rejected = texts = [visible(text) for text in row.texts]
         if self._config.drop_identical and src == tgt:
             return "identical"
-        rejected = None if row.rejected is None else visible(row.rejected)
-        if rejected == tgt:
+        if tgt in rejected:
             return "no_preference"
         if any(score < self._config.min_score.get(name, -math.inf) for name, score in row.scores):
             return "low_score"
         if self.apart and (reason := self.apart.overlap(row.src, row.tgt)):
             return reason
         # One source may have several worse translations.
-        once = f"{src}\0{tgt}" if rejected is None else f"{src}\0{tgt}\0{rejected}"
-        if self._config.drop_duplicates and not self._seen.add(text_hash(once)):
+        if self._config.drop_duplicates and not self._seen.add(text_hash("\0".join(texts))):
             return "duplicate"
         return None
 
     def _shape(self, row: Row) -> Reason | None:
         config = self._config
         shorter, longer = sorted((len(row.src), len(row.tgt)))
-        if not all(map(visible, (row.src, row.tgt, *([] if row.rejected is None else [row.rejected])))):
+        if not all(map(visible, row.texts)):
             return "empty"
         if shorter < config.min_chars:
             return "too_short"

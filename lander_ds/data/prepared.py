@@ -45,6 +45,8 @@ FEATURES = {
 TOKEN_COLUMNS = ("input_ids", "rejected")
 
 CURE = "run stage prepare (again)"
+STATISTICS = "statistics.json"
+"""What became of the lines of every split, in a run directory's `data` and beside each further `prepared.json`."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ The baseline is the system `baseline`, read from the file of `score.baseline`, o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from lander_ds.common.errors import ArtefactError
 from lander_ds.config.schema.results import ScoreConfig
 from lander_ds.data.tokens.languages import split_pair
+from lander_ds.evaluation.documents import DOCUMENTS, document_lengths, documented, joined
 from lander_ds.evaluation.language import LanguageIdentifier
 from lander_ds.evaluation.metrics import (
     BOOTSTRAPPED,
@@ -38,9 +38,6 @@ BASE = "base"
 TRAINED = "trained"
 FEWSHOT = "fewshot"
 MEANS = (*BOOTSTRAPPED, "ter", "off_target", "empty", "truncated")
-
-DOCUMENTS = {"doc_bleu": "bleu", "doc_chrf": "chrf"}
-"""Metrics of whole documents."""
 
 Translations = Mapping[str, Sequence[Translation]]
 """System -> its translations of one pair."""
@@ -131,26 +128,13 @@ def score_pair(
 
 
 def documents_of(translations: Translations) -> list[int] | None:
-    """How many sentences each document has, in the order of `aligned`; None where no sentence is known to be of one.
-
-    Sentences of a document stand behind one another, and a sentence of none is a document of its own.
-    """
+    """How many sentences each document has, in the order of `aligned`; None where no sentence is known to be of one."""
     known = {one.id: one.doc for of in translations.values() for one in of if one.doc is not None}
     if not known:
         return None
     baseline = baseline_of(translations)
     order = translations[next(iter(translations)) if baseline is None else baseline]
-    names: list[str | None] = [known.get(one.id) for one in order]
-    begins = [
-        place for place, name in enumerate(names) if not place or name is None or name != names[place - 1]
-    ]
-    return [end - begin for begin, end in itertools.pairwise([*begins, len(names)])]
-
-
-def joined(sentences: Sequence[str], documents: Iterable[int]) -> list[str]:
-    """Documents as texts of one line (R, d-BLEU of Liu et al. 2020)."""
-    following = iter(sentences)
-    return [" ".join(itertools.islice(following, count)) for count in documents]
+    return document_lengths([known.get(one.id) for one in order])
 
 
 def aligned(pair: str, translations: Translations) -> dict[str, list[Segment]]:
@@ -183,21 +167,16 @@ def aligned(pair: str, translations: Translations) -> dict[str, list[Segment]]:
     return segments
 
 
-def documented(pairs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """Metrics of whole documents that some system of some pair has."""
-    figures = [of for entry in pairs.values() for of in entry["systems"].values()]
-    return tuple(name for name in DOCUMENTS if any(name in of for of in figures))
-
-
 def means(
     pairs: Mapping[str, Mapping[str, Any]], neural: Iterable[str] = ()
 ) -> dict[str, dict[str, float | None]]:
     """System -> metric -> mean over pairs; None where a pair lacks the figure. `neural`: names of neural metrics."""
     systems = next(iter(pairs.values()))["systems"]
+    documents = documented(of for entry in pairs.values() for of in entry["systems"].values())
     return {
         system: {
             metric: _mean([pair["systems"][system].get(metric) for pair in pairs.values()])
-            for metric in (*MEANS, *neural, *documented(pairs))
+            for metric in (*MEANS, *neural, *documents)
         }
         for system in systems
     }

@@ -14,11 +14,11 @@ from lander_ds.common.run_directory import RunDirectory, versions
 from lander_ds.config.loading import dump_recipe
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.distributed.start import Start
+from lander_ds.evaluation.documents import documented
 from lander_ds.export.writer import Form
 from lander_ds.models.weights import base_name
 from lander_ds.report.artefacts import data_statistics
 from lander_ds.report.summary import (
-    DOCUMENT_METRICS,
     METRICS,
     NEURAL_DIGITS,
     SYSTEM_NAMES,
@@ -239,7 +239,7 @@ def _scores(facts: Facts) -> str:
     rows = []
     # Files of version 0.1 name no neural metrics.
     digits: dict[str, int] = dict.fromkeys(METRICS, 2) | dict.fromkeys(facts.get("neural", ()), NEURAL_DIGITS)
-    digits |= {name: 2 for name in DOCUMENT_METRICS if any(name in figures for figures in scores.values())}
+    digits |= dict.fromkeys(documented(scores.values()), 2)
     for pair, figures in scores.items():
         for system, title in SYSTEM_NAMES.items():
             prefix = "" if system == "trained" else f"{system}_"

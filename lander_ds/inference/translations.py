@@ -170,8 +170,9 @@ def _parse(line: bytes) -> Translation | None:
         n_best = tuple(Alternative(**one) for one in value["n_best"]) if "n_best" in value else None
     except TypeError:
         return None
-    cut_short, document = (
-        truncated if isinstance(truncated, bool) else None,
-        doc if isinstance(doc, str) else None,
+    return Translation(
+        *(id_, src, ref, hyp, tokens),
+        truncated=truncated if isinstance(truncated, bool) else None,
+        n_best=n_best,
+        doc=doc if isinstance(doc, str) else None,
     )
-    return Translation(id_, src, ref, hyp, tokens, cut_short, n_best, document)

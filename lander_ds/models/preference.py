@@ -37,6 +37,8 @@ class Contrast:
     sums: torch.Tensor
     """[4, M + 1] float64: losses, how often the chosen translation is the likelier one, margins
     log p(chosen) - log p(rejected), number of preferences; per pair."""
+    of_rejected: torch.Tensor
+    """[N] bool: target tokens of rejected translations."""
 
 
 def contrast(losses: torch.Tensor, batch: PackedBatch, beta: float, pairs: int) -> Contrast:
@@ -64,11 +66,5 @@ def contrast(losses: torch.Tensor, batch: PackedBatch, beta: float, pairs: int) 
         ]
     )
     sums = torch.zeros(FIGURES, pairs + 1, dtype=torch.float64, device=losses.device)
-    sums.index_add_(1, owners, rows.detach().double())
-    return Contrast(preference_losses, sums)
-
-
-def of_rejected(batch: PackedBatch) -> torch.Tensor:
-    """[N] bool: target tokens of rejected translations."""
-    segments = batch.segment_ids[batch.target_positions]
-    return (segments < 2 * batch.preferences) & (segments % 2 == 1)
+    sums.index_add_(1, owners, rows.double())
+    return Contrast(preference_losses, sums, (segments < count) & (segments % 2 == 1))

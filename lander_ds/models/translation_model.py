@@ -22,7 +22,7 @@ from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.models.attention import Segments
 from lander_ds.models.family import Family
 from lander_ds.models.loss import LossHead
-from lander_ds.models.preference import FIGURES, Preference, contrast, of_rejected
+from lander_ds.models.preference import FIGURES, Preference, contrast
 from lander_ds.models.routed_ffn import Routing
 from lander_ds.models.span import Span, units, whole
 from lander_ds.models.surgery import routed_ffns
@@ -302,13 +302,13 @@ class TranslationModel(nn.Module):
         targets = hidden[0].index_select(0, batch.target_positions)
         losses = self.head(self.family.finish(self.model, targets), batch.targets)
         preference, compared = self.objective.preference, None
-        counted = torch.ones_like(losses)
+        counted = torch.ones_like(losses, dtype=torch.float64)
         if preference is None:
             total = losses.sum() / totals.target_tokens
         else:
             compared = contrast(losses, batch, preference.beta, self.pairs)
-            counted = (~of_rejected(batch)).to(losses.dtype)
-            losses = losses * counted
+            counted = (~compared.of_rejected).double()
+            losses = losses.masked_fill(compared.of_rejected, 0.0)
             total = preference.likelihood * losses.sum() / totals.target_tokens
             total = total + compared.losses.sum() / max(1, totals.preferences)
         budget = total.new_zeros(())
@@ -324,7 +324,7 @@ class TranslationModel(nn.Module):
         per_pair = torch.zeros(2, self.pairs + 1, dtype=torch.float64, device=losses.device)
         owners = batch.pair_ids[batch.target_positions] % (self.pairs + 1)
         per_pair[0].index_add_(0, owners, losses.detach().double())
-        per_pair[1].index_add_(0, owners, counted.double())
+        per_pair[1].index_add_(0, owners, counted)
         if compared is not None:
             per_pair = torch.cat([per_pair, compared.sums])
         return total, per_pair, budget.detach().double()

@@ -13,13 +13,11 @@ from lander_ds.common.files import read_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import Recipe
-from lander_ds.data.prepared import replay_directory
+from lander_ds.data.prepared import STATISTICS, replay_directory
 from lander_ds.data.sources.corpus import TEXT
 from lander_ds.inference.translations import Translation, read_translations
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.selection import Selection
-
-STATISTICS = "statistics.json"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from rich.table import Table
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import read_json
 from lander_ds.common.run_directory import RunDirectory
+from lander_ds.evaluation.documents import documented
 
 TRAINING_FIGURES = (
     "method",
@@ -28,8 +29,6 @@ TRAINING_FIGURES = (
 METRICS = ("bleu", "chrf", "chrfpp", "ter")
 SHARES = {"empty": "are empty", "truncated": "were cut short at translate.max_new_tokens"}
 """Of the translations of a system; a system's scores say little where they are large."""
-DOCUMENT_METRICS = ("doc_bleu", "doc_chrf")
-"""BLEU and chrF2 of whole documents, where documents are known."""
 NEURAL_DIGITS = 4
 """Behind the point of neural scores, which mostly stay between 0 and 1, as `comet-score` writes them."""
 P_VALUES = ("p_bleu", "p_chrf", "p_chrfpp")
@@ -83,9 +82,8 @@ def further_metrics(entries: Mapping[str, Mapping[str, Any]], neural: Iterable[s
         entries: `pairs` of `scores.json`, or `directions` of a test set.
         neural: names of neural metrics.
     """
-    figures = [of for entry in entries.values() for of in entry["systems"].values()]
-    documents = {name: 1 for name in DOCUMENT_METRICS if any(name in of for of in figures)}
-    return documents | dict.fromkeys(neural, NEURAL_DIGITS)
+    documents = documented(of for entry in entries.values() for of in entry["systems"].values())
+    return dict.fromkeys(documents, 1) | dict.fromkeys(neural, NEURAL_DIGITS)
 
 
 def stage_seconds(run: RunDirectory) -> dict[str, float]:
@@ -107,7 +105,7 @@ def artefacts(run: RunDirectory) -> dict[str, str]:
 def score_tables(scores: Mapping[str, Mapping[str, Any]], neural: Sequence[str]) -> list[Table]:
     """BLEU and chrF2 per pair, those of whole documents where they are known, then a table per neural metric."""
     tables = [_score_table(scores, "BLEU / chrF2", {"bleu": "BLEU", "chrf": "chrF"}, 1)]
-    if any("doc_chrf" in figures for figures in scores.values()):
+    if documented(scores.values()):
         whole = {"doc_bleu": "BLEU", "doc_chrf": "chrF"}
         tables.append(_score_table(scores, "BLEU / chrF2 of whole documents", whole, 1))
     return tables + [_score_table(scores, name, {name: ""}, NEURAL_DIGITS) for name in neural]

@@ -22,6 +22,7 @@ from lander_ds.config.schema.types import Split
 from lander_ds.data.build import TrainedOn, build, entry_hash
 from lander_ds.data.filters import check_filters
 from lander_ds.data.prepared import (
+    STATISTICS,
     PreparedData,
     prepared_options,
     replay_directory,
@@ -184,7 +185,7 @@ def _finished(
     """
     statistics = manifest["statistics"]
     directory.mkdir(parents=True, exist_ok=True)
-    outputs = [directory / name for name in ("prepared.json", "statistics.json", "rejected.jsonl")]
+    outputs = [directory / name for name in ("prepared.json", STATISTICS, "rejected.jsonl")]
     pointer, counts, rejected = outputs
     _log_statistics(statistics, title, rejected)
     _copy(entry / rejected.name, rejected)

@@ -6,6 +6,7 @@ from lander_ds.checkpoint.choice import as_trained, description, warn_of_changes
 from lander_ds.common.console import write_line
 from lander_ds.common.files import file_hash, json_hash, write_text
 from lander_ds.config.loading import section
+from lander_ds.data.prepared import STATISTICS, replay_directory
 from lander_ds.distributed.start import Start
 from lander_ds.inference.provenance import data_hash
 from lander_ds.report.page import render_report
@@ -20,7 +21,7 @@ def _parts(start: Start) -> list[Part]:
     """
     recipe, run = start.recipe, start.run
     sources = [
-        run.data / "statistics.json",
+        *(directory / STATISTICS for directory in (run.data, replay_directory(run))),
         run.awareness,
         run.selection,
         run.metrics,

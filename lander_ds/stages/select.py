@@ -54,15 +54,16 @@ def _parts(start: Start) -> list[Part]:
 
 
 def _of_earlier_run(run: RunDirectory, earlier: Checkpoint) -> Part:
-    path = earlier.path / SELECTION
-
     def take_over() -> Result:
-        if path.is_file():
-            Selection.load(path).save(run.selection)
-            logger.info("the selection is that of %s", earlier.path)
-        return Result([run.selection] if path.is_file() else [])
+        selection = earlier.selection()
+        if selection is None:
+            return Result([])
+        selection.save(run.selection)
+        logger.info("the selection is that of %s", earlier.path)
+        return Result([run.selection])
 
-    inputs = {"start_from": file_hash(path) if path.is_file() else "none"}
+    recorded = earlier.state["files"].get(SELECTION)
+    inputs = {"start_from": "none" if recorded is None else recorded["sha256"]}
     return Part("select", {}, inputs, take_over)
 
 

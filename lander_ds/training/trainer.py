@@ -195,8 +195,9 @@ class Trainer:
         # One reduction for everything, and the first time in a step that the host waits for the device.
         own = figures.budget.new_tensor([float(stop), time.process_time() - processor])
         mine = torch.cat([figures.per_pair.flatten(), figures.budget.view(1), own])
-        *flat, budget, asked, processor_seconds = collectives.sum_over_ranks(mine).tolist()
-        sums = torch.tensor(flat, dtype=torch.float64).view(figures.per_pair.shape)
+        reduced = collectives.sum_over_ranks(mine).cpu()
+        sums = reduced[:-3].view(figures.per_pair.shape)
+        budget, asked, processor_seconds = reduced[-3:].tolist()
         # The last of both are of texts without a pair.
         losses, tokens = sums[:2].tolist()
         seconds = time.monotonic() - begun

@@ -77,21 +77,16 @@ def validation_loss(session: Session, splits: Mapping[int, PreparedSplit]) -> Va
     """
     recipe, train = session.recipe, session.recipe.train
     preference = session.model.objective.preference
-    batch = whole_split(splits, train.valid_examples, preference is not None)
+    preferred = preference is not None
+    batch = whole_split(splits, train.valid_examples, preferred)
     rank, ranks = session.dims.data_parallel_rank, session.dims.data_parallel_ranks
     count = micro_batches_for(int(batch.lengths.sum()), micro_batch_tokens(train), ranks)
-    micro = packed(
-        batch, splits, rank, ranks, count, accelerator.device(), preferences=preference is not None
-    )
-    totals = BatchTotals(batch.target_tokens, len(batch.indices), preferences_in(batch, splits))
-    sums = collectives.sum_over_ranks(session.engine.evaluate(list(micro), totals).per_pair)
-    losses, tokens, *_ = sums.tolist()
-    means = {i: losses[i] / tokens[i] for i in splits}
+    micro = packed(batch, splits, rank, ranks, count, accelerator.device(), preferences=preferred)
+    preferences = preferences_in(batch, splits) if preferred else 0
+    totals = BatchTotals(batch.target_tokens, len(batch.indices), preferences)
+    sums = collectives.sum_over_ranks(session.engine.evaluate(list(micro), totals).per_pair).cpu()
+    losses = sums[0] / sums[1]
     if preference is not None:
-        of_preferences, _, _, counts = sums[2:].tolist()
-        means = {
-            i: preference.likelihood * mean + of_preferences[i] / max(1.0, counts[i])
-            for i, mean in means.items()
-        }
-    by_pair = {recipe.data.pairs[i]: mean for i, mean in means.items()}
-    return Validation(by_pair, preferences=Preferences.of(sums[2:].cpu()) if preference else None)
+        losses = preference.likelihood * losses + sums[2] / sums[5].clamp(min=1.0)
+    by_pair = {recipe.data.pairs[i]: float(losses[i]) for i in splits}
+    return Validation(by_pair, preferences=Preferences.of(sums[2:]) if preferred else None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.data_helpers import MakeRecipe
+from support.data_helpers import MakeRecipe, write_jsonl
 from support.tiny_translator import tiny_tokenizer
 from support.workspace import Workspace
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,9 +43,7 @@ def text(config: PromptConfig, src: str, context: Iterable[str] = (), shots: Any
 
 
 def corpus(path: Path, rows: Iterable[tuple[str | None, str, str]]) -> str:
-    lines = (json.dumps({"doc": doc, "src": src, "tgt": tgt}) + "\n" for doc, src, tgt in rows)
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
+    return str(write_jsonl(path, rows, ("doc", "src", "tgt")))
 
 
 def prompts(recipe: Recipe, split: Any = "train", force: bool = False) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.data_helpers import MakeRecipe
+from support.data_helpers import MakeRecipe, write_jsonl
 
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
@@ -18,14 +18,8 @@ from lander_ds.stages import prepare
 WORSE = ColumnConfig(rejected="worse")
 
 
-def corpus(path: Path, rows: list[tuple[str, str, object]]) -> str:
-    lines = (json.dumps({"src": src, "tgt": tgt, "worse": worse}) + "\n" for src, tgt, worse in rows)
-    path.write_text("".join(lines))
-    return str(path)
-
-
 def test_preparation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    path = corpus(
+    path = write_jsonl(
         tmp_path / "train.jsonl",
         [
             ("One house.", "Ein Haus.", "Ein Huhn."),
@@ -36,9 +30,10 @@ def test_preparation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
             ("One road.", "Eine Straße.", 3),
             ("One cat.", "Eine Katze.", "Eine Katze, " + "sehr " * 60),
         ],
+        ("src", "tgt", "worse"),
     )
     recipe = make_recipe(
-        CorpusConfig(path, columns=WORSE), pairs=("en-de",), detect_examples=0, max_length=60
+        CorpusConfig(str(path), columns=WORSE), pairs=("en-de",), detect_examples=0, max_length=60
     )
     run = RunDirectory(recipe.run_dir)
     prepare.run(recipe, run)
@@ -53,7 +48,7 @@ def test_preparation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     assert (worse[:prompt] == ids[:prompt]).all()
     assert worse[prompt:].tolist() != ids[prompt:].tolist()
     assert split.rejected_lengths.tolist() == [len(split.rejected(index)) for index in range(2)]  # type: ignore[arg-type]
-    plain = replace(recipe, data=replace(recipe.data, corpora=(CorpusConfig(path),)))
+    plain = replace(recipe, data=replace(recipe.data, corpora=(CorpusConfig(str(path)),)))
     prepare.run(plain, run)
     (split,) = PreparedData.load(run, plain).split("train").values()
     assert split.rejected(0) is None
@@ -61,8 +56,7 @@ def test_preparation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 
 
 def test_a_corpus_without_the_column(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps({"src": "One house.", "tgt": "Ein Haus."}) + "\n")
+    path = write_jsonl(tmp_path / "train.jsonl", [("One house.", "Ein Haus.")])
     recipe = make_recipe(CorpusConfig(str(path), columns=WORSE), pairs=("en-de",), detect_examples=0)
     with pytest.raises(DataError, match=r"no line has 'worse' .*set data\.corpora\[0\]\.columns"):
         prepare.run(recipe, RunDirectory(recipe.run_dir))

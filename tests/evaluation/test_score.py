@@ -9,8 +9,9 @@ from sacrebleu.metrics import BLEU
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.config.schema.results import ScoreConfig
+from lander_ds.evaluation.documents import joined
 from lander_ds.evaluation.language import LanguageIdentifier
-from lander_ds.evaluation.score import documents_of, joined, means, score_pair
+from lander_ds.evaluation.score import documents_of, means, score_pair
 from lander_ds.inference.translations import Translation
 from lander_ds.report.summary import pair_scores, remarks, score_tables
 

@@ -18,9 +18,9 @@ SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
 MakeRecipe = Callable[..., Recipe]
 
 
-def write_jsonl(path: Path, pairs: Iterable[tuple[str, str]]) -> Path:
-    """A corpus of (source, target) pairs."""
-    lines = [json.dumps({"src": src, "tgt": tgt}, ensure_ascii=False) for src, tgt in pairs]
+def write_jsonl(path: Path, rows: Iterable[Iterable[object]], keys: tuple[str, ...] = ("src", "tgt")) -> Path:
+    """A corpus of rows with these keys."""
+    lines = [json.dumps(dict(zip(keys, row, strict=True)), ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

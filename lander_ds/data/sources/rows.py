@@ -50,6 +50,11 @@ class Row:
     rejected: str | None = None
     """A worse translation, of corpora that have one."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Source, target, and the worse translation where there is one."""
+        return (self.src, self.tgt, *(() if self.rejected is None else (self.rejected,)))
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
