@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -65,11 +66,22 @@ def wandb_records(path: Path) -> list[Any]:
     return records
 
 
+def finished_wandb_records(path: Path) -> list[Any]:
+    """The same once the run's end is among them: W&B's service writes on after `finish` has returned."""
+    end = time.monotonic() + 60
+    while True:
+        records = wandb_records(path)
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < end, f"{path} has no end"
+        time.sleep(0.05)
+
+
 def wandb_runs(run: RunDirectory) -> list[tuple[str, dict[str, Any], list[dict[str, Any]], list[int]]]:
     """Per start, in order: id, configuration, history, exit codes."""
     starts = []
     for path in sorted(path for path in (run.path / "wandb").glob("offline-run-*") if path.is_dir()):
-        records = wandb_records(path)
+        records = finished_wandb_records(path)
         described = next(record.run for record in records if record.HasField("run"))
         config = {item.key: json.loads(item.value_json) for item in described.config.update}
         rows = [
