@@ -15,6 +15,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.method import BankChoice, LayerChoice, RoutingConfig, ShieldConfig
 from lander_ds.config.schema.results import SamplingConfig
 from lander_ds.config.schema.training import CpoConfig, LoraConfig, ShiraConfig
+from lander_ds.config.systems import shows_examples, used_systems
 from lander_ds.config.topology_consistency import check_topology
 
 _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
@@ -256,11 +257,18 @@ def _check_translate(check: Check) -> None:
     translate = check.recipe.translate
     if not check.runs("translate", "score"):
         return
-    if not translate.systems:
-        check.refuse("translate.systems", "nothing to translate with; write for example [base, trained]")
-    check.refuse_repeats("translate.systems", translate.systems)
-    if "fewshot" in translate.systems and translate.shots < 1:
-        check.refuse("translate.shots", "the system fewshot needs at least 1; raise it or remove fewshot")
+    for key, systems in (
+        ("translate.systems", translate.systems),
+        ("evaluate.systems", check.recipe.evaluate.systems),
+    ):
+        if systems is not None and not systems:
+            check.refuse(key, "nothing to translate with; write for example [base, trained]")
+        check.refuse_repeats(key, systems or ())
+    for system in filter(shows_examples, used_systems(check.recipe)):
+        if translate.shots < 1:
+            check.refuse(
+                "translate.shots", f"the system {system} needs at least 1; raise it or remove {system}"
+            )
     if translate.beams == 1 and not translate.sampling.temperature and translate.length_penalty != 1.0:
         check.warn("translate.length_penalty", "has no effect in greedy search (beams: 1)")
     if check.stages is not None and translate.split not in _splits(check.recipe) | {"detect"}:

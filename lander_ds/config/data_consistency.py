@@ -120,6 +120,8 @@ def _check_sets(check: Check) -> None:
             )
         _are_pairs(check, f"{key}.pairs", config.pairs)
         _check_source(check, key, config)
+    if recipe.evaluate.systems is not None and not recipe.evaluate.sets:
+        check.warn("evaluate.systems", "has no effect without evaluate.sets")
     untrained = tuple(pair for pair in evaluated_pairs(recipe) if pair not in recipe.data.pairs)
     for index, corpus in enumerate(recipe.evaluate.shots):
         key = f"evaluate.shots.{index}"

@@ -37,6 +37,7 @@ GIVEN = "baseline"
 BASE = "base"
 TRAINED = "trained"
 FEWSHOT = "fewshot"
+TRAINED_FEWSHOT = "trained_fewshot"
 MEANS = (*BOOTSTRAPPED, "ter", "off_target", "empty", "truncated")
 
 Translations = Mapping[str, Sequence[Translation]]

@@ -20,13 +20,13 @@ from typing import Any
 
 from lander_ds.common.files import read_json, write_json, writing
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.evaluation.score import BASE, FEWSHOT, TRAINED
+from lander_ds.evaluation.score import BASE, FEWSHOT, TRAINED, TRAINED_FEWSHOT
 from lander_ds.experiment.grid import Cell
 from lander_ds.inference.translations import read_translations
 
 CURE = "delete it, so that the cell is run again"
-SYSTEM_METHODS = {BASE: "base", FEWSHOT: "few-shot"}
-"""How the systems of the untouched base are called as methods."""
+EXAMPLES = ", few-shot"
+"""Behind the name of a method whose prompts show examples."""
 METRICS = ("bleu", "chrf", "chrfpp", "off_target")
 WARM_UP = 2
 """First steps of a run, in which buffers are made and orders recorded; not timed."""
@@ -38,6 +38,12 @@ Figures = dict[str, Any]
 def cell_file(out: Path, cell: Cell) -> Path:
     """Where the figures of a cell stand among the results."""
     return out / "cells" / f"{cell.name.replace('/', '.')}.json"
+
+
+def method_name(system: str, method: str) -> str:
+    """How a system of a method's cell is called in results: those of the untouched base are the same in all cells."""
+    names = {BASE: BASE, FEWSHOT: BASE + EXAMPLES, TRAINED_FEWSHOT: method + EXAMPLES}
+    return names.get(system, method)
 
 
 def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
@@ -77,7 +83,7 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
             "sets": {
                 name: {
                     "systems": {
-                        system: _scores(one["directions"], system, metrics) for system in scores["systems"]
+                        system: _scores(one["directions"], system, metrics) for system in systems_of(one)
                     },
                     "bits_per_byte": {
                         language: {system: loss["bits_per_byte"] for system, loss in of_language.items()}
@@ -88,6 +94,11 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
             },
         },
     )
+
+
+def systems_of(of_set: Mapping[str, Any]) -> list[str]:
+    """The systems that translated a named test set, from its entry in `scores.json`."""
+    return list(dict.fromkeys(name for entry in of_set["directions"].values() for name in entry["systems"]))
 
 
 def _scores(
@@ -114,8 +125,9 @@ def _step_seconds(metrics: Path) -> dict[str, float]:
 def _publish_texts(cell: Cell, run: RunDirectory, scores: Mapping[str, Any], out: Path) -> None:
     rows: list[dict[str, str]] = []
     sources = references(out, cell.variant)
-    for system in scores["systems"]:
-        for name in (None, *scores.get("sets", {})):
+    sets = {None: scores["systems"], **{name: systems_of(of) for name, of in scores.get("sets", {}).items()}}
+    for name, systems in sets.items():
+        for system in systems:
             for file in sorted(run.translations_of(system, name).glob("*.jsonl")):
                 pair = file.stem if name is None else f"{name}:{file.stem}"
                 for item in read_translations(file):

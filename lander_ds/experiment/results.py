@@ -6,7 +6,7 @@ Everything in it is computed from what finished cells have published (`outcome`)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,11 +17,12 @@ from lander_ds.evaluation.pooled import Difference, compare
 from lander_ds.experiment.grid import Experiment, trials
 from lander_ds.experiment.outcome import (
     CURE,
-    SYSTEM_METHODS,
+    EXAMPLES,
     Figures,
     cell_file,
     hypotheses,
     mean_chrf,
+    method_name,
     published,
     references,
 )
@@ -105,19 +106,20 @@ def assemble(experiment: Experiment, name: str, out: Path) -> dict[str, Any]:
 
 
 def _rows(figures: Figures) -> list[dict[str, Any]]:
-    """One per system."""
+    """One per system; `scores` is empty for one that has translated named test sets alone."""
+    in_sets = (system for one in figures["sets"].values() for system in one["systems"])
     names = ("variant", "seed", "steps", "trained_parameters", "optimizer_bytes", "peak_memory", "date")
     return [
         {
-            "method": SYSTEM_METHODS.get(system, figures["method"]),
+            "method": method_name(system, figures["method"]),
             "at": figures["kind"],
             "lr": figures["rate"],
             "seconds": figures["training_seconds"],
             **{name: figures[name] for name in names},
-            "scores": scores,
+            "scores": figures["systems"].get(system, {}),
             "sets": {
                 name: {
-                    "scores": one["systems"].get(system, {}),
+                    "scores": one["systems"][system],
                     "bits_per_byte": {
                         language: losses[system]
                         for language, losses in one["bits_per_byte"].items()
@@ -125,9 +127,10 @@ def _rows(figures: Figures) -> list[dict[str, Any]]:
                     },
                 }
                 for name, one in figures["sets"].items()
+                if one["systems"].get(system)
             },
         }
-        for system, scores in figures["systems"].items()
+        for system in dict.fromkeys((*figures["systems"], *in_sets))
     ]
 
 
@@ -135,32 +138,35 @@ def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict
     """Every method against the baseline at equal steps and at equal time, from the published translations.
 
     Args:
-        baseline: method; its runs at equal steps are what both comparisons are against.
+        baseline: method; its runs at equal steps are what both comparisons are against. What prompts with examples
+            gave is compared with what they gave the baseline, where it had them.
         cells: figures of cells that are no trials.
         out: the results.
     """
     texts: dict[tuple[str, str, str], list[dict[tuple[str, str], str]]] = defaultdict(list)
     for figures in cells:
         for system, translations in hypotheses(out, figures).items():
-            method = SYSTEM_METHODS.get(system) or str(figures["method"])
+            method = method_name(system, str(figures["method"]))
             texts[figures["kind"], figures["variant"], method].append(translations)
     sources = {variant: references(out, variant) for variant in {key[1] for key in texts}}
     rows = []
-    for (at, variant, method), mine in sorted(texts.items()):
-        its = texts.get(("steps", variant, baseline))
-        if its is None or method == baseline:
-            continue
+    for (at, variant, method), mine in sorted(texts.items()):  # a copy: looking up adds to it
         refs: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
         for key, row in sources[variant].items():
-            if all(key in one for one in (*mine, *its)):
+            if all(key in one for one in mine):
                 name, _, _ = key[0].rpartition(":")
                 refs[name or TEST][key] = row["ref"]
         for name, of_set in refs.items():
+            rivals = [baseline + EXAMPLES, baseline] if method.endswith(EXAMPLES) else [baseline]
+            rival = next((one for one in rivals if _has_all(texts["steps", variant, one], of_set)), method)
+            if rival == method:
+                continue
+            its = texts["steps", variant, rival]
             difference = _difference(of_set, mine, its)
             rows.append(
                 {
                     "a": method,
-                    "b": baseline,
+                    "b": rival,
                     "variant": variant,
                     "at": at,
                     "on": name,
@@ -172,6 +178,10 @@ def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict
                 }
             )
     return rows
+
+
+def _has_all(seeds: Sequence[Mapping[tuple[str, str], str]], keys: Collection[tuple[str, str]]) -> bool:
+    return bool(seeds) and all(key in one for key in keys for one in seeds)
 
 
 def _difference(

@@ -55,7 +55,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     made = []
     for (variant, at), methods in sorted(groups.items()):
         title = f"{TITLES[at]}: {variant}" if several else TITLES[at]
-        made.append(_table(results, variant, at, methods, title))
+        tested = {name: cells for name, cells in methods.items() if cells[0]["scores"]}
+        made.append(_table(results, variant, at, tested, title))
         for name in dict.fromkeys(name for cells in methods.values() for name in cells[0]["sets"]):
             made.append(_set_table(results, variant, at, methods, name, f"{title}: test set {name}"))
     return made
@@ -123,28 +124,37 @@ def _set_table(
         method: [cell["sets"][name] for cell in cells if name in cell["sets"]]
         for method, cells in methods.items()
     }
-    pairs = list(next(cells for cells in of_set.values() if cells)[0]["scores"])
+    pairs = list(
+        dict.fromkeys(pair for cells in of_set.values() for cell in cells for pair in cell["scores"])
+    )
     against = _comparisons(results, variant, at, name)
-    rows = []
+    ranked = []
     for method, cells in of_set.items():
         if not cells:
             continue
-        scores = {pair: [cell["scores"][pair] for cell in cells] for pair in pairs}
-        rows.append(
-            [
-                method,
-                *(
-                    f"{fmean(one['chrf'] for one in scores[pair]):.1f}, "
-                    f"{fmean(one['off_target'] for one in scores[pair]):.0%}"
-                    for pair in pairs
-                ),
-                _with_spread(cells, "chrf"),
-                f"{fmean(bits for cell in cells for bits in cell['bits_per_byte'].values()):.3f}",
-                *_versus(against.get(method)),
-            ]
-        )
-    rows.sort(key=lambda row: -float(row[len(pairs) + 1].split()[0]))
-    return Table(title, ["method", *pairs, "chrF", "bits per byte", "difference", "p"], rows)
+        # Prompts cannot show examples in every direction.
+        whole = all(pair in cell["scores"] for pair in pairs for cell in cells)
+        row = [
+            method,
+            *(
+                _score_and_share([cell["scores"][pair] for cell in cells if pair in cell["scores"]])
+                for pair in pairs
+            ),
+            _with_spread(cells, "chrf") if whole else "",
+            _mean_bits(cells),
+            *_versus(against.get(method)),
+        ]
+        ranked.append((_mean(cells, "chrf") if whole else 0.0, row))
+    ranked.sort(key=lambda item: -item[0])
+    header = ["method", *pairs, "chrF", "bits per byte", "difference", "p"]
+    return Table(title, header, [row for _, row in ranked])
+
+
+def _score_and_share(scores: Sequence[Mapping[str, float]]) -> str:
+    """chrF2 and off-target rate of a direction, means over seeds."""
+    if not scores:
+        return ""
+    return f"{fmean(one['chrf'] for one in scores):.1f}, {fmean(one['off_target'] for one in scores):.0%}"
 
 
 def _comparisons(results: Mapping[str, Any], variant: str, at: str, on: str) -> dict[str, Mapping[str, Any]]:
@@ -173,6 +183,12 @@ def _with_spread(cells: Sequence[Mapping[str, Any]], metric: str) -> str:
     return f"{fmean(each):.2f}" + (f" ± {stdev(each):.2f}" if len(each) > 1 else "")
 
 
+def _mean_bits(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Loss on plain text; prompts with examples change nothing of it and have none."""
+    bits = [bits for cell in cells for bits in cell["bits_per_byte"].values()]
+    return f"{fmean(bits):.3f}" if bits else ""
+
+
 def _millions(count: int | None) -> str:
     return "" if count is None else f"{count / 1e6:.1f} M"
 
@@ -194,8 +210,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     parts.append(
         f"Columns of directions are chrF2, of named sets with the share of translations in a wrong language; `bits per "
         f"byte` is the loss of their plain text; means and standard deviations are over seeds; `step` is the time of a step "
-        f"over that of `{results['baseline']}`; `difference` is in chrF2 against `{results['baseline']}`, with the "
-        f"p-value of a paired bootstrap in which all seeds share the drawn sentences.\n\n{signatures}\n"
+        f"over that of `{results['baseline']}`; `difference` is in chrF2 against `{results['baseline']}` (of prompts with "
+        f"examples, `few-shot`, against its own with examples, where it has them), with the p-value of a paired "
+        f"bootstrap in which all seeds share the drawn sentences.\n\n{signatures}\n"
     )
     return "\n".join(parts)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -17,13 +17,12 @@ from lander_ds.checkpoint.choice import chosen
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import file_hash, json_hash
 from lander_ds.config.recipe import Recipe
-from lander_ds.config.schema.types import Split
+from lander_ds.config.schema.types import Split, System
+from lander_ds.config.systems import model_of, shows_examples
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
 from lander_ds.data.tokens.prompt import prompt_options
 from lander_ds.distributed.start import Start
-
-System = Literal["base", "fewshot", "trained"]
 
 
 def record_name(system: System, test_set: str | None = None) -> str:
@@ -38,7 +37,9 @@ def is_up_to_date(start: Start, data: PreparedData, system: System, test_set: Na
         ArtefactError: the trained system is asked for and there is no checkpoint.
     """
     trained = (
-        chosen(start.run.checkpoints, start.recipe.translate.checkpoint) if system == "trained" else None
+        chosen(start.run.checkpoints, start.recipe.translate.checkpoint)
+        if model_of(system) == "trained"
+        else None
     )
     name = record_name(system, None if test_set is None else test_set.name)
     options = options_of(start.recipe, system, test_set)
@@ -58,14 +59,14 @@ def options_of(recipe: Recipe, system: System, test_set: NamedSet | None = None)
     wanted = ["limit"]
     if test_set is None:
         wanted.append("split")
-    if system == "fewshot":
+    if shows_examples(system):
         wanted.append("shots")
     named = {name: getattr(recipe.translate, name) for name in wanted}
     depends = {"system": system, "dtype": recipe.model.dtype, **named, **decoding_options(recipe)}
     # Prompts with examples are rendered when they are wanted; the others are part of the prepared data.
     return depends | (
         {"prompt": prompt_options(recipe.data.prompt), "seed": recipe.data_seed}
-        if system == "fewshot"
+        if shows_examples(system)
         else {}
     )
 
@@ -92,10 +93,10 @@ def inputs_of(
         start: names the base.
         data: prepared data.
         system: its name.
-        trained: the checkpoint that the system `trained` is; the other systems have none.
+        trained: the checkpoint of the trained model, for systems that are it.
         test_set: what is translated; None: the split `translate.split` of `data`.
     """
-    shown: tuple[Split, ...] = ("train",) if system == "fewshot" else ()
+    shown: tuple[Split, ...] = ("train",) if shows_examples(system) else ()
     if test_set is None:
         inputs = {"data": data.content_hash(start.recipe.translate.split, *shown)}
     else:
@@ -106,6 +107,6 @@ def inputs_of(
     own = Path(start.recipe.model.path) / GENERATION_CONFIG_NAME
     if own.exists():
         inputs["generation config"] = file_hash(own)
-    if system == "trained" and trained is not None:
+    if model_of(system) == "trained" and trained is not None:
         inputs["checkpoint"] = json_hash(dict(trained.state))
     return inputs

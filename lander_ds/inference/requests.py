@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from lander_ds.common.errors import ConfigError, DataError
 from lander_ds.config.data_consistency import has_examples, translated_pairs
 from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import System
+from lander_ds.config.systems import shows_examples
 from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
 from lander_ds.data.sets import NamedSet
 from lander_ds.data.tokens.prompt import choose_shots, shots_for
 from lander_ds.data.tokens.prompt_format import prompt_format
 from lander_ds.data.tokens.text_encoder import TextEncoder
-from lander_ds.inference.provenance import System
 from lander_ds.inference.translate import Request
 from lander_ds.models.loading import model_positions
 
@@ -31,8 +32,7 @@ def requests_for(
 ) -> dict[str, list[Request]]:
     """The requests of a system: translated pair -> sentences in corpus order, at most `translate.limit` of them.
 
-    `base` and `trained` get the prompts of the training format, `fewshot` gets `translate.shots` examples in
-    front.
+    Prompts are those of the training format, with `translate.shots` examples in front for the systems that show them.
 
     Raises:
         ConfigError: a prompt and its translation may need more positions than the model has.
@@ -60,8 +60,8 @@ def requests_for_set(
     test_set: NamedSet,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, list[Request]]:
-    """Like `requests_for`, of a named test set. Directions for which there are no few-shot examples are left out of the
-    system `fewshot`, and a log line says so.
+    """Like `requests_for`, of a named test set. Directions for which there are no few-shot examples are left out by
+    systems that show them, and a log line says so.
 
     Raises:
         ConfigError: a prompt and its translation may need more positions than the model has.
@@ -72,10 +72,10 @@ def requests_for_set(
     train = {**test_set.data.split("train"), **data.split("train")}
     requests = {}
     for pair in test_set.pairs:
-        if system == "fewshot" and not has_examples(recipe, pair):
+        if shows_examples(system) and not has_examples(recipe, pair):
             logger.info(
-                "translate fewshot %s: %s is left out: no corpus of evaluate.shots has examples of it",
-                *(test_set.name, pair),
+                "translate %s %s: %s is left out: no corpus of evaluate.shots has examples of it",
+                *(system, test_set.name, pair),
             )
         else:
             requests[pair] = _of_split(system, recipe, splits[pair], train.get(pair), tokenizer)
@@ -94,11 +94,11 @@ def _of_split(
     config, pair = recipe.translate, split.pair
     indices = range(len(split) if config.limit is None else min(config.limit, len(split)))
     sentences = [split.sentence(index) for index in indices]
-    if system == "fewshot":
+    if shows_examples(system):
         prompts = _fewshot_prompts(recipe, train, pair, sentences, tokenizer)
     else:
         prompts = [_own_prompt(split, index) for index in indices]
-    shots = config.shots if system == "fewshot" else recipe.data.prompt.shots
+    shots = config.shots if shows_examples(system) else recipe.data.prompt.shots
     stop = prompt_format(recipe.data.prompt, tokenizer).stop(pair, shots)
     return [
         Request(sentence.id, sentence.src, sentence.tgt, tuple(prompt), stop, sentence.doc)
@@ -118,7 +118,7 @@ def _check_positions(system: System, recipe: Recipe, requests: Mapping[str, Sequ
         if positions is not None and needed > positions:
             what, cure = (
                 (f"translate.shots: with {shots} examples", "lower it")
-                if system == "fewshot"
+                if shows_examples(system)
                 else ("translate.max_new_tokens:", "lower it, or data.max_length")
             )
             raise ConfigError(
@@ -150,8 +150,8 @@ def _fewshot_prompts(
 ) -> list[list[int]]:
     if train is None or len(train) == 0:
         raise DataError(
-            f"translate.systems: fewshot takes its examples from the training split, and {pair} has none: "
-            "add a corpus with `split: train` to data.corpora, or leave fewshot out"
+            f"translate.systems: few-shot systems take their examples from the training split, and {pair} has none: "
+            "add a corpus with `split: train` to data.corpora, or leave them out"
         )
     count = recipe.translate.shots
     # One more than needed: a sentence that is itself an example gets the next one instead.

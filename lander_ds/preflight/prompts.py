@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lander_ds.common.errors import ConfigError, ModelError
 from lander_ds.config.check import Check
+from lander_ds.config.systems import shows_examples, used_systems
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.data.tokens.prompt import equal_prompts
 from lander_ds.data.tokens.prompt_format import PromptFormat, prompt_format
@@ -18,7 +19,7 @@ def check_prompts(check: Check) -> None:
     recipe = check.recipe
     if check.runs("prepare"):
         _tell_equal_prompts(check)
-    fewshot = "fewshot" in recipe.translate.systems and check.runs("translate")
+    fewshot = any(map(shows_examples, used_systems(recipe))) and check.runs("translate")
     if not (fewshot or check.runs("prepare")):
         return
     try:

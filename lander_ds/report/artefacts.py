@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import read_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import translated_pairs
 from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import System
 from lander_ds.data.prepared import STATISTICS, replay_directory
 from lander_ds.data.sources.corpus import TEXT
 from lander_ds.inference.translations import Translation, read_translations
@@ -129,9 +130,7 @@ def _metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, An
 def _translations(run: RunDirectory, pairs: Sequence[str]) -> dict[str, dict[str, list[Translation]]]:
     by_pair: dict[str, dict[str, list[Translation]]] = {}
     for pair in pairs:
-        paths = {
-            system: run.translations / system / f"{pair}.jsonl" for system in ("base", "fewshot", "trained")
-        }
+        paths = {system: run.translations / system / f"{pair}.jsonl" for system in get_args(System)}
         of_pair = {system: read_translations(path) for system, path in paths.items() if path.exists()}
         if of_pair:
             by_pair[pair] = of_pair

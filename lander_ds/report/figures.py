@@ -17,7 +17,13 @@ P = ParamSpec("P")
 WIDTH = 5.6
 """Inches. Narrow, so that text stays legible where a phone shrinks the figure to its width."""
 
-SYSTEM_COLOURS = {"baseline": "#d9b26f", "base": "#b9c0c9", "fewshot": "#7fa6d6", "trained": "#1f6f8b"}
+SYSTEM_COLOURS = {
+    "baseline": "#d9b26f",
+    "base": "#b9c0c9",
+    "fewshot": "#7fa6d6",
+    "trained": "#1f6f8b",
+    "trained_fewshot": "#123f52",
+}
 BANK_COLOURS = {"general": "#4b7f9e", "frozen": "#d9dde2"}
 SEQUENTIAL = "viridis"
 # Distinguishable with colour vision deficiencies (Okabe and Ito, without yellow), then darker variants.

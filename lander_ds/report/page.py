@@ -19,7 +19,7 @@ from lander_ds.method.relevance import relevance
 from lander_ds.report import plots
 from lander_ds.report.artefacts import Artefacts, load_artefacts
 from lander_ds.report.figures import data_uri
-from lander_ds.report.sets import further_of_sets, lines, systems_of
+from lander_ds.report.sets import further_of_sets, lines, measured_systems, systems_of
 from lander_ds.report.summary import SYSTEM_NAMES, further_metrics, remarks, summarise
 
 EXAMPLES_PER_PAIR = 5
@@ -63,6 +63,7 @@ def render_report(recipe: Recipe, run: RunDirectory) -> str:
         system_names=SYSTEM_NAMES,
         set_lines={name: list(lines(entry)) for name, entry in summary["sets"].items()},
         set_systems=systems_of(summary["sets"]),
+        measured_systems=measured_systems(summary["sets"]),
         score_plots=[_plot(*entry) for entry in _score_plots(artefacts)],
         awareness_plots=[_plot(*entry) for entry in _awareness_plots(artefacts)],
         training_plots=[_plot(*entry) for entry in _training_plots(artefacts, recipe.data.pairs)],

@@ -57,6 +57,12 @@ def systems_of(sets: Mapping[str, Any]) -> list[str]:
     return [system for system in SYSTEM_NAMES if any(system in entry for entry in entries)]
 
 
+def measured_systems(sets: Mapping[str, Any]) -> list[str]:
+    """The systems with losses on plain text, in the order of tables."""
+    entries = [of for entry in sets.values() for of in entry["monolingual"].values()]
+    return [system for system in SYSTEM_NAMES if any(system in entry for entry in entries)]
+
+
 def further_of_sets(sets: Mapping[str, Any], neural: Sequence[str]) -> dict[str, int]:
     """`further_metrics` of all sets together."""
     entries = {
@@ -122,11 +128,7 @@ def _matrix(sets: Mapping[str, Any], metric: str, label: str, digits: int, off_t
 
 def _losses(sets: Mapping[str, Any]) -> Table:
     table = _table("Loss on plain text (references alone)", "set", "language")
-    systems = [
-        system
-        for system in SYSTEM_NAMES
-        if any(system in of for entry in sets.values() for of in entry["monolingual"].values())
-    ]
+    systems = measured_systems(sets)
     for system in systems:
         table.add_column(f"{SYSTEM_NAMES[system]}\nnats/token", justify="right")
         table.add_column("\nbits/byte", justify="right")

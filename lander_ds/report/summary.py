@@ -32,7 +32,13 @@ SHARES = {"empty": "are empty", "truncated": "were cut short at translate.max_ne
 NEURAL_DIGITS = 4
 """Behind the point of neural scores, which mostly stay between 0 and 1, as `comet-score` writes them."""
 P_VALUES = ("p_bleu", "p_chrf", "p_chrfpp")
-SYSTEM_NAMES = {"baseline": "baseline", "base": "base", "fewshot": "few-shot", "trained": "trained"}
+SYSTEM_NAMES = {
+    "baseline": "baseline",
+    "base": "base",
+    "fewshot": "few-shot",
+    "trained": "trained",
+    "trained_fewshot": "trained, few-shot",
+}
 """System of `scores.json` -> its name for a person, in the order of tables and plots."""
 STAGES = ("prepare", "detect", "select", "train", "translate", "score", "export", "report")
 

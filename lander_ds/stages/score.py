@@ -18,6 +18,8 @@ from lander_ds.config.data_consistency import (
 )
 from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.types import System
+from lander_ds.config.systems import set_systems, shows_examples
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
 from lander_ds.data.sources.sacrebleu_sets import origin
@@ -31,7 +33,7 @@ from lander_ds.evaluation.neural_scores import NeuralScores, neural_scores
 from lander_ds.evaluation.score import GIVEN, aligned, baseline_of, means, score_pair
 from lander_ds.evaluation.sets import score_set
 from lander_ds.inference.losses import LOSSES, TextLoss, read_losses
-from lander_ds.inference.provenance import System, is_up_to_date, record_name
+from lander_ds.inference.provenance import is_up_to_date, record_name
 from lander_ds.inference.translations import Translation, read_translations
 from lander_ds.report.sets import set_tables
 from lander_ds.report.summary import pair_scores, remarks, score_tables
@@ -42,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 def _parts(start: Start) -> list[Part]:
     """One part: scores of every system of `translate.systems`, and that of `score.baseline`, on every translated pair; and
-    of every system on every named test set.
+    of every system of `evaluate.systems` on every named test set.
 
     Raises:
         ArtefactError: translations are missing, were made from something else, or do not fit together.
@@ -104,6 +106,8 @@ def _parts(start: Start) -> list[Part]:
     if sets:
         # What is trained decides which means a direction belongs to.
         options |= {"sets": [one.name for one in sets], "trained": list(recipe.data.pairs)}
+        if recipe.evaluate.systems is not None:
+            options["set_systems"] = list(recipe.evaluate.systems)
     read = [path for of_pair in paths.values() for path in of_pair.values()]
     read += [path for one in sets for path in one.paths]
     inputs = {run.relative(path): file_hash(path) for path in read}
@@ -159,15 +163,15 @@ class _OfSet:
         """By direction and system."""
         self.losses: dict[str, dict[str, TextLoss]] = {}
         """By system and language."""
-        for system in recipe.translate.systems:
+        for system in set_systems(recipe):
             directory = run.translations_of(system, name)
             for pair in set_pairs(recipe, name):
                 # Examples for the prompt are not there for every direction.
-                if system != "fewshot" or has_examples(recipe, pair):
+                if not shows_examples(system) or has_examples(recipe, pair):
                     path = directory / f"{pair}.jsonl"
                     self.translations.setdefault(pair, {})[system] = read_translations(path)
                     self.paths.append(path)
-            if system != "fewshot":
+            if not shows_examples(system):
                 self.losses[system] = read_losses(directory / LOSSES)
                 self.paths.append(directory / LOSSES)
             _check_origin(start, system, name)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from lander_ds.checkpoint.choice import chosen, warn_of_changes
 from lander_ds.common.files import json_hash, write_json
+from lander_ds.config.schema.types import System
+from lander_ds.config.systems import model_of, set_systems, shows_examples, used_systems
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
 from lander_ds.data.tokens.languages import split_pair
@@ -21,7 +22,7 @@ from lander_ds.distributed import collectives, process_group
 from lander_ds.distributed.start import Start
 from lander_ds.inference.losses import LOSSES, text_losses
 from lander_ds.inference.open import InferenceModel, open_for_inference
-from lander_ds.inference.provenance import System, inputs_of, options_of, record_name
+from lander_ds.inference.provenance import inputs_of, options_of, record_name
 from lander_ds.inference.requests import requests_for, requests_for_set
 from lander_ds.inference.translate import Request, translate
 from lander_ds.inference.translations import PartialTranslations
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
-    """A part per system of `translate.systems` and per test set: training again does not make the untouched base translate
+    """A part per system and per test set: training again does not make the untouched base translate
     again, and another set not the others.
 
     Raises:
@@ -42,8 +43,9 @@ def _parts(start: Start) -> list[Part]:
     recipe, run = start.recipe, start.run
     data, models = PreparedData.load(run, recipe), _Models(start)
     # Systems of the same model come one after the other.
-    systems = sorted(recipe.translate.systems, key=_model_of)
-    trained = chosen(run.checkpoints, recipe.translate.checkpoint) if "trained" in systems else None
+    systems = sorted(used_systems(recipe), key=model_of)
+    is_trained = "trained" in map(model_of, systems)
+    trained = chosen(run.checkpoints, recipe.translate.checkpoint) if is_trained else None
     if trained is not None and process_group.rank() == 0:
         warn_of_changes(trained.state, recipe, run, data.content_hash("train", "valid"))
     tokenizer = cache(lambda: load_tokenizer(recipe.model.path, recipe.model.trust_remote_code))
@@ -67,20 +69,23 @@ def _parts(start: Start) -> list[Part]:
         name = record_name(system, None if test_set is None else test_set.name)
         return Part(name, options, inputs, body, prepare=requests)
 
-    sets = [None, *(NamedSet.load(run, recipe, name) for name in recipe.evaluate.sets)]
-    return [part(system, test_set) for system in systems for test_set in sets]
+    sets = [NamedSet.load(run, recipe, name) for name in recipe.evaluate.sets]
+
+    parts = []
+    for system in systems:
+        if system in recipe.translate.systems:
+            parts.append(part(system, None))
+        if system in set_systems(recipe):
+            parts += [part(system, one) for one in sets]
+    return parts
 
 
 STAGE = Stage("translate", _parts)
 run = STAGE.run
 
 
-def _model_of(system: System) -> Literal["base", "trained"]:
-    return "trained" if system == "trained" else "base"
-
-
 class _Models:
-    """One model in memory at a time; systems that are the untouched base share it."""
+    """One model in memory at a time; systems that are the same share it."""
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -88,7 +93,7 @@ class _Models:
 
     def open(self, system: System) -> InferenceModel:
         """The model of a system (collective)."""
-        name = _model_of(system)
+        name = model_of(system)
         if name not in self._opened:
             self._opened.clear()
             self._opened[name] = open_for_inference(self._start, name)
@@ -121,7 +126,7 @@ def _translate(
         PartialTranslations(directory, key).discard()
     collectives.barrier()
     outputs = [directory / f"{pair}.jsonl" for pair in requests]
-    if test_set is not None and system != "fewshot":
+    if test_set is not None and not shows_examples(system):
         # First: what is translated can be gone on with, and this takes little time.
         _measure(model, tokenizer, requests, recipe.translate.weights == "sharded", directory / LOSSES)
         outputs.append(directory / LOSSES)

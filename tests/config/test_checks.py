@@ -412,3 +412,20 @@ def test_a_threshold_needs_scores_and_scores_a_threshold(
     assert "scores" not in caplog.text
     check(workspace, scores)
     assert "has no effect: data.filters.min_score does not have quality" in caplog.text
+
+
+def test_systems_of_sets(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    sets = 'evaluate.sets={news: {path: "train.{pair}.jsonl"}}'
+    only_trained = ("translate.systems=[trained]", "translate.shots=0")
+    check(workspace, *only_trained, sets, stage="translate")
+    examples = "evaluate.systems=[trained_fewshot]"
+    assert "translate.shots: the system trained_fewshot needs at least 1" in refusal(
+        workspace, *only_trained, sets, examples, stage="translate"
+    )
+    assert "evaluate.systems: nothing to translate with" in refusal(
+        workspace, sets, "evaluate.systems=[]", stage="score"
+    )
+    assert "evaluate.systems" in refusal(workspace, sets, "evaluate.systems=[base, base]", stage="translate")
+    caplog.set_level(logging.WARNING)
+    check(workspace, *only_trained, examples, stage="translate")
+    assert "evaluate.systems: has no effect without evaluate.sets" in caplog.text

@@ -39,7 +39,11 @@ set:
   select.layers.k: 2
   translate.limit: 4
   translate.max_new_tokens: 8
+  translate.shots: 1
+  evaluate.sets: {{kept: {{path: {sentences}, pairs: [en-de], limit: 3}}}}
+  evaluate.systems: [trained, trained_fewshot]
 methods:
+  base: {{trained: false, set: {{translate.systems: [base, fewshot], evaluate.systems: [base, fewshot]}}}}
   lora: {{set: {{train.method: lora}}, rate_keys: [train.lr.lora], rates: [1.0e-3]}}
   landermt:
     rate_keys: [train.lr.general, train.lr.specific]
@@ -53,7 +57,8 @@ def finished(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The file of an experiment that has been run."""
     directory = tmp_path_factory.mktemp("experiment")
     file = directory / "small.yaml"
-    text = EXPERIMENT.format(recipe=tiny_run.recipe_path, run_dir=directory / "runs")
+    sentences = tiny_run.root / "valid.en-de.jsonl"
+    text = EXPERIMENT.format(recipe=tiny_run.recipe_path, run_dir=directory / "runs", sentences=sentences)
     with preloaded(directory) as lander:
         file.write_text(f"{text}launch: {lander}\n", encoding="utf-8")
         assert main(["experiment", str(file)]) == 0
@@ -63,21 +68,40 @@ def finished(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_results_hold_every_cell_and_its_comparison(finished: Path) -> None:
     results = read_json(finished.parent / "runs" / "results" / "results.json", "")
+    untrained = ["base", "base, few-shot"]
+    trained = ["landermt", "landermt, few-shot", "lora", "lora, few-shot"]
     assert [(cell["at"], cell["method"], cell["steps"]) for cell in results["cells"]] == [
-        ("steps", "landermt", 4),
-        ("steps", "lora", 4),
+        *(("steps", method, None) for method in untrained),
+        *(("steps", method, 4) for method in trained),
     ]
     assert [trial["chosen"] for trial in results["trials"]] == [True, True]
     assert results["step_seconds"]["all"].keys() == {"lora", "landermt"}
-    (comparison,) = results["comparisons"]
-    assert (comparison["a"], comparison["b"], comparison["at"]) == ("landermt", "lora", "steps")
+    assert [(one["a"], one["b"], one["on"]) for one in results["comparisons"]] == [
+        ("base", "lora", "test"),
+        ("base", "lora", "kept"),
+        ("base, few-shot", "lora", "test"),  # which LoRA was not shown examples for
+        ("base, few-shot", "lora, few-shot", "kept"),
+        ("landermt", "lora", "test"),
+        ("landermt", "lora", "kept"),
+        ("landermt, few-shot", "lora, few-shot", "kept"),
+    ]
     for cell in results["cells"]:
-        assert cell["scores"].keys() == {"en-de", "en-fr", "en-es"}
-        assert cell["trained_parameters"] > 0
+        name, _, shown = cell["method"].partition(", ")
         scores = read_json(
-            RunDirectory(finished.parent / "runs" / "steps" / "all" / cell["method"] / "seed-1").scores, ""
+            RunDirectory(finished.parent / "runs" / "steps" / "all" / name / "seed-1").scores, ""
         )
-        assert cell["scores"]["en-de"]["chrf"] == scores["pairs"]["en-de"]["systems"]["trained"]["chrf"]
+        system = (
+            {"base": "base", "few-shot": "fewshot"} if name == "base" else {"few-shot": "trained_fewshot"}
+        )
+        own = system.get(shown or name, "trained")
+        kept = scores["sets"]["kept"]["directions"]["en-de"]["systems"]
+        assert cell["sets"]["kept"]["scores"]["en-de"]["chrf"] == kept[own]["chrf"]
+        if own == "trained_fewshot":
+            assert cell["scores"] == {}
+        else:
+            assert cell["scores"].keys() == {"en-de", "en-fr", "en-es"}
+            assert cell["scores"]["en-de"]["chrf"] == scores["pairs"]["en-de"]["systems"][own]["chrf"]
+        assert name == "base" or cell["trained_parameters"] > 0
 
 
 def test_comparisons_can_be_computed_again(finished: Path) -> None:
@@ -104,7 +128,7 @@ def test_what_is_finished_needs_no_run_directory(finished: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["experiment", str(finished), "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all(line.startswith("finished") for line in lines)
 
 
@@ -120,6 +144,12 @@ def test_tables_in_three_formats(finished: Path) -> None:
         text = (out / f"table.{suffix}").read_text(encoding="utf-8")
         assert "landermt" in text
         assert "At equal steps" in text
+        test, kept = (
+            text.split("At equal steps: test set kept")[0],
+            text.split("At equal steps: test set kept")[-1],
+        )
+        assert "landermt, few-shot" in kept
+        assert "landermt, few-shot" not in test
 
 
 def changed(finished: Path, directory: Path, before: str, after: str) -> Path:

@@ -177,6 +177,44 @@ def test_losses_on_plain_text(done: tuple[Recipe, RunDirectory], system: str) ->
     assert actual["bits_per_byte"] == pytest.approx(nats / math.log(2) / actual["bytes"], rel=1e-5)
 
 
+def test_systems_of_sets_and_their_prompts(
+    done: tuple[Recipe, RunDirectory], root: Path, tmp_path: Path
+) -> None:
+    of_sets = ("fewshot", "trained_fewshot")
+    recipe = recipe_of(root, tmp_path, "news")
+    recipe = replace(
+        recipe,
+        translate=replace(recipe.translate, systems=("trained",)),
+        evaluate=replace(recipe.evaluate, systems=of_sets),
+    )
+    write_checkpoint(recipe)
+    run = run_of(recipe)
+    scores = json.loads(run.scores.read_text())
+    assert scores["systems"] == ["trained"]
+    news = scores["sets"]["news"]
+    assert {
+        pair: tuple(entry["systems"]) for pair, entry in news["directions"].items() if pair != "es-en"
+    } == {
+        "en-de": of_sets,
+        "en-es": of_sets,
+    }
+    assert news["monolingual"] == {}
+    assert not (run.translations / "trained_fewshot").exists()
+    _, other = done
+    texts = {
+        name: [one.hyp for one in read_translations(of.translations_of(name, "news") / "en-de.jsonl")]
+        for of in (run, other)
+        for name in ("trained", *of_sets)
+        if of.translations_of(name, "news").exists()
+    }
+    assert texts["trained_fewshot"] not in (texts["fewshot"], texts["trained"])
+    data, test_set = PreparedData.load(run, recipe), NamedSet.load(run, recipe, "news")
+    requests = [requests_for_set(name, recipe, data, test_set, tiny_tokenizer()) for name in of_sets]
+    assert requests[0] == requests[1]
+    report.run(recipe, run)
+    assert "trained, few-shot" in run.report.read_text()
+
+
 def test_another_set_is_all_that_is_done(done: tuple[Recipe, RunDirectory], root: Path) -> None:
     _, run = done
     recipe = recipe_of(root, run.path, "news", "talks")

@@ -19,6 +19,7 @@ from lander_ds.config.schema.types import (
     PositiveInt,
     Seed,
     Split,
+    System,
 )
 from lander_ds.config.strict import STRICT
 
@@ -52,16 +53,16 @@ class SamplingConfig:
 class TranslateConfig:
     """Decoding of the test split."""
 
-    systems: tuple[Literal["base", "fewshot", "trained"], ...] = ("base", "fewshot", "trained")
-    """Untouched base zero-shot, base with examples in the prompt, the trained model."""
+    systems: tuple[System, ...] = ("base", "fewshot", "trained")
+    """Untouched base zero-shot, base with examples in the prompt, the trained model, and that with examples too."""
     split: Split = "test"
     """Which split is translated."""
     checkpoint: CheckpointChoice = "last"
-    """What the system `trained` is: `last`, `best` (by `train.keep_best`) or `step-N`."""
+    """What the systems `trained` and `trained_fewshot` are: `last`, `best` (by `train.keep_best`) or `step-N`."""
     limit: Limit | None = None
     """At most this many sentences per pair (the first ones)."""
     shots: Count = 4
-    """Examples in the prompt of the system `fewshot`."""
+    """Examples in the prompts of the systems `fewshot` and `trained_fewshot`."""
     beams: PositiveInt = 1
     """1 is greedy search."""
     length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0
@@ -86,8 +87,10 @@ class EvaluateConfig:
     pairs: [en-de]}`, with the filters and the prompt of `data`. Sentences that stand in the training data are left out
     of the set (`data.filters.test_overlap`)."""
     shots: tuple[CorpusConfig, ...] = ()
-    """Where few-shot examples of directions outside `data.pairs` come from; without any, `fewshot` leaves such a
-    direction out."""
+    """Where few-shot examples of directions outside `data.pairs` come from; without any, `fewshot` and
+    `trained_fewshot` leave such a direction out."""
+    systems: tuple[System, ...] | None = None
+    """The systems that translate the sets. Default: `translate.systems`."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,6 +19,8 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 Split = Literal["train", "detect", "valid", "test"]
+System = Literal["base", "fewshot", "trained", "trained_fewshot"]
+"""The untouched base and the trained model, each without and with examples in the prompt."""
 
 
 def _at_home(path: str) -> str:
