@@ -19,12 +19,12 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.data import ColumnConfig, CorpusConfig, PromptConfig
 from lander_ds.config.schema.results import TranslateConfig
+from lander_ds.config.schema.types import System
 from lander_ds.data.context import Preceding
 from lander_ds.data.prepared import PreparedData, prepared_options
 from lander_ds.data.tokens.prompt import check_prompt, next_example, render_prompt
 from lander_ds.data.tokens.prompt_format import prompt_format
 from lander_ds.data.tokens.tokenizer import load_tokenizer
-from lander_ds.inference.provenance import System
 from lander_ds.inference.requests import requests_for
 from lander_ds.inference.segments import Line, Segment, lines_of
 from lander_ds.stages import prepare

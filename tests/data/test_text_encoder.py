@@ -18,12 +18,11 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import ModelConfig
 from lander_ds.config.schema.data import CorpusConfig, PromptConfig
 from lander_ds.config.schema.results import TranslateConfig
-from lander_ds.config.schema.types import Split
+from lander_ds.config.schema.types import Split, System
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.tokens.prompt import render_prompt, target_text
 from lander_ds.data.tokens.text_encoder import TextEncoder, control_tokens
 from lander_ds.data.tokens.tokenizer import load_tokenizer
-from lander_ds.inference.provenance import System
 from lander_ds.inference.requests import requests_for
 from lander_ds.inference.translate import Request
 from lander_ds.stages import prepare

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.data import CorpusConfig, PromptConfig
 from lander_ds.config.schema.results import EvaluateConfig, ScoreConfig, SetConfig, TranslateConfig
+from lander_ds.config.schema.types import System
 from lander_ds.data.prepared import PreparedData
 from lander_ds.data.sets import NamedSet
 from lander_ds.distributed.start import Start
@@ -180,7 +182,7 @@ def test_losses_on_plain_text(done: tuple[Recipe, RunDirectory], system: str) ->
 def test_systems_of_sets_and_their_prompts(
     done: tuple[Recipe, RunDirectory], root: Path, tmp_path: Path
 ) -> None:
-    of_sets = ("fewshot", "trained_fewshot")
+    of_sets: tuple[System, ...] = ("fewshot", "trained_fewshot")
     recipe = recipe_of(root, tmp_path, "news")
     recipe = replace(
         recipe,
@@ -204,7 +206,7 @@ def test_systems_of_sets_and_their_prompts(
     texts = {
         name: [one.hyp for one in read_translations(of.translations_of(name, "news") / "en-de.jsonl")]
         for of in (run, other)
-        for name in ("trained", *of_sets)
+        for name in get_args(System)
         if of.translations_of(name, "news").exists()
     }
     assert texts["trained_fewshot"] not in (texts["fewshot"], texts["trained"])
