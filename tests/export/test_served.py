@@ -1,17 +1,21 @@
-"""Folded and dense exports in CTranslate2: its own converter, our prompts, the tokens that transformers writes."""
+"""Folded and dense exports in CTranslate2 and llama.cpp: their converters, our prompts, the tokens of transformers."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from support.checkpoints import LAYERS, PAIRS, recipe_for, write_checkpoint
 from support.exports import open_trained
 from support.tiny_models import SLIDING, random_model, save
@@ -19,6 +23,7 @@ from support.tiny_translator import SPECIAL, WORDS, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
@@ -37,7 +42,7 @@ from lander_ds.export.fold import folded
 from lander_ds.export.routed import export_routed
 from lander_ds.export.writer import Form
 
-PROGRAM = Path(__file__).parents[2] / "examples" / "ctranslate2_translate.py"
+PROGRAM = Path(__file__).parents[2] / "examples" / "translate_prompts.py"
 NEW_TOKENS = 16
 LINES = ["w1 w2 w3", "", "w9 w8 w7 w6", "w40 w41 w50 w4 w4 w59", "w12", "w33 w2"]
 
@@ -59,22 +64,32 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma": lambda: GemmaConfig(**GROUPED),
     # As in Gemma 3 of 270 million and of a billion parameters.
     "gemma3": lambda: Gemma3TextConfig(
-        **GROUPED, sliding_window=64, layer_types=SLIDING, query_pre_attn_scalar=8
+        **{**GROUPED, "num_hidden_layers": 6},
+        sliding_window=64,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"],
+        query_pre_attn_scalar=8,
     ),
     "bloom": lambda: BloomConfig(
         **{key: COMMON[key] for key in ("vocab_size", "hidden_size")}, n_layer=3, n_head=4
     ),
     "opt": lambda: OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32),
+    "gemma2": lambda: Gemma2Config(
+        **GROUPED, sliding_window=64, layer_types=SLIDING, query_pre_attn_scalar=8
+    ),
 }
-"""What the converter of CTranslate2 4.8.5 converts rightly, in the form in which the models were published.
+"""In the form in which the models were published.
 (Transformers opens Qwen2 with a tokenizer class that the tiny tokenizer does not fit.)"""
+
+CTRANSLATE2 = ("llama", "mistral", "qwen3", "gemma", "gemma3", "bloom", "opt")
+"""What the converter of CTranslate2 4.8.5 converts rightly."""
+LLAMA_CPP = ("llama", "mistral", "gemma", "gemma2", "gemma3")
+"""Whose tokenizers the converter of llama.cpp takes from a SentencePiece file; others it must know by name."""
 
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
     """The example that docs/serving.md names."""
-    pytest.importorskip("ctranslate2")
-    spec = importlib.util.spec_from_file_location("ctranslate2_translate", PROGRAM)
+    spec = importlib.util.spec_from_file_location("translate_prompts", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -82,54 +97,122 @@ def program() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_ctranslate2_writes_the_same_tokens(case: str, program: ModuleType, tmp_path: Path) -> None:
-    from ctranslate2.converters import TransformersConverter
+@dataclass(frozen=True)
+class Served:
+    """What a server is given, and what it has to write."""
 
-    base = save(random_model(CONFIGS[case]()), tmp_path / "base")
-    tiny_tokenizer().save_pretrained(base)
-    plain = recipe_for(base, tmp_path / "run")
-    recipe = replace(
-        plain,
-        data=replace(plain.data, corpora=(CorpusConfig("absent.{pair}.jsonl"),), max_length=48),
-        select=SelectConfig(LayerChoice(k=2)),
-    )
-    write_checkpoint(recipe)
-    (tmp_path / "run" / "recipe.resolved.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    source, target = tmp_path / "in.txt", tmp_path / "prompts.json"
-    source.write_text("\n".join(LINES) + "\n", encoding="utf-8")
-    text = ["translate", "--run", str(tmp_path / "run"), "--pair", "en-de", "--input", str(source)]
-    assert main([*text, "--prompts", "--output", str(target)]) == 0
-    content = json.loads(target.read_text(encoding="utf-8"))
+    content: dict[str, Any]
+    """What `lander translate --prompts` wrote."""
+    translations: dict[int, str]
+    """What `lander translate --model` wrote with the folded export, by line."""
+    exports: dict[str, Path]
+    """`folded` and `dense`, of one checkpoint."""
 
-    means = {str(layer): dict.fromkeys(PAIRS, 0.6) for layer in LAYERS}
-    for name, weights in {
-        "folded": folded(open_trained(recipe), means, "en-de"),
-        "dense": open_trained(recipe).source,
-    }.items():
-        export_dense(weights, tmp_path / name, Form())
-        TransformersConverter(str(tmp_path / name)).convert(str(tmp_path / f"{name}-ct2"))
-        written = program.generate(tmp_path / f"{name}-ct2", content, "cpu", "float32", NEW_TOKENS)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        for prompt, ids in zip(content["prompts"], written, strict=True):
+    def tokens(self, name: str, activation: Callable[..., torch.Tensor] | None = None) -> list[list[int]]:
+        """What transformers writes with an export, the closing tokens included.
+
+        Args:
+            name: of the export.
+            activation: takes the place of the FFNs' own.
+        """
+        model = AutoModelForCausalLM.from_pretrained(self.exports[name])
+        if activation is not None:
+            for layer in model.model.layers:
+                del layer.mlp.act_fn
+                layer.mlp.act_fn = activation
+        written = []
+        for prompt in self.content["prompts"]:
             row = torch.tensor([prompt["ids"]])
             output = model.generate(
                 row,
                 attention_mask=torch.ones_like(row),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
-                eos_token_id=content["end_ids"],
+                eos_token_id=self.content["end_ids"],
                 pad_token_id=0,
             )
-            assert ids == output[0, row.shape[1] :].tolist()
+            written.append(output[0, row.shape[1] :].tolist())
         assert len(set(map(tuple, written))) > 1
+        return written
 
-    out, flags = tmp_path / "out.txt", ["--set", f"translate.max_new_tokens={NEW_TOKENS}"]
-    assert main([*text, *flags, "--model", str(tmp_path / "folded"), "--output", str(out)]) == 0
-    expected = out.read_text(encoding="utf-8").split("\n")
-    written = program.generate(tmp_path / "folded-ct2", content, "cpu", "float32", NEW_TOKENS)
-    for prompt, ids in zip(content["prompts"], written, strict=True):
-        assert program.text_of(ids, content, tiny_tokenizer()) == expected[prompt["line"] - 1]
+    def check_text(self, program: ModuleType, written: list[list[int]]) -> None:
+        """What the folded export wrote, as text."""
+        for prompt, ids in zip(self.content["prompts"], written, strict=True):
+            text = program.text_of(ids, self.content, tiny_tokenizer())
+            assert text == self.translations[prompt["line"]]
+
+
+def serve(case: str, directory: Path) -> Served:
+    """Exports and prompts of a made-up run."""
+    base = save(random_model(CONFIGS[case]()), directory / "base")
+    tiny_tokenizer().save_pretrained(base)
+    write_sentencepiece(base / "tokenizer.model")
+    plain = recipe_for(base, directory / "run")
+    recipe = replace(
+        plain,
+        data=replace(plain.data, corpora=(CorpusConfig("absent.{pair}.jsonl"),), max_length=48),
+        select=SelectConfig(LayerChoice(k=2)),
+    )
+    write_checkpoint(recipe)
+    (directory / "run" / "recipe.resolved.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    means = {str(layer): dict.fromkeys(PAIRS, 0.6) for layer in LAYERS}
+    exports = {name: directory / name for name in ("folded", "dense")}
+    export_dense(folded(open_trained(recipe), means, "en-de"), exports["folded"], Form())
+    export_dense(open_trained(recipe).source, exports["dense"], Form())
+
+    source, prompts, output = (directory / name for name in ("in.txt", "prompts.json", "out.txt"))
+    source.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    text = ["translate", "--run", str(directory / "run"), "--pair", "en-de", "--input", str(source)]
+    assert main([*text, "--prompts", "--output", str(prompts)]) == 0
+    text += ["--set", f"translate.max_new_tokens={NEW_TOKENS}", "--model", str(exports["folded"])]
+    assert main([*text, "--output", str(output)]) == 0
+    lines = enumerate(output.read_text(encoding="utf-8").split("\n"), start=1)
+    return Served(json.loads(prompts.read_text(encoding="utf-8")), dict(lines), exports)
+
+
+def write_sentencepiece(path: Path) -> None:
+    """The vocabulary of the tiny tokenizer, in the file that published LLaMA 2, Mistral and Gemma come with."""
+    model, kinds = ModelProto(), ModelProto.SentencePiece
+    for number, piece in enumerate(SPECIAL + WORDS):
+        kind = kinds.CONTROL if number < 3 else kinds.UNKNOWN if piece == "w0" else kinds.NORMAL
+        model.pieces.add(piece=piece, score=-number, type=kind)
+    model.trainer_spec.unk_piece = "w0"
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("case", CTRANSLATE2)
+def test_ctranslate2_writes_the_same_tokens(case: str, program: ModuleType, tmp_path: Path) -> None:
+    converters = pytest.importorskip("ctranslate2.converters")
+    served = serve(case, tmp_path)
+    for name, export in served.exports.items():
+        converters.TransformersConverter(str(export)).convert(str(tmp_path / "served"), force=True)
+        written = program.generate(tmp_path / "served", served.content, "cpu", "float32", NEW_TOKENS)
+        assert written == served.tokens(name)
+        if name == "folded":
+            served.check_text(program, written)
+
+
+@pytest.mark.parametrize("case", LLAMA_CPP)
+def test_llama_cpp_writes_the_same_tokens(case: str, program: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    converter = os.environ.get("LANDER_GGUF_CONVERTER")
+    if converter is None:
+        pytest.skip("LANDER_GGUF_CONVERTER does not name llama.cpp's convert_hf_to_gguf.py (docs/serving.md)")
+    served, file = serve(case, tmp_path), tmp_path / "served.gguf"
+    for name, export in served.exports.items():
+        command = [sys.executable, converter, str(export), "--outtype", "f32", "--outfile", str(file)]
+        subprocess.run(command, check=True, capture_output=True)
+        written = program.generate(file, served.content, "cpu", "float32", NEW_TOKENS)
+        expected = served.tokens(name, half_gelu if case.startswith("gemma") else None)
+        assert written == expected
+        if name == "folded" and expected == served.tokens(name):
+            served.check_text(program, written)
+
+
+def half_gelu(values: torch.Tensor) -> torch.Tensor:
+    """GELU as llama.cpp's kernels for CPUs look it up between -10 and 10: in a table of float16."""
+    looked_up = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().float()
+    return torch.where(values.abs() < 10, looked_up, values.relu())
 
 
 @pytest.mark.parametrize(
