@@ -112,6 +112,12 @@ def _check_train(check: Check) -> None:
             f"{train.pack_tokens} cannot hold an example of data.max_length {recipe.data.max_length} tokens; "
             f"raise it or lower data.max_length",
         )
+    elif train.objective == "cpo" and train.pack_tokens < 2 * recipe.data.max_length:
+        check.warn(
+            "train.pack_tokens",
+            f"{train.pack_tokens} cannot hold two translations of data.max_length {recipe.data.max_length} tokens: rows "
+            "with a long preference become longer, and need as much more memory",
+        )
     if train.batch_tokens < recipe.data.max_length:
         check.refuse(
             "train.batch_tokens",

@@ -1,7 +1,7 @@
 """Preferences out of candidate translations: what `lander translate --n-best` wrote, ordered by a metric.
 
 A line of the input is a JSON object with `src`, a reference and `n_best`; a line of the output has in their place the
-better translation `tgt` and the worse one `rejected`, as `train.objective: cpo` reads them.
+better translation `tgt` and the worse one `rejected`, as `train.objective: cpo` reads them, and their scores.
 """
 
 from __future__ import annotations
@@ -93,16 +93,19 @@ def preferences(
         score: the metric.
         chosen: `reference`: it is the better one, and the candidate with the lowest score the worse. `best`: the candidate
             with the highest score is.
-        margin: by how much the better one must be better.
+        margin: by how much the better one must be better; of two that are equally good none is.
     """
-    segments = [Segment(one.src, text, one.ref) for one in candidates for text in (one.ref, *one.texts)]
+    texts = [(*one.texts, *([one.ref] if one.texts and chosen == "reference" else [])) for one in candidates]
+    segments = [
+        Segment(one.src, text, one.ref) for one, of in zip(candidates, texts, strict=True) for text in of
+    ]
     scores = iter(score(segments))
-    for one in candidates:
-        of_reference, *of_texts = (next(scores) for _ in range(1 + len(one.texts)))
-        if not one.texts:
+    for one, of in zip(candidates, texts, strict=True):
+        scored = [(next(scores), text) for text in of]
+        if not scored:
             continue
-        ordered = sorted(zip(of_texts, one.texts, strict=True))
-        low, worse = ordered[0]
-        high, better = (of_reference, one.ref) if chosen == "reference" else ordered[-1]
-        if better != worse and high - low >= margin:
-            yield {**one.row, "src": one.src, "tgt": better, "rejected": worse, "scores": [high, low]}
+        low, worse = min(scored[: len(one.texts)])
+        high, better = scored[-1] if chosen == "reference" else max(scored)
+        if high > low and high - low >= margin:
+            both = {"tgt": better, "rejected": worse, "tgt_score": high, "rejected_score": low}
+            yield {**one.row, "src": one.src, **both}

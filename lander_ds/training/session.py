@@ -131,4 +131,7 @@ def open_session(
     engine = spread(recipe, config, dims, model, family, selection, trained)
     if resumed is not None:
         engine.restore(trained, resumed.optimizer(), resumed.state["group_steps"], resumed.averaged())
+    elif earlier is not None:
+        # Whole masters: the weights were filled in the type of the model.
+        engine.restore(trained, {}, dict.fromkeys(groups, 0), {})
     return Session(recipe, engine, dims, family, sizes, total, per_rank, start.base_fingerprint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from sacrebleu.metrics import CHRF
 
 from lander_ds.cli.main import main
-from lander_ds.evaluation.candidates import read_candidates
+from lander_ds.evaluation.candidates import Candidates, preferences, read_candidates
+from lander_ds.evaluation.neural_scores import Segment
 
 
 def line(src: str, tgt: str, *hyps: str, **more: Any) -> dict[str, Any]:
@@ -54,7 +56,8 @@ def test_the_reference_against_the_worst(path: Path) -> None:
         "src": "One house.",
         "tgt": "Ein Haus.",
         "rejected": "Etwas ganz anderes",
-        "scores": [100.0, pytest.approx(low)],
+        "tgt_score": 100.0,
+        "rejected_score": pytest.approx(low),
         "doc": "a",
     }
     assert (lake["tgt"], lake["rejected"]) == ("Ein See.", "Ein See!")
@@ -63,8 +66,21 @@ def test_the_reference_against_the_worst(path: Path) -> None:
 def test_the_best_candidate_against_the_worst(path: Path) -> None:
     (house,) = made(path, "--chosen", "best")
     assert (house["tgt"], house["rejected"]) == ("Ein Haus", "Etwas ganz anderes")
-    high, low = house["scores"]
-    assert made(path, "--chosen", "best", "--margin", str(high - low - 1)) == [house]
+    margin = house["tgt_score"] - house["rejected_score"]
+    assert made(path, "--chosen", "best", "--margin", str(margin - 1)) == [house]
+
+
+def test_of_two_that_are_equally_good_none_is_better() -> None:
+    candidates = [Candidates({}, "One house.", "Ein Haus.", ("Das Haus", "Ein Huhn"))]
+    scored: list[Segment] = []
+
+    def score(segments: Sequence[Segment]) -> list[float]:
+        scored.extend(segments)
+        return [0.5 for _ in segments]
+
+    assert list(preferences(candidates, score, "best", 0.0)) == []
+    assert [segment.mt for segment in scored] == ["Das Haus", "Ein Huhn"]  # the reference need not be scored
+    assert list(preferences(candidates, score, "reference", 0.0)) == []
 
 
 @pytest.mark.parametrize(

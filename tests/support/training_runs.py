@@ -71,6 +71,8 @@ STAYS = (
     "train.lr={general: 1.0e-9, specific: 1.0e-9, gates: 1.0e-9}",
 )
 """Where another run has come to."""
+STAYS_ROUNDED = (*STAYS, "model.dtype=bfloat16", "train.start_from=$root/bfloat16-1")
+"""The same where weights are rounded in the model, but not in the optimizer."""
 BFLOAT16 = sets(model__dtype="bfloat16", train__steps=4)
 WHOLE = (
     *sets(train__steps=4, translate__max_new_tokens=8, score__bootstrap_samples=20),
@@ -116,6 +118,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("further", STAYS, FURTHER),
         Job("relayed", (*RELAYED, *ROOMY)),
         Job("bfloat16", BFLOAT16),
+        Job("further-bfloat16", STAYS_ROUNDED, FURTHER),
         Job("whole", WHOLE, EVERY_STAGE),
         Job("detect", (), DETECT),
         Job("detect-large", ("detect.batch_tokens=4096",), DETECT),

@@ -109,11 +109,16 @@ def test_ranks_change_nothing(world_1: TinyRun, world_2: TinyRun) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_starts_from_another(world_1: TinyRun) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [("adamw-1", "further-1"), ("bfloat16-1", "further-bfloat16-1")]
+)
+def test_a_run_starts_from_another(world_1: TinyRun, first: str, second: str) -> None:
     """With its selection and its weights, but steps and schedule of its own."""
-    earlier, further = world_1.run("adamw-1"), world_1.run("further-1")
+    earlier, further = world_1.run(first), world_1.run(second)
     assert file_hash(earlier.selection) == file_hash(further.selection)
     assert distance(trained(further), trained(earlier)) < 1e-6
+    rounded = {name: tensor.bfloat16().float() for name, tensor in trained(earlier).items()}
+    assert distance(rounded, trained(earlier)) > 1e-4
     (step,) = metrics(further)
     assert (step["step"], step["lr"]["gates"]) == (1, 1e-9)
     assert step["loss"] < metrics(earlier)[0]["loss"]

@@ -12,6 +12,7 @@ from lander_ds.config.schema.types import (
     Count,
     Limit,
     NonNegative,
+    PathText,
     Positive,
     PositiveInt,
     Share,
@@ -100,7 +101,7 @@ class TrainConfig:
     """`likelihood`: translations are made likelier. `cpo`: and likelier than the ones in `columns.rejected`."""
     cpo: CpoConfig = field(default_factory=CpoConfig)
     """Only for `objective: cpo`."""
-    start_from: str | None = None
+    start_from: PathText | None = None
     """Start with what an earlier run trained: its run directory, or one of its checkpoints (`RUN/checkpoints/step-N`). Base,
     pairs, method and gates must be the same; stage select takes over its selection, and detect is not needed. None: start
     from the base."""
