@@ -141,25 +141,20 @@ class Base:
         return {pair: self._loss(split, sentences) for pair, split in self.valid.items()}
 
     def _loss(self, split: PreparedSplit, sentences: int) -> float:
-        rows = [split.tokens(index) for index in range(min(sentences, len(split)))]
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        targets = torch.full_like(ids, -100)
-        mask = torch.zeros_like(ids)
-        for number, (tokens, prompt) in enumerate(rows):
-            row = torch.from_numpy(tokens.astype("int64"))
-            ids[number, : len(row)] = row
-            mask[number, : len(row)] = 1
-            targets[number, prompt - 1 : len(row) - 1] = row[prompt:]
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return float(loss)
+        total, count = 0.0, 0
+        # One after the other: neither padding nor the logits of prompts are computed.
+        for index in range(min(sentences, len(split))):
+            tokens, prompt = split.tokens(index)
+            ids = torch.from_numpy(tokens.astype("int64"))
+            targets = ids[prompt:]
+            output = self.model(input_ids=ids[None], use_cache=False, logits_to_keep=len(targets) + 1)
+            total += float(functional.cross_entropy(output.logits[0, :-1], targets, reduction="sum"))
+            count += len(targets)
+        return total / count
 
 
 def knock_out(study: Study, base: Base, awareness: Awareness) -> None:
     """Loss of every direction without the neurons that some criterion picks for one of them."""
-    if "knock_out" in study.results:
-        return
     phi = awareness.phi()
     count = round(SHARE * phi[0].numel())
     own = phi / phi.flatten(1).mean(1)[:, None, None]
@@ -167,16 +162,21 @@ def knock_out(study: Study, base: Base, awareness: Awareness) -> None:
     lead = own - own.mean(0, keepdim=True)
     random = torch.rand(phi.shape, generator=torch.Generator().manual_seed(SEED))
     scores = {"aware": phi, "specific": lead, "random": random, "least aware": -phi}
-    untouched = base.losses()
-    matrix: dict[str, dict[str, Losses]] = {}
+    known = study.results.get("knock_out", {})
+    matrix: dict[str, dict[str, Losses]] = known.get("rise", {})
+    untouched: Losses = known.get("loss") or base.losses()
     for name, score in scores.items():
         for m, pair in enumerate(study.pairs):
+            if pair in matrix.get(name, {}):
+                continue
             with base.without(_top(score[m], count)):
                 after = base.losses()
             rises = {other: after[other] - untouched[other] for other in study.pairs}
             matrix.setdefault(name, {})[pair] = rises
             logger.info("without the neurons %s of %s: %s", name, pair, rises)
-    study.keep(knock_out={"share": SHARE, "sentences": SENTENCES, "loss": untouched, "rise": matrix})
+            study.keep(
+                knock_out={"share": SHARE, "sentences": SENTENCES, "loss": untouched, "rise": matrix}
+            )
 
 
 def _top(score: torch.Tensor, count: int) -> torch.Tensor:
