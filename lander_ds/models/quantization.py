@@ -48,7 +48,7 @@ def quantizing(kind: Quantization, layers: nn.ModuleList, placement: Placement) 
 def quantized_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     """The matrices of a decoder layer that are kept as codes."""
     for _, projection in _projections(layer):
-        yield projection.weight
+        yield projection.get_parameter("weight")
     for _, bank in _frozen_banks(layer):
         yield from (parameter for parameter in bank.parameters() if parameter.dim() == 2)
 
@@ -87,6 +87,7 @@ class QuantizedLinear(nn.Module):
     codes: nn.Parameter
     scales: nn.Parameter
     """Float32 as bytes: an engine gives every floating-point parameter the type of the model."""
+    bias: nn.Parameter | None
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, kind: Quantization) -> None:
         """Round a weight [out, in] to codes, on its device."""

@@ -98,9 +98,9 @@ def test_computed_once_and_shared(tmp_path: Path) -> None:
 
 
 def test_another_base_layer_or_quantisation_has_its_own(tmp_path: Path) -> None:
-    others = ({}, {"layers": 3}, {"base": "other"}, {"quantize": "nf4"}, {"quantize": "int8"})
+    others: tuple[dict[str, Any], ...] = ({}, {"layers": 3}, {"base": "other"}, {"quantize": "nf4"}, {"quantize": "int8"})
     for other in others:
-        case = Case(tmp_path, **other)  # type: ignore[arg-type]
+        case = Case(tmp_path, **other)
         case.open()
         assert case.engine.calls == 1
     assert len(list(tmp_path.glob("cache/prefix-*"))) == len(others)
