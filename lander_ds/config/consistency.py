@@ -213,6 +213,12 @@ def _check_method(check: Check) -> None:
             check.warn("routing", f"has no effect with train.method: {train.method}")
         if set(train.banks) != {"general", "specific"}:
             check.warn("train.banks", f"has no effect with train.method: {train.method}")
+    if recipe.model.quantize is not None and train.method not in ("lander", "lora"):
+        check.refuse(
+            "model.quantize",
+            f"train.method: {train.method} trains parts of weights that {recipe.model.quantize} would round; write method: "
+            "lander or lora, or remove it",
+        )
     if train.method != "lora" and train.lora != LoraConfig():
         check.warn("train.lora", f"has no effect with train.method: {train.method}")
     if train.method != "shira" and train.shira != ShiraConfig():

@@ -18,7 +18,7 @@ from lander_ds.config.schema.data import DataConfig
 from lander_ds.config.schema.method import DetectConfig, RoutingConfig, SelectConfig
 from lander_ds.config.schema.results import EvaluateConfig, ExportConfig, ScoreConfig, TranslateConfig
 from lander_ds.config.schema.training import TrainConfig
-from lander_ds.config.schema.types import PathText, PositiveInt, Seed
+from lander_ds.config.schema.types import PathText, PositiveInt, Quantization, Seed
 from lander_ds.config.strict import STRICT
 
 Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
@@ -40,6 +40,16 @@ class ModelConfig:
     allow_pickle: bool = False
     """Open weights that are PyTorch pickles (pytorch_model.bin), where there are no safetensors. Nothing but tensors is
     taken from them, but only safetensors cannot run code by design."""
+    quantize: Quantization | None = None
+    """Frozen projections of the decoder layers in 8 bits (`int8`) or 4 (`nf4`: R, Dettmers et al. 2023) while detecting and
+    training; what is trained, embedding, head and norms keep `dtype`. Translations and exports are of the unquantised
+    base. Topologies `replicated` and `pipeline`, methods `lander` and `lora`; needs bitsandbytes
+    (`pip install 'lander-ds[quantize]'`)."""
+
+    @property
+    def numerics(self) -> dict[str, str]:
+        """What detection and training depend on besides the base's weights; without `quantize` as before it existed."""
+        return {"dtype": self.dtype, **({"quantize": self.quantize} if self.quantize else {})}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -91,6 +101,11 @@ class Recipe:
     def pipelined(self) -> bool:
         """Whether the topology cuts the model into pipeline stages."""
         return self.topology in ("pipeline", "pipeline_zero3")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the topology shards weights (ZeRO-3)."""
+        return self.topology in ("zero3", "pipeline_zero3")
 
     @property
     def decoding(self) -> TranslateConfig:

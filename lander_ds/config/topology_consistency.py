@@ -11,6 +11,12 @@ def check_topology(check: Check) -> None:
     """Record what is wrong with `topology`, `pipeline_stages` and `pipeline_cut`; opens no file."""
     recipe = check.recipe
     stages, cut = recipe.pipeline_stages, recipe.pipeline_cut
+    if recipe.model.quantize is not None and recipe.sharded:
+        check.refuse(
+            "model.quantize",
+            f"{recipe.model.quantize} does not work with topology: {recipe.topology}, which shards every weight; set "
+            "topology: replicated or pipeline, or remove it",
+        )
     if not recipe.pipelined:
         cure = "set topology: pipeline or pipeline_zero3, or remove it"
         if stages > 1:

@@ -94,6 +94,7 @@ def facts_of(start: Start, checkpoint_state: Mapping[str, Any]) -> dict[str, Any
         "method": checkpoint_state["method"],
         "step": checkpoint_state["step"],
         "pairs": list(checkpoint_state["pairs"]),
+        **({"quantize": quantize} if (quantize := checkpoint_state.get("quantize")) else {}),
         "recipe": dump_recipe(as_trained(recipe, checkpoint_state)),
         "data": data_statistics(run, recipe) or {},
         "context": recipe.data.prompt.context,
@@ -165,6 +166,8 @@ def _origin(facts: Facts) -> str:
         ("base fingerprint", f"`{base['fingerprint']}`"),
         ("method", facts["method"]),
     ]
+    if "quantize" in facts:
+        rows.append(("trained over", f"the base in {facts['quantize']}; this export is on the base itself"))
     if "step" in facts:
         rows.append(("optimizer steps", str(facts["step"])))
     if context := facts.get("context"):

@@ -428,6 +428,8 @@ class RoutedFFN(nn.Module):
     replaced: tuple[nn.Module, ...] = ()
     """The HF module whose place it took, set by surgery; in a tuple, so that it is no submodule."""
     output_bias: nn.Parameter | None
+    rest: nn.Module | None
+    """What computes the frozen neurons, [T, d] -> [T, d], where they are in no bank (quantised ones)."""
 
     def __init__(
         self,
@@ -457,6 +459,7 @@ class RoutedFFN(nn.Module):
         self.activation = activation
         bias = None if output_bias is None else nn.Parameter(output_bias, requires_grad=False)
         self.register_parameter("output_bias", bias)
+        self.register_module("rest", None)
         self.router = gate
         self.options = dict(options)
         self.pairs = tuple(pairs)
@@ -481,6 +484,8 @@ class RoutedFFN(nn.Module):
             if not bank.present:
                 run = partial(bank, run)
         output = run(flat)
+        if self.rest is not None:
+            output = output + self.rest(flat)
         if self.output_bias is not None:
             output = output + self.output_bias
         return output.reshape(shape)

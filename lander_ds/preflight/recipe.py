@@ -60,6 +60,8 @@ def check_recipe(
     _check_texts(check)
     if check.stages is not None and check.runs("train"):
         _check_trackers(check)
+    if check.stages is not None and check.runs("detect", "train"):
+        _check_quantize(check)
     if check.runs("score"):
         _check_score_tokenizers(check)
     problems.refuse()
@@ -102,6 +104,15 @@ def _check_trackers(check: Check) -> None:
                 "train.trackers",
                 f"{name} is not installed; pip install 'lander-ds[track]', or take it out",
             )
+
+
+def _check_quantize(check: Check) -> None:
+    if check.recipe.model.quantize is not None and not installed("bitsandbytes"):
+        check.refuse(
+            "model.quantize",
+            f"{check.recipe.model.quantize} needs bitsandbytes, which is not installed; pip install "
+            "'lander-ds[quantize]', or remove it",
+        )
 
 
 def _check_neural(check: Check) -> None:

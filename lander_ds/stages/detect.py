@@ -21,7 +21,7 @@ def _parts(start: Start) -> list[Part]:
     """One part: the awareness of every FFN neuron for every pair."""
     recipe, run = start.recipe, start.run
     data = PreparedData.load(run, recipe)
-    options = {**section(recipe, "detect"), "dtype": recipe.model.dtype}
+    options = {**section(recipe, "detect"), **recipe.model.numerics}
     inputs = {"data": data.content_hash("detect"), "base": start.base_fingerprint}
     return [Part("detect", options, inputs, lambda: _detect(start, data))]
 

@@ -56,7 +56,7 @@ def _parts(start: Start) -> list[Part]:
         inputs["replay"] = replay.content_hash("train")
     options = {
         **section(recipe, "train", "routing", "topology", "pipeline_stages", "pipeline_cut", "seed"),
-        "dtype": recipe.model.dtype,
+        **recipe.model.numerics,
     }
     # Change no result; records of before they existed lack them.
     del options["train"]["prefix_cache"], options["train"]["trackers"]

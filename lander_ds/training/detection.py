@@ -37,8 +37,9 @@ def collect(
     config = start.deepspeed_config(ranks, micro_batches=1)
     model, family = build(recipe.model)
     model.requires_grad_(False)
-    projections = family.down_projections(model)
     engine = spread(recipe, config, dims, model, family, detect=True)
+    # Now, because quantising has put other modules in their place.
+    projections = family.down_projections(model)
     span = engine.model.span
     # The loss is summed, not averaged: then awareness does not depend on how the data was cut.
     totals = BatchTotals(target_tokens=1, examples=1)

@@ -74,6 +74,7 @@ def open_prefixes(
             *(FORMAT, CHUNK_TOKENS, *contents, list(recipe.data.pairs), layer),
             *(session.fingerprint, recipe.model.dtype, accelerator.device().type),
             *(torch.__version__, transformers.__version__),
+            *filter(None, [recipe.model.quantize]),
         ]
     )
     cache = start.run.cache(recipe.data.cache_dir)

@@ -19,6 +19,7 @@ from lander_ds.models.family import Family
 from lander_ds.models.loading import fill
 from lander_ds.models.parameter_groups import mark_trained
 from lander_ds.models.preference import Preference
+from lander_ds.models.quantization import quantizing
 from lander_ds.models.span import Span, units
 from lander_ds.models.translation_model import Objective, TranslationModel
 from lander_ds.models.weights import BaseWeights
@@ -50,7 +51,10 @@ def spread(
     span = span_of(recipe, model, family, dims, everything=detect)
     engine = open_engine(recipe, config)
     weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
-    fill(model, family, weights, engine.placement, trained, span, engine.reads_weights)
+    placement = engine.placement
+    if recipe.model.quantize is not None:
+        placement = quantizing(recipe.model.quantize, family.layers_of(model), placement)
+    fill(model, family, weights, placement, trained, span, engine.reads_weights)
     part = TranslationModel(
         model,
         family,

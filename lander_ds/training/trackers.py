@@ -150,7 +150,7 @@ class Trackers:
 
 
 def installed(name: str) -> bool:
-    """Whether the client of a tracker is installed. A directory `wandb/` or `mlruns/` in the way is none."""
+    """Whether a package is installed, such as a tracker's client. A directory `wandb/` or `mlruns/` in the way is none."""
     spec = find_spec(name)
     return spec is not None and spec.origin is not None
 

@@ -77,6 +77,25 @@ OVERRIDES = [
     ("train", ["select.banks.rho=1.2"], "select.banks.rho: must be at least 0 and at most 1, found 1.2"),
     ("train", ["train.betas=[0.9, 1]"], "train.betas.1: must be at least 0 and below 1"),
     ("train", ["train.warmup_steps=10"], "train.warmup_steps: 10 leaves none of the 10 steps"),
+    ("train", ["model.quantize=nf5"], "model.quantize: expected one of", "did you mean nf4?"),
+    (
+        "train",
+        ["model.quantize=nf4"],
+        "model.quantize: nf4 does not work with topology: zero3, which shards every weight; set topology: replicated or",
+    ),
+    (
+        "detect",
+        ["model.quantize=int8", "topology=pipeline_zero3", "pipeline_stages=2"],
+        "model.quantize: int8 does not work with topology: pipeline_zero3",
+    ),
+    *(
+        (
+            "train",
+            ["model.quantize=int8", "topology=replicated", f"train.method={method}"],
+            f"model.quantize: train.method: {method} trains parts of weights that int8 would round; write method: lander",
+        )
+        for method in ("full", "layers", "shira")
+    ),
     (
         "train",
         ["train.patience=3"],
@@ -300,6 +319,20 @@ def test_damaged_file(
 ) -> None:
     damage(workspace)
     refused("train", [], (fragment,))
+
+
+@pytest.mark.parametrize("stage", ["detect", "train", "all"])
+def test_a_quantised_base_needs_its_library(
+    stage: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, workspace: Workspace
+) -> None:
+    monkeypatch.setattr("lander_ds.preflight.recipe.installed", lambda name: name != "bitsandbytes")
+    refused(
+        stage,
+        ["model.quantize=nf4", "topology=replicated"],
+        (
+            "model.quantize: nf4 needs bitsandbytes, which is not installed; pip install 'lander-ds[quantize]'",
+        ),
+    )
 
 
 def test_a_tracker_needs_its_client(

@@ -103,6 +103,7 @@ OTHER_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"train": {"method": "layers"}}, "method was lander, now it is layers: change it back"),
     "pairs": ({"data": {"pairs": ("en-de", "en-fr")}}, r"pairs was \['en-de', 'en-fr', 'de-en'\]"),
     "dtype": ({"model": {"dtype": "bfloat16"}}, "dtype was float32, now it is bfloat16"),
+    "quantize": ({"model": {"quantize": "nf4"}}, "quantize was None, now it is nf4: change it back"),
     "gate": ({"routing": {"gate": "output"}}, r"routing\.gate was input, now it is output"),
     "gate network": ({"routing": {"hidden": 16}}, r"routing\.hidden was 8, now it is 16"),
     "lora": ({"train": {"lora": LoraConfig(r=5, alpha=4.0)}}, r"lora\.r was 3, now it is 5"),

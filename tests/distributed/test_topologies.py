@@ -20,6 +20,7 @@ from support.compare import (
 )
 from support.jobs import NOTES, WATCHED, gathered
 from support.tiny_run import NEURONS, PAIRS, SELECTED, STEPS, WIDTH, TinyRun
+from support.training_runs import HAS_BITSANDBYTES
 
 from lander_ds.checkpoint import checkpoint
 from lander_ds.method.awareness import Awareness
@@ -34,6 +35,8 @@ SHARED = (("replicated", "1x4"), *((topology, "2x2") for topology in PIPELINES))
 ALL = (*TWO, *SHARED, *((topology, "4x1") for topology in PIPELINES))
 every_grid = pytest.mark.parametrize(("topology", "grid"), ALL)
 on_two_ranks = pytest.mark.parametrize(("topology", "grid"), TWO)
+QUANTISED = tuple(grid for grid in TWO if grid[0] != "pipeline_zero3")
+needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
 on_shared_stages = pytest.mark.parametrize(("topology", "grid"), SHARED)
 in_pipelines = pytest.mark.parametrize("topology", PIPELINES)
 FLOAT = 4
@@ -323,3 +326,55 @@ def test_with_kept_hidden_states(runs: TinyRun, world_2: TinyRun) -> None:
     entries = list((runs.root / "cache").glob("prefix-*"))
     assert len(entries) == 2, "one for both, and one with the texts of the job `replay`"
     assert [len(list(entry.glob("part-*.bin"))) for entry in entries] == [2, 2]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("topology", "grid"), QUANTISED)
+def test_every_stage_with_a_quantised_base(runs: TinyRun, topology: str, grid: str) -> None:
+    """Same detection, training and translations as on one rank; an export is the base but for the trained neurons."""
+    run, expected = runs.run(name_of(topology, grid, "nf4")), runs.run("nf4-1")
+    assert_same_awareness(run, expected)
+    assert_same_training(run, expected, 1e-4)
+    for pair in PAIRS:
+        texts = [(r.translations / "trained" / f"{pair}.jsonl").read_text() for r in (run, expected)]
+        assert texts[0] == texts[1]
+    unquantised = runs.run(name_of(topology, grid, "whole"))
+    assert (run.translations / "base" / "en-de.jsonl").read_text() == (
+        unquantised.translations / "base" / "en-de.jsonl"
+    ).read_text(), "translations are of the unquantised base"
+    actual, plain = summary(runs, run.path.name), summary(runs, unquantised.path.name)
+    assert actual["frozen_unchanged"] is True
+    assert actual["total_parameters"] == plain["total_parameters"]
+    assert max(actual["weight_bytes_per_rank"]) < max(plain["weight_bytes_per_rank"])
+    base, after = (
+        load_file(path / "model.safetensors") for path in (runs.model, run.path / "export" / "dense")
+    )
+    trained_rows = {
+        f"model.layers.{layer.layer}.mlp": torch.cat(
+            [n for bank, n in zip(layer.banks, layer.slices(), strict=True) if bank.kind != "frozen"]
+        )
+        for layer in Selection.load(run.selection).layers
+    }
+    moved = 0
+    for name, value in base.items():
+        neurons = trained_rows.get(
+            name.rpartition(".")[0].rpartition(".")[0], torch.tensor([], dtype=torch.int64)
+        )
+        by_neuron = (1, 0) if "down_proj" in name else (0, 1)
+        changed = (
+            (after[name] != value).permute(by_neuron).any(1) if value.dim() == 2 else after[name] != value
+        )
+        assert set(changed.nonzero().flatten().tolist()) <= set(neurons.tolist()), name
+        moved += int(changed.sum())
+    assert moved > 0
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("topology", "grid"), QUANTISED)
+def test_adapters_on_a_quantised_base(runs: TinyRun, topology: str, grid: str) -> None:
+    assert_same_training(runs.run(name_of(topology, grid, "int8-lora")), runs.run("int8-lora-1"), 1e-4)
+
+
+@needs_bitsandbytes
+def test_a_quantised_training_goes_on_in_another_topology(runs: TinyRun) -> None:
+    assert_same_training(runs.run("relay-nf4-2"), runs.run("relayed-nf4-1"), 1e-4)

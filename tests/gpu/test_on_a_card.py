@@ -20,6 +20,8 @@ from support.fake_cuda_cases import FAMILIES, TOTALS, Case, attention_of, batch,
 from support.golden_export import GOLDEN
 from support.tiny_models import tiny_model
 
+from lander_ds.config.schema.types import Quantization
+from lander_ds.models.quantization import QuantizedLinear
 from lander_ds.models.surgery import routed_ffns
 from lander_ds.models.translation_model import GateStatistics, TranslationModel
 
@@ -94,6 +96,23 @@ def test_nothing_waits_in_a_micro_batch(model: str) -> None:
         engine.train_step([packed], TOTALS, 1.0, GateStatistics())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_product_is_that_of_the_cpu(kind: Quantization) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    weight = torch.randn(96, 100, generator=torch.Generator().manual_seed(1))
+    results = []
+    for device in (CUDA, CPU):
+        projection = QuantizedLinear(weight.to(device), None, kind)
+        x = torch.linspace(-1, 1, 300, device=device).view(3, 100).requires_grad_()
+        y = projection(x)
+        y.square().sum().backward()
+        assert x.grad is not None
+        results.append([part.detach().cpu() for part in (projection.weight_in(x.dtype), y, x.grad)])
+    for actual, wanted in zip(*results, strict=True):
+        # A weight between two codes may go to either.
+        assert (actual - wanted).norm() < 0.01 * wanted.norm()
 
 
 def lander(directory: Path, *arguments: str) -> None:

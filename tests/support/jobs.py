@@ -111,8 +111,10 @@ def every_stage(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def relay(recipe: Recipe, run: RunDirectory) -> None:
-    """Stage train, two steps at a time, each two in another topology and from the checkpoint of those before."""
-    for number, topology in enumerate(RELAY, 1):
+    """Stage train, two steps at a time, each two in another topology and from the checkpoint of those before; with a
+    quantised base, which ZeRO-3 does not take, `replicated` in its place."""
+    ways = RELAY if recipe.model.quantize is None else ("replicated", "replicated", "replicated", "pipeline")
+    for number, topology in enumerate(ways, 1):
         stages = 2 if topology == "pipeline" else 1
         own = replace(
             recipe, topology=topology, pipeline_stages=stages, train=replace(recipe.train, steps=2 * number)

@@ -24,15 +24,20 @@ from support.training_runs import (
     FEW,
     FULL,
     GATHER,
+    HAS_BITSANDBYTES,
+    INT8_LORA,
     LAYERS,
     LOOK,
     LORA,
     LOWER,
+    NF4,
     NUDGE,
+    ONE_REPLICATED,
     OUTPUT,
     PREPARE_AND_TRAIN,
     RELAY,
     RELAYED,
+    RELAYED_NF4,
     REPLAY,
     SGD,
     SHIRA,
@@ -96,6 +101,11 @@ def _two(topology: str) -> tuple[Job, ...]:
         job("bfloat16", BFLOAT16),
         job("looked-into", ("model.dtype=bfloat16",), LOOK),
         job("whole", (*WHOLE, "translate.weights=sharded"), EVERY_STAGE),
+        *(
+            (job("nf4", (*NF4, "translate.weights=sharded"), EVERY_STAGE), job("int8-lora", INT8_LORA))
+            if HAS_BITSANDBYTES and topology != ZERO3
+            else ()
+        ),
     )
 
 
@@ -130,6 +140,7 @@ STAGE_JOBS: dict[int, tuple[Job, ...]] = {
         *_two(ZERO3),
         staged(REPLICATED, 1, 2, "cached", CACHED),
         Job("relay", RELAYED, RELAY),
+        *((Job("relay-nf4", (*RELAYED_NF4, *ONE_REPLICATED), RELAY),) if HAS_BITSANDBYTES else ()),
         # Last, because they end in an error.
         staged(REPLICATED, 1, 2, "diverged", DIVERGED, DIVERGE),
         staged(ZERO3, 2, 2, "diverged", DIVERGED, DIVERGE),

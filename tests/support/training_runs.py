@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
@@ -80,10 +81,15 @@ WHOLE = (
     "export.formats=[dense]",
     "select.layers.k=2",
 )
+NF4 = (*WHOLE, "model.quantize=nf4")
+INT8_LORA = (*LORA, "model.quantize=int8")
+ONE_REPLICATED = ("topology=replicated", "deepspeed=$root/replicated.json")
+HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
 ROOMY = ("train.pack_tokens=192",)
 """On one rank half as many micro-batches, and so half the work, for the same result: see `sgd-micro4` and `sgd-pack128`."""
 RELAYED = (*ADAMW, *sets(train__steps=8, train__schedule="constant", routing__alpha_max=0.0))
 """Nothing in a step depends on how many there will be."""
+RELAYED_NF4 = (*RELAYED, "model.quantize=nf4")
 DIVERGED = (
     *sets(train__optimizer="sgd", train__save_every=1, train__steps=20, train__batch_tokens=192),
     "train.max_skipped=3",
@@ -122,6 +128,15 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("whole", WHOLE, EVERY_STAGE),
         Job("detect", (), DETECT),
         Job("detect-large", ("detect.batch_tokens=4096",), DETECT),
+        *(
+            (
+                Job("nf4", (*NF4, *ONE_REPLICATED), EVERY_STAGE),
+                Job("int8-lora", (*INT8_LORA, *ONE_REPLICATED)),
+                Job("relayed-nf4", (*RELAYED_NF4, *ONE_REPLICATED)),
+            )
+            if HAS_BITSANDBYTES
+            else ()
+        ),
     ),
     2: (
         Job("sgd", (*SGD, "train.micro_batch=2", "train.valid_every=4")),

@@ -21,6 +21,7 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import ModelConfig, Recipe
 from lander_ds.config.schema.data import DataConfig
 from lander_ds.config.schema.training import TrainConfig
+from lander_ds.config.schema.types import Quantization
 from lander_ds.data.batching.packing import PackedBatch
 from lander_ds.data.batching.plan import GlobalBatch
 from lander_ds.data.prefixes import Prefixes
@@ -61,10 +62,12 @@ Engine.__abstractmethods__ = frozenset()
 class Case:
     """A run whose model and data are stand-ins."""
 
-    def __init__(self, path: Path, layers: int = 2, base: str = "base") -> None:
+    def __init__(
+        self, path: Path, layers: int = 2, base: str = "base", quantize: Quantization | None = None
+    ) -> None:
         recipe = Recipe(
             str(path / "run"),
-            ModelConfig("unused", dtype="float32"),
+            ModelConfig("unused", dtype="float32", quantize=quantize),
             DataConfig(PAIRS, (), cache_dir=str(path / "cache")),
             "unused",
             train=TrainConfig(prefix_cache="disk"),
@@ -94,11 +97,13 @@ def test_computed_once_and_shared(tmp_path: Path) -> None:
     assert len(list(case.cache.iterdir())) == 1, "one entry, and nothing half-written"
 
 
-def test_another_base_or_layer_has_its_own(tmp_path: Path) -> None:
-    for case in (Case(tmp_path), Case(tmp_path, layers=3), Case(tmp_path, base="other")):
+def test_another_base_layer_or_quantisation_has_its_own(tmp_path: Path) -> None:
+    others: tuple[dict[str, Any], ...] = ({}, {"layers": 3}, {"base": "other"}, {"quantize": "nf4"}, {"quantize": "int8"})
+    for other in others:
+        case = Case(tmp_path, **other)
         case.open()
         assert case.engine.calls == 1
-    assert len(list(tmp_path.glob("cache/prefix-*"))) == 3
+    assert len(list(tmp_path.glob("cache/prefix-*"))) == len(others)
 
 
 def test_a_damaged_entry_is_computed_anew(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
+from lander_ds.models.quantization import quantized_bytes, quantized_parameters
 from lander_ds.models.span import Span, spans, units, whole
 from lander_ds.models.surgery import gradient_elements
 from lander_ds.models.translation_model import first_trained_layer
@@ -44,6 +45,8 @@ class Tensor:
     shape: tuple[int, ...]
     gradient: int
     """Elements of the matrix whose gradient it needs; 0 for what is frozen or no matrix."""
+    quantized: int | None
+    """Bytes of its codes and scales; None: it is held in the type of the weights."""
 
     @property
     def trained(self) -> bool:
@@ -93,6 +96,14 @@ class Anatomy:
         return first_trained_layer(self.model, self.family)
 
     @cached_property
+    def quantized(self) -> set[int]:
+        """ids of the parameters that training holds quantised."""
+        if self.recipe.model.quantize is None:
+            return set()
+        layers = self.family.layers_of(self.model)
+        return {id(parameter) for layer in layers for parameter in quantized_parameters(layer)}
+
+    @cached_property
     def whole(self) -> Span:
         """The span of the model that is not cut."""
         return whole(self.model, self.family)
@@ -118,7 +129,10 @@ class Anatomy:
         shape = tuple(parameter.shape)
         group = self.groups.get(id(parameter))
         gradient = 0 if group is None else gradient_elements(parameter)
-        return Tensor(name, parameter.numel(), parameter.dim() > 1, group, shape, gradient)
+        kind, quantized = self.recipe.model.quantize, None
+        if kind is not None and id(parameter) in self.quantized:
+            quantized = quantized_bytes(parameter.numel(), kind)
+        return Tensor(name, parameter.numel(), parameter.dim() > 1, group, shape, gradient, quantized)
 
     def stage_spans(self, stages: int) -> tuple[Span, ...]:
         """The spans of pipeline stages, cut as training cuts them (`parallel.topology.span_of`)."""

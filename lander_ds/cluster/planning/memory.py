@@ -64,7 +64,7 @@ class RankMemory:
     persistent: int
     """ZeRO-3: small parameters that stay whole."""
     gathered: int
-    """ZeRO-3: weights that are whole for a while, at most."""
+    """ZeRO-3: weights that are whole for a while, at most. Otherwise: the largest quantised matrix, for a product."""
     bucket: int
     """Buffers in which gradients are reduced, and the largest gradient on its way there."""
     loss: int
@@ -99,7 +99,7 @@ def weight_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> in
     """Bytes of a rank's weights (exact)."""
     if sharding.sharded:
         return item * sum(shard(tensor.elements, sharding.ranks) for tensor in tensors)
-    return item * sum(tensor.elements for tensor in tensors)
+    return sum(item * t.elements if t.quantized is None else t.quantized for t in tensors)
 
 
 def gradient_bytes(tensors: Sequence[Tensor], sharding: Sharding) -> int:
@@ -160,9 +160,10 @@ def _whole_weights(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> 
 
     A parameter is gathered when its module runs; DeepSpeed keeps what it gathered, or gathers ahead, while there are
     fewer than `stage3_max_live_parameters`. On one rank a whole parameter is a copy of its only part, too.
+    Without ZeRO-3 all are whole, and quantised ones are put together one at a time.
     """
     if not sharding.sharded:
-        return 0, 0
+        return 0, item * max((t.elements for t in tensors if t.quantized is not None), default=0)
     zero = sharding.zero
     threshold = zero.param_persistence_threshold
     small = sum(tensor.elements for tensor in tensors if tensor.elements <= threshold)

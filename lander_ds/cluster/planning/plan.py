@@ -144,14 +144,16 @@ class Planner:
         for name, topology in NAMES.items():
             beside = own.with_name(f"{name}.json")
             own_of_name = replace(self.recipe, topology=topology, deepspeed=str(beside))
-            if beside.exists() and name not in recipes and (self._can_be_cut() or not own_of_name.pipelined):
+            if beside.exists() and name not in recipes and self._is_possible(own_of_name):
                 recipes[name] = own_of_name
         return recipes
 
-    def _can_be_cut(self) -> bool:
-        """Pipelines refuse float16, and tied embeddings that are trained."""
+    def _is_possible(self, recipe: Recipe) -> bool:
+        """Pipelines refuse float16, and tied embeddings that are trained; ZeRO-3 refuses quantised weights."""
+        if recipe.model.quantize is not None and recipe.sharded:
+            return False
         tied = self.model.model.config.tie_word_embeddings and self.recipe.train.method == "full"
-        return self.recipe.model.dtype != "float16" and not tied
+        return not recipe.pipelined or (self.recipe.model.dtype != "float16" and not tied)
 
     def _stage_counts(self, recipe: Recipe, ranks: int) -> Iterator[int]:
         if not recipe.pipelined:

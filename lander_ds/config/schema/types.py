@@ -48,4 +48,7 @@ def _checkpoint_choice(text: str) -> str:
     return text
 
 
+Quantization = Literal["int8", "nf4"]
+"""What the frozen base is held in: one of 256 evenly spaced values, or one of the 16 of NF4, times a scale per block."""
+
 CheckpointChoice = Annotated[str, AfterValidator(_checkpoint_choice)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.planned import ROOT, recipe_of
 from support.selections import random_selection
+from support.tiny_models import save, tiny_model
 
 from lander_ds.cluster.planning.anatomy import anatomy, estimated_selection
 from lander_ds.cluster.planning.cluster import Cluster, load_cluster
@@ -17,10 +18,14 @@ from lander_ds.cluster.planning.workload import Workload, micro_batch
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.schema.method import BankChoice, LayerChoice, SelectConfig
+from lander_ds.config.schema.types import Quantization
 from lander_ds.distributed.balance import span_of
+from lander_ds.distributed.engines.figures import bytes_of
 from lander_ds.distributed.parallel_dims import ParallelDims
-from lander_ds.models.loading import build
+from lander_ds.models.loading import build, fill
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
+from lander_ds.models.quantization import quantizing
+from lander_ds.models.weights import BaseWeights
 
 CLUSTER = Cluster(1, 2, 80, 500, 312, 300, 25)
 WORKLOAD = Workload(example_tokens=12)
@@ -79,6 +84,26 @@ def test_replicated_is_recommended_where_it_fits(tmp_path: Path, gpus: int) -> N
     assert best(list(plans.values())) is plans["replicated"]
     unfit = replace(plans["replicated"], fits=False)
     assert best([unfit, plans["zero3"]]) is plans["zero3"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("method", ["lander", "lora"])
+def test_a_quantised_base_is_counted_to_the_byte(tmp_path: Path, kind: Quantization, method: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    own = (f"deepspeed={ROOT}/ds_configs/7b/replicated.json", "topology=replicated", f"train.method={method}")
+    recipe = recipe_of(tmp_path, "llama", *own, f"model.quantize={kind}", "select.banks.criterion=top")
+    save(tiny_model("llama"), Path(recipe.model.path))
+    planner = Planner(recipe, WORKLOAD)
+    plans = {plan.name: plan for plan in planner.plans(CLUSTER)}
+    assert set(plans) == {"replicated", "pipeline"}
+    model, family = build(recipe.model)
+    prepare_model(model, family, recipe, planner.model.selection)
+    mark_trained(model, family, recipe.train, planner.model.selection)
+    placement = quantizing(kind, family.layers_of(model), lambda unit: None)
+    fill(model, family, BaseWeights(recipe.model.path), placement)
+    held = plans["replicated"].parts[0].memory
+    assert held.weights == bytes_of(model.parameters())
+    assert held.gathered == 4 * 32 * 48, "the largest matrix is put together for a product"
 
 
 def test_gradients_are_reduced_behind_the_backward_pass(tmp_path: Path) -> None:
