@@ -174,9 +174,7 @@ def knock_out(study: Study, base: Base, awareness: Awareness) -> None:
             rises = {other: after[other] - untouched[other] for other in study.pairs}
             matrix.setdefault(name, {})[pair] = rises
             logger.info("without the neurons %s of %s: %s", name, pair, rises)
-            study.keep(
-                knock_out={"share": SHARE, "sentences": SENTENCES, "loss": untouched, "rise": matrix}
-            )
+            study.keep(knock_out={"share": SHARE, "sentences": SENTENCES, "loss": untouched, "rise": matrix})
 
 
 def _top(score: torch.Tensor, count: int) -> torch.Tensor:

@@ -98,7 +98,13 @@ def test_computed_once_and_shared(tmp_path: Path) -> None:
 
 
 def test_another_base_layer_or_quantisation_has_its_own(tmp_path: Path) -> None:
-    others: tuple[dict[str, Any], ...] = ({}, {"layers": 3}, {"base": "other"}, {"quantize": "nf4"}, {"quantize": "int8"})
+    others: tuple[dict[str, Any], ...] = (
+        {},
+        {"layers": 3},
+        {"base": "other"},
+        {"quantize": "nf4"},
+        {"quantize": "int8"},
+    )
     for other in others:
         case = Case(tmp_path, **other)
         case.open()
