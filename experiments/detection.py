@@ -238,6 +238,8 @@ def truth(study: Study, base: Base, awareness: Awareness) -> None:
     picked = [
         int(order[i * step + int(torch.randint(step, (1,), generator=generator))]) for i in range(SAMPLED)
     ]
+    # In any order, so that the first ones are spread over the ranking too.
+    picked = [picked[i] for i in torch.randperm(SAMPLED, generator=generator)]
     untouched = base.losses(SENTENCES // 3)
     for neuron in picked[len(done) :]:
         layer, number = divmod(neuron, phi.shape[2])

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = {
     "main": "Four directions from English",
     "longer": "Three times as many steps",
+    "gentle": "LoRA at a tenth of its rate",
     "both-ways": "From and into English",
     "selection": "Which layers, which neurons",
     "interference": "Jointly or one by one",
