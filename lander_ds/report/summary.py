@@ -135,7 +135,7 @@ def _score_table(
         show_footer=len(scores) > 1,
         box=box.SIMPLE_HEAD,
         # Four systems fit into 80 columns only just.
-        padding=(0, 1 if len(present) < len(SYSTEM_NAMES) else 0, 0, 0),
+        padding=(0, 1 if len(present) < 4 else 0, 0, 0),
         pad_edge=False,
         show_edge=False,
     )
@@ -202,8 +202,8 @@ def _flat(entry: Mapping[str, Any], further: Collection[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     metrics = (*METRICS, *further, *SHARES)
     for system in SYSTEM_NAMES:
-        # Most runs have no other system to compare with, while the others are null until they are scored.
-        if system != "baseline" or system in entry["systems"]:
+        # Most runs do not have these, while the others are null until they are scored.
+        if system not in ("baseline", "trained_fewshot") or system in entry["systems"]:
             scores = entry["systems"].get(system, {})
             figures |= {f"{_prefix(system)}{metric}": scores.get(metric) for metric in metrics}
     p_values = {name: entry.get(name) for name in (*P_VALUES, *(f"p_{name}" for name in further))}
