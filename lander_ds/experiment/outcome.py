@@ -23,6 +23,7 @@ from lander_ds.common.run_directory import RunDirectory
 from lander_ds.evaluation.score import BASE, FEWSHOT, TRAINED, TRAINED_FEWSHOT
 from lander_ds.experiment.grid import Cell
 from lander_ds.inference.translations import read_translations
+from lander_ds.report.sets import systems_of
 
 CURE = "delete it, so that the cell is run again"
 EXAMPLES = ", few-shot"
@@ -83,7 +84,8 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
             "sets": {
                 name: {
                     "systems": {
-                        system: _scores(one["directions"], system, metrics) for system in systems_of(one)
+                        system: _scores(one["directions"], system, metrics)
+                        for system in systems_of({name: one})
                     },
                     "bits_per_byte": {
                         language: {system: loss["bits_per_byte"] for system, loss in of_language.items()}
@@ -94,11 +96,6 @@ def publish(cell: Cell, directory: Path, out: Path, seconds: float) -> None:
             },
         },
     )
-
-
-def systems_of(of_set: Mapping[str, Any]) -> list[str]:
-    """The systems that translated a named test set, from its entry in `scores.json`."""
-    return list(dict.fromkeys(name for entry in of_set["directions"].values() for name in entry["systems"]))
 
 
 def _scores(
@@ -125,7 +122,8 @@ def _step_seconds(metrics: Path) -> dict[str, float]:
 def _publish_texts(cell: Cell, run: RunDirectory, scores: Mapping[str, Any], out: Path) -> None:
     rows: list[dict[str, str]] = []
     sources = references(out, cell.variant)
-    sets = {None: scores["systems"], **{name: systems_of(of) for name, of in scores.get("sets", {}).items()}}
+    of_sets = {name: systems_of({name: one}) for name, one in scores.get("sets", {}).items()}
+    sets = {None: scores["systems"], **of_sets}
     for name, systems in sets.items():
         for system in systems:
             for file in sorted(run.translations_of(system, name).glob("*.jsonl")):

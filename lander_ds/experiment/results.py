@@ -6,7 +6,7 @@ Everything in it is computed from what finished cells have published (`outcome`)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,19 +150,21 @@ def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict
             texts[figures["kind"], figures["variant"], method].append(translations)
     sources = {variant: references(out, variant) for variant in {key[1] for key in texts}}
     rows = []
-    for (at, variant, method), mine in sorted(texts.items()):  # a copy: looking up adds to it
+    for (at, variant, method), mine in sorted(texts.items()):
+        rivals = [baseline + EXAMPLES, baseline] if method.endswith(EXAMPLES) else [baseline]
+        against = {rival: texts.get(("steps", variant, rival), []) for rival in rivals}
         refs: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
         for key, row in sources[variant].items():
             if all(key in one for one in mine):
                 name, _, _ = key[0].rpartition(":")
                 refs[name or TEST][key] = row["ref"]
         for name, of_set in refs.items():
-            rivals = [baseline + EXAMPLES, baseline] if method.endswith(EXAMPLES) else [baseline]
-            rival = next((one for one in rivals if _has_all(texts["steps", variant, one], of_set)), method)
+            common = {rival: _common(of_set, its) for rival, its in against.items()}
+            rival = next((rival for rival in rivals if common[rival]), method)
             if rival == method:
                 continue
-            its = texts["steps", variant, rival]
-            difference = _difference(of_set, mine, its)
+            its = against[rival]
+            difference = _difference(common[rival], mine, its)
             rows.append(
                 {
                     "a": method,
@@ -180,8 +182,11 @@ def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict
     return rows
 
 
-def _has_all(seeds: Sequence[Mapping[tuple[str, str], str]], keys: Collection[tuple[str, str]]) -> bool:
-    return bool(seeds) and all(key in one for key in keys for one in seeds)
+def _common(
+    refs: Mapping[tuple[str, str], str], seeds: Sequence[Mapping[tuple[str, str], str]]
+) -> dict[tuple[str, str], str]:
+    """The references of what every seed has translated; none without seeds."""
+    return {key: ref for key, ref in refs.items() if seeds and all(key in one for one in seeds)}
 
 
 def _difference(

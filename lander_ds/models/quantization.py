@@ -37,9 +37,11 @@ def quantizing(kind: Quantization, layers: nn.ModuleList, placement: Placement) 
         placement: leaves weights whole.
     """
 
+    quantised = set(layers)
+
     def place(unit: nn.Module) -> None:
         placement(unit)
-        if unit in set(layers):
+        if unit in quantised:
             _quantize(unit, kind)
 
     return place
