@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.config.deepspeed_strict import read_deepspeed_json
-from lander_ds.config.deepspeed_topology import ZERO_STAGE, check_zero, complete_zero
+from lander_ds.config.deepspeed_topology import NO_LEAVES, ZERO_STAGE, check_zero, complete_zero
 from lander_ds.config.document import KeyPath, Problems, lookup
 from lander_ds.config.recipe import Recipe
 
@@ -77,7 +77,7 @@ def resolve_inference_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """
     config = resolve_deepspeed_config(recipe, world_size, micro_batches=1)
     if ZERO_STAGE[recipe.topology] != 3:
-        config["zero_optimization"] = {"stage": 3, "overlap_comm": False}
+        config["zero_optimization"] = {"stage": 3, "overlap_comm": False, **NO_LEAVES}
     config["zero_optimization"].pop("offload_optimizer", None)
     return config
 

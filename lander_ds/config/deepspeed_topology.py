@@ -13,6 +13,10 @@ ZERO_STAGE: dict[Topology, int] = {"zero3": 3, "replicated": 1, "pipeline": 1, "
 BUCKET_ELEMENTS = 16_777_216
 """Gradients that ZeRO-1 reduces at one time."""
 
+NO_LEAVES: dict[str, Any] = {"leaf_module": {"classes": []}}
+"""DeepSpeed would gather whole mixtures of experts at once, and takes their weights away too early below the lowest layer
+whose input needs a gradient."""
+
 _LOOKAHEAD = {
     "stage3_prefetch_bucket_size": "prefetch_bucket_size",
     "stage3_max_reuse_distance": "max_reuse_distance",
@@ -75,6 +79,8 @@ def complete_zero(zero: dict[str, Any], topology: Topology) -> None:
     if ZERO_STAGE[topology] == 1:
         # DeepSpeed would hold a buffer of 500 million elements, for gradients that are few here.
         zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
+    else:
+        zero.update({**NO_LEAVES, **zero})
     if topology == "pipeline_zero3":
         for name, second in _LOOKAHEAD.items():
             zero.pop(second, None)

@@ -21,7 +21,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.distributed.parallel_dims import ParallelDims
 from lander_ds.models.family import Family
 from lander_ds.models.span import Span, spans
-from lander_ds.models.surgery import gradient_elements
+from lander_ds.models.surgery import gradient_elements, used_shares
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,17 @@ def costs_of(
         everything: gradients go down to the embedding although nothing is trained, and nothing is recomputed
             (detection).
     """
+    shares = used_shares(layers)
+
+    def used(parameter: nn.Parameter, elements: int) -> int:
+        return round(elements * shares.get(id(parameter), 1.0))
+
     costs = layer_costs(
-        [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers],
-        [sum(gradient_elements(p) for p in layer.parameters() if p.requires_grad) for layer in layers],
+        [sum(used(p, p.numel()) for p in layer.parameters() if p.dim() > 1) for layer in layers],
+        [
+            sum(used(p, gradient_elements(p)) for p in layer.parameters() if p.requires_grad)
+            for layer in layers
+        ],
         recompute=recompute and not everything,
         first_backward=0 if everything else None,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lander_ds.common.errors import ArtefactError
+from lander_ds.export.pieces import shares
 from lander_ds.export.sources import Scale, Scaled
 from lander_ds.export.trained import TrainedModel
 from lander_ds.models.routed_ffn import BankFFN
@@ -79,7 +80,10 @@ def folded(trained: TrainedModel, means: GateMeans, pair: str) -> Scaled:
                 if parameter is not None and factor != 1.0:
                     cut = parameter.lander_slice
                     stored = trained.stored_name(cut.tensor)
-                    scales.setdefault(stored, []).append(Scale(cut.dim, cut.neurons, factor))
+                    for share in shares(cut, stored, trained.weights.pieces(stored)):
+                        assert share.cut.dim is not None
+                        scale = Scale(share.cut.dim, share.cut.neurons, factor)
+                        scales.setdefault(share.stored, []).append(scale)
     return Scaled(trained.source, scales)
 
 

@@ -16,7 +16,7 @@ from lander_ds.export.sources import kind_of
 from lander_ds.export.stream import Spec
 from lander_ds.export.trained import TrainedModel, is_gate
 from lander_ds.export.writer import DEFAULT_SHARD_BYTES, Form, write_weights
-from lander_ds.models import modeling_lander, routed_ffn
+from lander_ds.models import experts, joined, modeling_lander, routed_ffn
 from lander_ds.models.surgery import OPTIONS, banks_of, routed_ffns
 
 PREFIX = "model."
@@ -44,7 +44,7 @@ def export_routed(trained: TrainedModel, directory: Path, form: Form) -> None:
         limit = form.shard_bytes or DEFAULT_SHARD_BYTES
         write_weights(new, specs, values, limit, f"export {directory.name}")
         write_json(new / "config.json", _config(trained, form.dtype))
-        for module in (modeling_lander, routed_ffn):
+        for module in (modeling_lander, routed_ffn, joined, experts):
             file = Path(str(module.__file__))
             shutil.copyfile(file, new / file.name)
         copy_companions(trained.weights.directory, new)
@@ -55,7 +55,8 @@ def _spec(trained: TrainedModel, name: str, parameter: torch.nn.Parameter, dtype
         return Spec.like(parameter, dtype)
     cut = getattr(parameter, "lander_slice", None)
     plain = name.removeprefix(PREFIX) if cut is None else cut.tensor
-    base = trained.weights.read(trained.stored_name(plain))
+    stored = trained.stored_name(plain)
+    base = trained.weights.read(next((piece.name for piece in trained.weights.pieces(stored)), stored))
     return Spec.like(parameter, kind_of(base, dtype))
 
 
@@ -71,6 +72,7 @@ def _config(trained: TrainedModel, dtype: torch.dtype | None) -> dict[str, Any]:
                     "kind": bank.kind,
                     "owners": [routed.pairs[owner] for owner in bank.owners],
                     "size": bank.up.shape[0],
+                    **({"experts": list(bank.experts)} if bank.experts else {}),
                 }
                 for bank in banks_of(routed)
             ],

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.export.delta import Delta, Flipped
+from lander_ds.export.pieces import whole
 from lander_ds.export.trained import TrainedModel
 from lander_ds.models.catalogue import family_of
+from lander_ds.models.experts import unstack
 from lander_ds.models.family import Family
 from lander_ds.models.routed_ffn import NONE, Routing, pair_id, routed
 from lander_ds.models.surgery import install, routed_ffns
@@ -57,6 +59,7 @@ class Switch:
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self._weights = BaseWeights(directory, allow_pickle)
         self._family: Family = family_of(model.config.model_type)
+        unstack(self.model)
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             raise ModelError(
                 f"{directory} is spread over several devices or offloaded: load it on one device, without device_map"
@@ -178,8 +181,11 @@ class Switch:
         source, changed = Flipped(self._weights, delta), {}
         for name, parameter in self.model.named_parameters():
             stored = self._weights.stored_name(name, self.model.base_model_prefix, self._family.renamed)
-            if stored is not None and stored in source.changed():
-                changed[name] = source.tensor(stored, parameter.dtype).to(parameter.device)
+            pieces = (
+                [] if stored is None else [piece.name for piece in self._weights.pieces(stored)] or [stored]
+            )
+            if stored is not None and source.changed() & {*pieces}:
+                changed[name] = whole(source, stored, parameter.dtype).to(parameter.device)
         return changed
 
     def _routed(self, delta: Delta, trained: TrainedModel) -> _Added:

@@ -14,13 +14,14 @@ from lander_ds.checkpoint.checkpoint import Checkpoint
 from lander_ds.common.errors import ModelError
 from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.distributed.start import Start
+from lander_ds.export.pieces import Share, shares, whole
 from lander_ds.export.sources import Change, Merged, TensorSource, rounded
 from lander_ds.inference.open import restore_shape
 from lander_ds.method.selection import Selection
 from lander_ds.models.family import Family
 from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.surgery import Slice, slices
-from lander_ds.models.weights import BaseWeights
+from lander_ds.models.weights import BaseWeights, Piece
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class TrainedModel:
             return rounded(name, self.gates[name], dtype or parameter.dtype)
         cut: Slice | None = getattr(parameter, "lander_slice", None)
         if cut is None:
-            return self.source.tensor(self.stored_name(name), dtype)
-        return cut.take(self.source.tensor(self.stored_name(cut.tensor), dtype))
+            return whole(self.source, self.stored_name(name), dtype)
+        return cut.take(whole(self.source, self.stored_name(cut.tensor), dtype))
 
 
 def is_gate(name: str) -> bool:
@@ -127,16 +128,20 @@ class _Changes:
         changes: dict[str, list[Change]] = {}
         for name in self.tensors:
             if name in cuts:
-                changes.setdefault(self._stored(cuts[name].tensor), []).append(
-                    partial(self._put, name, cuts[name])
-                )
+                stored = self._stored(cuts[name].tensor)
+                for share in shares(cuts[name], stored, self.weights.pieces(stored)):
+                    changes.setdefault(share.stored, []).append(partial(self._put, name, share))
             elif ".lora_A." in name:
                 adapted = name.split(".lora_A.", maxsplit=1)[0] + ".weight"
                 changes.setdefault(self._stored(adapted), []).append(partial(self._adapt, name))
             elif ".lora_B." not in name and not is_gate(name):
                 # Some files hold tied tensors twice; unequal ones would no longer be tied on loading.
                 for stored in {self._stored(name), *filter(None, map(self._find, copies.get(name, [])))}:
-                    changes.setdefault(stored, []).append(partial(self._replace, name))
+                    pieces = self.weights.pieces(stored)
+                    for piece in pieces:
+                        changes.setdefault(piece.name, []).append(partial(self._replace, name, piece))
+                    if not pieces:
+                        changes.setdefault(stored, []).append(partial(self._replace, name, None))
         return changes
 
     def _find(self, name: str) -> str | None:
@@ -147,12 +152,13 @@ class _Changes:
         assert stored is not None, f"the base lacks {name}, with which training began"
         return stored
 
-    def _put(self, name: str, cut: Slice, values: torch.Tensor) -> torch.Tensor:
-        return cut.put(values, self.tensors[name].to(values.dtype))
+    def _put(self, name: str, share: Share, values: torch.Tensor) -> torch.Tensor:
+        return share.cut.put(values, share.of(self.tensors[name]).to(values.dtype))
 
     def _adapt(self, name: str, values: torch.Tensor) -> torch.Tensor:
         update = self.tensors[name.replace(".lora_A.", ".lora_B.")] @ self.tensors[name]
         return values.add_(update, alpha=self.lora["alpha"] / self.lora["r"])
 
-    def _replace(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        return self.tensors[name].to(values.dtype)
+    def _replace(self, name: str, piece: Piece | None, values: torch.Tensor) -> torch.Tensor:
+        trained = self.tensors[name]
+        return (trained if piece is None else piece.of(trained)).to(values.dtype)

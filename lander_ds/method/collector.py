@@ -1,6 +1,7 @@
 """Collecting the statistics of FFN neurons from ordinary forward and backward passes of a frozen model.
 
-Shapes: T tokens of a micro-batch, K of them not padding, M pairs, L layers, f neurons per layer.
+Shapes: T tokens of a micro-batch, K of them not padding, M pairs, L layers, f neurons per layer (of a mixture: of all
+experts).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +22,21 @@ BLOCK = 2**17
 """Values of h that are looked at together on a CPU: half a megabyte in float32."""
 
 
+class Dispatch(Protocol):
+    """Which rows of h went to which expert; see `models.experts`."""
+
+    @property
+    def choices(self) -> int:
+        """Rows per token."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64: the token of each row."""
+
+    def rows(self) -> Iterator[tuple[int, slice]]:
+        """Experts, and their rows."""
+
+
 @dataclass(frozen=True)
 class _Ownership:
     """Which pair each token of the current micro-batch belongs to."""
@@ -31,6 +47,14 @@ class _Ownership:
     """[K] int64 positions of the tokens that are not padding; None when no token is."""
     one_hot: torch.Tensor
     """[M, K] float32: 1 where the token belongs to the pair."""
+
+    def places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where tokens, by their positions, stand among those that are not padding, or -1."""
+        if self.kept is None:
+            return tokens
+        place = torch.full((self.tokens,), -1, device=tokens.device)
+        place[self.kept] = torch.arange(len(self.kept), device=tokens.device)
+        return place[tokens]
 
 
 class StatisticsCollector:
@@ -119,14 +143,15 @@ class StatisticsCollector:
         self._micro_batches += 1
 
     def _capture(self, layer: int) -> Any:
-        def before_down_projection(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def before_down_projection(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             h, ownership = inputs[0], self._ownership
+            dispatch = inputs[1] if len(inputs) > 1 else None
             if ownership is None:
                 raise RuntimeError("StatisticsCollector.set_pairs must be called before the forward pass")
-            if h.shape[:-1].numel() != ownership.tokens:
+            tokens = h.shape[:-1].numel() // (1 if dispatch is None else dispatch.choices)
+            if tokens != ownership.tokens:
                 raise RuntimeError(
-                    f"layer {layer} sees {h.shape[:-1].numel()} tokens "
-                    f"but set_pairs announced {ownership.tokens}"
+                    f"layer {layer} sees {tokens} tokens but set_pairs announced {ownership.tokens}"
                 )
             if not h.requires_grad:
                 raise RuntimeError(
@@ -136,23 +161,38 @@ class StatisticsCollector:
             # Detached, because a closure over h itself would keep the graph alive; popped, so that the
             # activations are freed as the backward pass goes and not when the caller lets go of the loss.
             kept = [h.detach()]
-            h.register_hook(lambda g: self._record(layer, kept.pop(), g, ownership))  # type: ignore[no-untyped-call]
+            h.register_hook(lambda g: self._record(layer, kept.pop(), g, ownership, dispatch))
 
         return before_down_projection
 
-    def _record(self, layer: int, h: torch.Tensor, g: torch.Tensor, ownership: _Ownership) -> None:
+    def _record(
+        self, layer: int, h: torch.Tensor, g: torch.Tensor, ownership: _Ownership, dispatch: Dispatch | None
+    ) -> None:
         h, g = (x.detach().reshape(-1, x.shape[-1]) for x in (h, g))
-        if ownership.kept is not None:
-            # Dropped, not multiplied by zero: padding may hold NaN.
-            h, g = h[ownership.kept], g[ownership.kept]
-        # On a CPU in blocks that stay in its cache: a third of the time. On a GPU each block would cost its own kernels.
-        tokens = max(1, BLOCK // h.shape[1]) if h.device.type == "cpu" else max(1, len(h))
-        for begin in range(0, len(h), tokens):
-            block = slice(begin, begin + tokens)
-            one_hot, own = ownership.one_hot[:, block], h[block].float()
-            for statistic, values in enumerate(_per_token_values(own, g[block].float() * own)):
-                self._sums[statistic, :, layer] += (one_hot @ values).double()
+        if dispatch is None:
+            if ownership.kept is not None:
+                # Dropped, not multiplied by zero: padding may hold NaN.
+                h, g = h[ownership.kept], g[ownership.kept]
+            self._add(self._sums[:, :, layer], h, g, ownership.one_hot)
+        else:
+            # A token's neurons are those of the experts that it was sent to; of the others h is 0.
+            place = ownership.places(dispatch.tokens)
+            for expert, rows in dispatch.rows():
+                kept = torch.nonzero(place[rows] >= 0).squeeze(1)
+                sums = self._sums[:, :, layer, expert * h.shape[1] : (expert + 1) * h.shape[1]]
+                self._add(sums, h[rows][kept], g[rows][kept], ownership.one_hot[:, place[rows][kept]])
         self._recorded[layer] += 1
+
+    @staticmethod
+    def _add(sums: torch.Tensor, h: torch.Tensor, g: torch.Tensor, one_hot: torch.Tensor) -> None:
+        """Add the statistics of rows h, g [K, n], whose pairs are one_hot [M, K], to sums [5, M, n]."""
+        # On a CPU in blocks that stay in its cache: a third of the time. On a GPU each block would cost its own kernels.
+        rows = max(1, BLOCK // h.shape[1]) if h.device.type == "cpu" else max(1, len(h))
+        for begin in range(0, len(h), rows):
+            block = slice(begin, begin + rows)
+            own = h[block].float()
+            for statistic, values in enumerate(_per_token_values(own, g[block].float() * own)):
+                sums[statistic] += (one_hot[:, block] @ values).double()
 
     def reduce(self, all_reduce: Callable[[torch.Tensor], object]) -> None:
         """Sum over ranks. Every rank calls it once, after its last micro-batch, even if it had none.

@@ -25,6 +25,16 @@ FUSED = FFNPaths(
 )
 
 
+EXPERTS = FFNPaths(
+    block="mlp.experts",
+    gate="mlp.experts.gate_proj",
+    up="mlp.experts.up_proj",
+    down="mlp.experts.down_proj",
+    activation="mlp.experts.act_fn",
+)
+"""Mixtures of experts, as `models.experts` lays them out."""
+
+
 def _embed_tokens(decoder: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Token embedding alone; Gemma's scale is inside its embedding module."""
     return decoder.embed_tokens(input_ids)  # type: ignore[operator, no-any-return]
@@ -162,6 +172,8 @@ for _family in (
         embed=_embed_granite,
         logit_factor=lambda config: 1 / float(config.logits_scaling),
     ),
+    _llama_like("qwen3_moe", "qwen3_moe", ffn=EXPERTS),
+    _llama_like("mixtral", "mixtral", ffn=EXPERTS, renamed=((".mlp.", ".block_sparse_moe."),)),
     Family(
         name="bloom",
         model_types=("bloom",),

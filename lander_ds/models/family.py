@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lander_ds.common.errors import ModelError
 from lander_ds.models.attention import Segments
 from lander_ds.models.routed_ffn import GateSink, Routing, routed
 
@@ -35,7 +36,8 @@ class FFNPaths:
     """Gating in-projection of a gated FFN. The same path as `up`: one matrix [2 f, d] has the rows of both, the gating ones
     first (Phi-3)."""
     block: str | None = None
-    """Module that takes x and returns the FFN output and nothing else: the routed FFN replaces it. None: the
+    """Module that takes x (experts take what the router says of it too) and returns the FFN output and nothing else:
+    the routed FFN replaces it. None: the
     FFN is spread in the layer (OPT) or adds the residual itself (BLOOM): the routed FFN replaces `up`, while
     `activation` and `down` become identities."""
 
@@ -82,7 +84,7 @@ class Family:
     logit_factor: Callable[[Any], float] | None = None
     """HF configuration -> what the head's output is multiplied by (Cohere, Granite)."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """(start of a tensor's name in the model, its start on disk), where transformers renames on loading."""
+    """(part of a tensor's name in the model, that part on disk), where transformers renames on loading."""
 
     def decoder_of(self, model: PreTrainedModel) -> nn.Module:
         """The module that holds embeddings, layers and final norm."""
@@ -132,6 +134,19 @@ class Family:
             if module is not None:
                 hidden = module(hidden)
         return hidden if self.logit_factor is None else hidden * self.logit_factor(model.config)
+
+    def check_layers(self, model: PreTrainedModel) -> None:
+        """Refuse layers without the FFN of the family.
+
+        Raises:
+            ModelError: naming the first one.
+        """
+        for index, layer in enumerate(self.layers_of(model)):
+            if self.ffn.up not in dict(layer.named_modules()):
+                raise ModelError(
+                    f"layer {index} has no {self.ffn.up}: models with layers of several kinds (mlp_only_layers or "
+                    "decoder_sparse_step in config.json) are not supported; use another base model"
+                )
 
     def softcap(self, model: PreTrainedModel) -> float | None:
         """Softcap of the final logits, if the family has one."""

@@ -22,6 +22,7 @@ from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.config.recipe import ModelConfig
 from lander_ds.models.attention import IMPLEMENTATION
 from lander_ds.models.catalogue import family_of
+from lander_ds.models.experts import unstack
 from lander_ds.models.family import Family
 from lander_ds.models.span import Span, units, whole
 from lander_ds.models.weights import BaseWeights, read_config
@@ -37,14 +38,14 @@ _AT_ONCE = 1 << 17
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "seq_length")
 """Names under which config.json has the longest sequence that the model is made for."""
 
-_DROPOUT = re.compile(r"(^|_)(dropout|layerdrop|pdrop)$")
+_DROPOUT = re.compile(r"(^|_)(dropout|layerdrop|pdrop|jitter_noise)$")
 
 
 def hf_config(model: ModelConfig) -> tuple[Any, Family]:
     """The HF configuration of the text model, and its family.
 
-    Dropout is switched off (of the known families OPT and Phi-3 have some): its random numbers would follow the rank
-    and the micro-batch, and with them the result.
+    Dropout is switched off (of the known families OPT and Phi-3 have some), and so is jitter (Mixtral): their random
+    numbers would follow the rank and the micro-batch, and with them the result.
 
     Raises:
         ModelError: unreadable, of an unknown family, quantised, or needing code that `trust_remote_code` does
@@ -68,6 +69,10 @@ def hf_config(model: ModelConfig) -> tuple[Any, Family]:
         family = family_of(text_type or raw["model_type"])
     except ModelError as error:
         raise ModelError(f"{model.path}/config.json: {error}") from None
+    if model.quantize is not None and family.ffn.up.startswith("mlp.experts."):
+        raise ModelError(
+            f"model.quantize: {model.quantize} is not supported for mixtures of experts ({raw['model_type']}): remove it"
+        )
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers answers bad values with exceptions of many kinds
@@ -122,12 +127,17 @@ def build(model: ModelConfig, attention: str | None = IMPLEMENTATION) -> tuple[P
             raise _unusable(model.path, error) from error
         assert isinstance(built, PreTrainedModel)
         built.tie_weights()
+        unstack(built)
         return built
 
     built = on_meta()
     if _has_own_head(built, family, model):
         config.tie_word_embeddings = False
         built = on_meta()
+    try:
+        family.check_layers(built)
+    except ModelError as error:
+        raise ModelError(f"{model.path}/config.json: {error}") from None
     return built, family
 
 

@@ -1,6 +1,6 @@
 """A routed translation model for transformers: a plain HF model whose selected FFNs are routed.
 
-An export directory carries this file and `routed_ffn.py`; nothing else is needed:
+An export directory carries this file, `routed_ffn.py`, `joined.py` and `experts.py`; nothing else is needed:
 
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     model.generate(**inputs, pair="en-de")
@@ -16,6 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
+from .experts import unstack
 from .routed_ffn import BankFFN, Gate, RoutedFFN, Routing, carrying, pair_id, routed, substitute
 
 
@@ -67,6 +68,7 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
         self._no_split_modules = self.model._no_split_modules
         # Trainer hands the number of items to models that take any keyword; the plain model decides.
         self.accepts_loss_kwargs = _takes_any_keyword(self.model.forward)
+        unstack(self.model)
         routing = config.routing
         layers = self.model.get_submodule(routing["layers_path"])
         for entry in routing["layers"]:
@@ -87,7 +89,15 @@ class LanderForCausalLM(PreTrainedModel, GenerationMixin):
             gate = None if paths["gate"] is None else torch.empty(size, d)
             bias = None if up.bias is None else torch.empty(size)
             banks.append(
-                BankFFN(bank["kind"], owners, torch.empty(size, d), torch.empty(d, size), gate, bias)
+                BankFFN(
+                    bank["kind"],
+                    owners,
+                    torch.empty(size, d),
+                    torch.empty(d, size),
+                    gate,
+                    bias,
+                    bank.get("experts", ()),
+                )
             )
         router = None
         if routing["options"]["gate"] != "none":

@@ -17,6 +17,7 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.training import TrainConfig
 from lander_ds.method.selection import Selection
+from lander_ds.models.experts import ExpertLinear
 from lander_ds.models.family import Family
 from lander_ds.models.shira import ENTRIES, install_shira
 from lander_ds.models.surgery import banks_of, install, routed_ffns
@@ -29,7 +30,7 @@ def prepare_model(
 ) -> None:
     """Bring a model (on meta) into the shape that the recipe's method trains.
 
-    `lander`: surgery. `lora`: adapters on every linear layer of the decoder, through PEFT. `shira`:
+    `lander`: surgery. `lora`: adapters on every linear layer of the decoder but experts, through PEFT. `shira`:
     trained entries in the same layers. `full`, `layers`: as is.
 
     Raises:
@@ -51,7 +52,9 @@ def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
     lora = recipe.train.lora
     head = model.get_output_embeddings()
     targets = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear) and module is not head
     ]
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"

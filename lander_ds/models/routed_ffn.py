@@ -2,29 +2,35 @@
 
     out = FFN_G(c_G x) + FFN_S(m)(c_S x) + FFN_rest(x)          (P eq. 7 for G; partner and sum inferred)
 
-The weights of all banks are joined for one product per projection: the sum over banks is then the sum over neurons, and
-neither the number of products nor their alignment depends on the number of pairs. Gates and ownership are factors and
-masks per token and neuron, looked up by pair id, so that the host never waits for a device.
+The weights of all banks are joined for one product per projection (`joined.py`), so that neither the number of products
+nor their alignment depends on the number of pairs. Gates and ownership are factors and masks per token and neuron, looked
+up by pair id, so that the host never waits for a device.
 
-This module needs torch alone: routed exports carry a copy of it, so that they compute what was trained.
+Of a mixture of experts, a bank has neurons of many experts: each token's gate and ownership follow it to its experts.
+
+Routed exports carry copies of this module, `joined.py` and `experts.py`, so that they compute what was trained.
 
 Shapes: T tokens (leading dimensions flattened), d hidden width, n neurons of one bank, f neurons of all, M pairs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from .experts import Dispatch
+from .joined import Owned, Part, join, joined_bias, joined_linear, owned_by, runs_of, scaled
 
 UNIFORM_BITS = 24
 
@@ -116,220 +122,6 @@ def carrying(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """Neurons of neighbouring banks that are treated alike, in the order of the joined banks. How many runs there are does
-    not depend on the number of pairs."""
-
-    kind: str
-    """Of the banks: general, specific or frozen."""
-    banks: int
-    """How many."""
-    begin: int
-    end: int
-    """Neurons `begin` to `end` (not included) of all."""
-    owners: torch.Tensor | None
-    """[M + 1, end - begin] bool: whether a pair owns a neuron. The last row is of padding (id -1), which owns none. None
-    where all pairs own all of them, or none owns any."""
-
-    def of(self, values: torch.Tensor) -> torch.Tensor:
-        """The run's columns of values [T, f]."""
-        return values[:, self.begin : self.end]
-
-
-def _is_partly_owned(bank: BankFFN, pairs: int) -> bool:
-    """Whether tokens differ in owning a bank. Those of no pair own general banks, but not a single pair's specific ones."""
-    return bank.kind == "specific" or 0 < len(bank.owners) < pairs
-
-
-def _runs(banks: Sequence[BankFFN], pairs: int, device: torch.device) -> tuple[_Run, ...]:
-    """The runs of banks for M = `pairs` pairs."""
-    runs, begin = [], 0
-    for (kind, partly), members in groupby(banks, lambda bank: (bank.kind, _is_partly_owned(bank, pairs))):
-        group = list(members)
-        sizes = [bank.size for bank in group]
-        owners = None
-        if partly:
-            rows = [[pair in bank.owners for bank in group] for pair in range(pairs)]
-            table = torch.tensor([*rows, [False] * len(group)])
-            spread = table.repeat_interleave(torch.tensor(sizes), dim=1, output_size=sum(sizes))
-            owners = spread.to(device)
-        runs.append(_Run(kind, len(group), begin, begin + sum(sizes), owners))
-        begin += sum(sizes)
-    return tuple(runs)
-
-
-@dataclass(frozen=True, eq=False)
-class _Owned:
-    """The runs of a layer, and which tokens own which of their neurons."""
-
-    runs: tuple[_Run, ...]
-    masks: tuple[torch.Tensor | None, ...]
-    """Per run: [T, n] bool; None where all tokens own its neurons, or none does."""
-
-
-def _joined(weights: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """Bank after bank: what `RoutedFFN.join` has laid side by side as it lies there, else a copy for this pass alone,
-    because training changes the banks, and ZeRO-3 takes them away."""
-    first = weights[0]
-    end = first.storage_offset()
-    for weight in weights:
-        here = (weight.untyped_storage()._cdata, weight.storage_offset(), weight.stride())
-        if here != (first.untyped_storage()._cdata, end, first.stride()):
-            return torch.cat(list(weights), dim)
-        end += weight.shape[dim] * weight.stride(dim)
-    shape = list(first.shape)
-    shape[dim] = sum(weight.shape[dim] for weight in weights)
-    return first.as_strided(shape, first.stride())
-
-
-def _by_bank(
-    owned: _Owned,
-    neurons: torch.Tensor,
-    product: Callable[[torch.Tensor], torch.Tensor],
-    sizes: Sequence[int],
-    needed: Sequence[bool],
-    dim: int,
-) -> list[torch.Tensor | None]:
-    """Gradients of the banks' weights; None where none is needed.
-
-    Args:
-        owned: runs and masks.
-        neurons: [T, f], what the neurons contribute to the gradient.
-        product: from those of a run [T, n] to the gradient of its joined weights.
-        sizes: n of every bank.
-        needed: whether a bank's gradient is.
-        dim: that of the neurons in the weights.
-    """
-    grads: list[torch.Tensor | None] = []
-    for run, mask in zip(owned.runs, owned.masks, strict=True):
-        banks = slice(len(grads), len(grads) + run.banks)
-        if not any(needed[banks]):
-            grads += [None] * run.banks
-            continue
-        own = run.of(neurons)
-        if mask is not None:
-            # Not times 0, which infinity would survive.
-            own = own.masked_fill(~mask, 0.0)
-        parts = torch.split(product(own), list(sizes[banks]), dim)
-        grads += [part if want else None for part, want in zip(parts, needed[banks], strict=True)]
-    return grads
-
-
-class _JoinedLinear(torch.autograd.Function):
-    """x W^T for the joined W of all banks. The weight gradient of a neuron comes from the tokens that own it alone, the
-    gradient of x from all. `dim` is that of the neurons in W: 0 where they come out, 1 where they go in."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, owned: _Owned, dim: int, *weights: torch.Tensor) -> torch.Tensor:
-        trained = any(weight.requires_grad for weight in weights)
-        ctx.runs, ctx.dim = owned.runs, dim
-        # The banks themselves, not the joined copy: ZeRO-3 gathers them again for the backward pass.
-        ctx.save_for_backward(x if trained else None, *(owned.masks if trained else ()), *weights)
-        return x @ _joined(weights, dim).t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,), dim, needed = grads, ctx.dim, ctx.needs_input_grad[3:]
-        x, *saved = ctx.saved_tensors
-        masks, weights = saved[: -len(needed)], saved[-len(needed) :]
-        grad_x = grad @ _joined(weights, dim) if ctx.needs_input_grad[0] else None
-        if not any(needed):
-            return grad_x, None, None, *([None] * len(needed))
-        sizes = [weight.shape[dim] for weight in weights]
-        owned = _Owned(ctx.runs, tuple(masks))
-        if dim == 0:
-            by_bank = _by_bank(owned, grad, lambda own: own.t() @ x, sizes, needed, dim)
-        else:
-            by_bank = _by_bank(owned, x, lambda own: grad.t() @ own, sizes, needed, dim)
-        return grad_x, None, None, *by_bank
-
-
-class _JoinedBias(torch.autograd.Function):
-    """z + b for the joined b of all banks, whose gradient comes from the owning tokens alone."""
-
-    @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, owned: _Owned, *biases: torch.Tensor) -> torch.Tensor:
-        ctx.runs, ctx.sizes = owned.runs, [len(bias) for bias in biases]
-        ctx.save_for_backward(*owned.masks)
-        return z + _joined(biases, 0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,), owned = grads, _Owned(ctx.runs, ctx.saved_tensors)
-        needed = ctx.needs_input_grad[2:]
-        return grad, None, *_by_bank(owned, grad, lambda own: own.sum(0), ctx.sizes, needed, 0)
-
-
-class _Scaled(torch.autograd.Function):
-    """Values [T, f] times a factor per token and run: c_G, c_S ([T, 1], or None for 1) where the token owns the neurons,
-    else 1; `mask` switches specific neurons off instead (0) where it does not."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: torch.Tensor,
-        owned: _Owned,
-        mask: bool,
-        general: torch.Tensor | None,
-        specific: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.runs, ctx.mask = owned.runs, mask
-        ctx.save_for_backward(None if general is None else values, general, specific, *owned.masks)
-        return _Scaled._times(values, owned, mask, general, specific)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        values, general, specific, *masks = ctx.saved_tensors
-        owned = _Owned(ctx.runs, tuple(masks))
-        grad_values = _Scaled._times(grads[0], owned, ctx.mask, general, specific)
-        if values is None:
-            return grad_values, None, None, None, None
-        by_kind = {"general": torch.zeros_like(general), "specific": torch.zeros_like(specific)}
-        for run, mask in zip(owned.runs, owned.masks, strict=True):
-            if run.kind in by_kind:
-                products = run.of(grads[0]) * run.of(values)
-                if mask is not None:
-                    products.masked_fill_(~mask, 0.0)
-                by_kind[run.kind] += products.sum(1, keepdim=True)
-        return grad_values, None, None, by_kind["general"], by_kind["specific"]
-
-    @staticmethod
-    def _times(
-        values: torch.Tensor,
-        owned: _Owned,
-        mask: bool,
-        general: torch.Tensor | None,
-        specific: torch.Tensor | None,
-    ) -> torch.Tensor:
-        scaled = torch.empty_like(values)
-        for run, owning in zip(owned.runs, owned.masks, strict=True):
-            factor = {"general": general, "specific": specific}.get(run.kind)
-            if owning is not None:
-                other = 0.0 if mask and run.kind == "specific" else 1.0
-                factor = torch.where(owning, 1.0 if factor is None else factor, other).to(values.dtype)
-            torch.mul(run.of(values), 1.0 if factor is None else factor, out=run.of(scaled))
-        return scaled
-
-
-def _joined_linear(x: torch.Tensor, owned: _Owned, dim: int, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _JoinedLinear.apply(x, owned, dim, *weights)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _joined_bias(z: torch.Tensor, owned: _Owned, biases: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _JoinedBias.apply(z, owned, *biases)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _scaled(
-    values: torch.Tensor,
-    owned: _Owned,
-    mask: bool,
-    general: torch.Tensor | None = None,
-    specific: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return _Scaled.apply(values, owned, mask, general, specific)  # type: ignore[no-untyped-call, no-any-return]
-
-
 class BankFFN(nn.Module):
     """The neurons of one bank: rows of the in-projections, columns of the out-projection."""
 
@@ -346,6 +138,7 @@ class BankFFN(nn.Module):
         down: torch.Tensor,
         gate: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
+        experts: Sequence[int] = (),
     ) -> None:
         """Make a bank.
 
@@ -356,10 +149,12 @@ class BankFFN(nn.Module):
             down: [d, n].
             gate: [n, d] of a gated FFN, or None.
             bias: [n] of the in-projection, or None.
+            experts: of a mixture, how many of the neurons each expert has, in the order of the neurons.
         """
         super().__init__()
         self.kind = kind
         self.owners = tuple(owners)
+        self.experts = tuple(experts)
         self.size = len(up)
         self.up = nn.Parameter(up, requires_grad=False)
         self.down = nn.Parameter(down, requires_grad=False)
@@ -463,10 +258,17 @@ class RoutedFFN(nn.Module):
         self.router = gate
         self.options = dict(options)
         self.pairs = tuple(pairs)
-        self._runs_by_device: dict[torch.device, tuple[_Run, ...]] = {}
+        self._parts_by_device: dict[torch.device, tuple[Part, ...]] = {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """FFN output, same shape as `x` [..., d], inside `routed`."""
+    def forward(
+        self, x: torch.Tensor, chosen: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """FFN output, same shape as `x` [..., d], inside `routed`.
+
+        Args:
+            x: the FFN's input.
+            chosen, weights: in place of experts, which of them each token was sent to, [T, k] int64, and with what weight.
+        """
         current = _CURRENT.get()
         if current is None:
             raise RuntimeError(
@@ -476,14 +278,20 @@ class RoutedFFN(nn.Module):
         shape = x.shape
         flat = x.reshape(-1, shape[-1])
         pair_ids = routing.tokens(shape[:-1], x.device)
-        runs = self._runs_on(x.device)
-        masks = (None if run.owners is None else run.owners[pair_ids] for run in runs)
-        scales = self._scales(flat, routing, gates)
-        run = partial(self._output, _Owned(runs, tuple(masks)), scales)
+        scales, parts, dispatch = self._scales(flat, routing, gates), self._parts_on(x.device), None
+        rows = flat
+        if chosen is not None:
+            dispatch = Dispatch.of(chosen, len(parts))
+            parts = tuple(dataclasses.replace(parts[expert], rows=own) for expert, own in dispatch.rows())
+            rows, pair_ids = flat[dispatch.tokens], pair_ids[dispatch.tokens]
+            scales = tuple(None if scale is None else scale[dispatch.tokens] for scale in scales)
+        run = partial(self._output, owned_by(parts, pair_ids), scales)
         for bank in self._banks:
             if not bank.present:
                 run = partial(bank, run)
-        output = run(flat)
+        output = run(rows)
+        if dispatch is not None and weights is not None:
+            output = dispatch.combined(output, weights, flat)
         if self.rest is not None:
             output = output + self.rest(flat)
         if self.output_bias is not None:
@@ -496,56 +304,58 @@ class RoutedFFN(nn.Module):
         for role, dim in (("up", 0), ("gate", 0), ("bias", 0), ("down", 1)):
             weights = [weight for bank in self._banks if (weight := getattr(bank, role)) is not None]
             if weights:
-                joined = torch.cat([weight.data for weight in weights], dim)
-                sizes = [weight.shape[dim] for weight in weights]
-                for weight, part in zip(weights, torch.split(joined, sizes, dim), strict=True):
-                    weight.data = part
+                join(weights, dim)
 
     @property
     def _banks(self) -> list[BankFFN]:
         return [bank for bank in self.banks if isinstance(bank, BankFFN)]
 
-    def _runs_on(self, device: torch.device) -> tuple[_Run, ...]:
-        """The runs, with tables on a device; made once."""
-        if device not in self._runs_by_device:
-            self._runs_by_device[device] = _runs(self._banks, len(self.pairs), device)
-        return self._runs_by_device[device]
+    def _parts_on(self, device: torch.device) -> tuple[Part, ...]:
+        """The parts, with tables on a device; made once. Of a mixture, one per expert, still without rows."""
+        if device not in self._parts_by_device:
+            banks, pairs = [(bank.kind, bank.owners) for bank in self._banks], len(self.pairs)
+            sizes = [bank.experts or (bank.size,) for bank in self._banks]
+            borders = [[slice(*ends) for ends in pairwise(accumulate(own, initial=0))] for own in sizes]
+            mixture = any(bank.experts for bank in self._banks)
+            self._parts_by_device[device] = tuple(
+                Part(runs_of(banks, own, pairs, device), neurons=neurons if mixture else None)
+                for own, neurons in zip(zip(*sizes, strict=True), zip(*borders, strict=True), strict=True)
+            )
+        return self._parts_by_device[device]
 
-    def _output(
-        self, owned: _Owned, scales: tuple[torch.Tensor | None, torch.Tensor | None], x: torch.Tensor
-    ) -> torch.Tensor:
-        """The banks' outputs, added up: [T, d] of x [T, d].
+    def _output(self, owned: Owned, scales: tuple[torch.Tensor | None, ...], x: torch.Tensor) -> torch.Tensor:
+        """The banks' outputs, added up: [R, d] of x [R, d], where R is T or, with experts, T k.
 
         Args:
-            owned: which tokens own which neurons.
+            owned: which rows own which neurons.
             scales: c_G and c_S. Of the input: they multiply the pre-activations, which for the bias-free part is the
                 same; a bias is added after it. Of the output: they multiply the activations.
-            x: [T, d].
+            x: [R, d].
         """
         banks, mask = self._banks, self.options["other_pairs"] == "mask"
-        scaled = scales[0] is not None
-        before = scaled and self.options["gate"] == "input"
-        z = _joined_linear(x, owned, 0, [bank.up for bank in banks])
+        gated = scales[0] is not None
+        before = gated and self.options["gate"] == "input"
+        z = joined_linear(x, owned, 0, [bank.up for bank in banks])
         if before:
-            z = _scaled(z, owned, False, *scales)
+            z = scaled(z, owned, False, *scales)
         biases = [bank.bias for bank in banks if bank.bias is not None]
         if biases:
-            z = _joined_bias(z, owned, biases)
+            z = joined_bias(z, owned, biases)
         gates = [bank.gate for bank in banks if bank.gate is not None]
         if gates:
-            g = _joined_linear(x, owned, 0, gates)
-            z = self.activation(_scaled(g, owned, False, *scales) if before else g) * z
+            g = joined_linear(x, owned, 0, gates)
+            z = self.activation(scaled(g, owned, False, *scales) if before else g) * z
         else:
             z = self.activation(z)
-        if scaled and not before:
-            z = _scaled(z, owned, mask, *scales)
+        if gated and not before:
+            z = scaled(z, owned, mask, *scales)
         elif mask:
-            z = _scaled(z, owned, mask)
-        return _joined_linear(z, owned, 1, [bank.down for bank in banks])
+            z = scaled(z, owned, mask)
+        return joined_linear(z, owned, 1, [bank.down for bank in banks])
 
     def _scales(
         self, x: torch.Tensor, routing: Routing, gates: GateSink | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """c_G and c_S, each [T, 1] in the type of x; (None, None) without a gate."""
         if self.router is None:
             return None, None

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lander_ds.common.errors import ArtefactError, ModelError
 from lander_ds.config.schema.method import RoutingConfig
 from lander_ds.method.selection import LayerSelection, Selection
+from lander_ds.models.experts import ExpertLinear, Experts, sizes_by_expert
 from lander_ds.models.family import Family, FFNPaths
 from lander_ds.models.routed_ffn import BankFFN, Gate, RoutedFFN, replace, substitute
 
@@ -126,10 +127,13 @@ def _banks(
         for role, (name, module) in projections.items()
     }
     name, up = projections["up"]
+    experts = up.experts if isinstance(up, ExpertLinear) else 0
     if up.bias is not None:
         bases["bias"] = (f"{name}.bias", up.bias.data, 0)
     banks = []
-    for bank, neurons in zip(chosen.banks, chosen.slices(), strict=True):
+    for bank, own in zip(chosen.banks, chosen.slices(), strict=True):
+        # Expert by expert, so that those of each lie together.
+        neurons = own.sort().values if experts else own
         cuts = {
             role: Slice(
                 base, dim, neurons + selection.neurons if fused and role == "up" else neurons, tensor.shape
@@ -137,7 +141,9 @@ def _banks(
             for role, (base, tensor, dim) in bases.items()
         }
         values = {role: cut.take(bases[role][1]) for role, cut in cuts.items()}
-        module = BankFFN(bank.kind, [selection.pairs.index(pair) for pair in bank.owners], **values)
+        owners = [selection.pairs.index(pair) for pair in bank.owners]
+        sizes = sizes_by_expert(neurons, selection.neurons // experts, experts) if experts else ()
+        module = BankFFN(bank.kind, owners, **values, experts=sizes)
         module.group = bank.group
         for role, cut in cuts.items():
             mark(module.get_parameter(role), cut)
@@ -179,6 +185,20 @@ def routed_ffns(model: nn.Module) -> Iterator[tuple[str, RoutedFFN]]:
 def banks_of(routed: RoutedFFN) -> list[BankFFN]:
     """The banks of a routed FFN, in the order of the selection."""
     return [bank for bank in routed.banks if isinstance(bank, BankFFN)]
+
+
+def used_shares(model: nn.Module) -> dict[int, float]:
+    """id of a parameter of experts -> the share of them that a token is sent to."""
+    shares: dict[int, float] = {}
+    for module in model.modules():
+        experts = module
+        if isinstance(module, RoutedFFN) and module.replaced:
+            (experts,) = module.replaced
+        if isinstance(experts, Experts):
+            own = module.banks if isinstance(module, RoutedFFN) else module
+            assert isinstance(own, nn.Module)
+            shares.update((id(p), experts.choices / experts.experts) for p in own.parameters())
+    return shares
 
 
 def gradient_elements(parameter: nn.Parameter) -> int:
@@ -228,7 +248,10 @@ def remove(model: PreTrainedModel, family: Family) -> None:
             replace(layer, paths.block, routed.replaced[0])
         for path in paths.projections:
             base = f"{family.decoder}.{family.layers}.{routed.layer}.{path}"
-            replace(layer, path, _linear(whole[f"{base}.weight"], whole.get(f"{base}.bias")))
+            linear = _linear(whole[f"{base}.weight"], whole.get(f"{base}.bias"))
+            if experts := len(banks_of(routed)[0].experts):
+                linear = ExpertLinear(linear.get_parameter("weight"), experts, int(path == paths.down))
+            replace(layer, path, linear)
         replace(layer, paths.activation, routed.activation)
 
 

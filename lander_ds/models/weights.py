@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,58 @@ _HASHED_AT_ONCE = 8
 LFS_POINTER = b"version https://git-lfs"
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A tensor on disk that is a part of one of the model's."""
+
+    name: str
+    """On disk."""
+    dim: int
+    begin: int
+    end: int
+    """Where it is: from `begin` to `end` (not included) along `dim`."""
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The piece of the model's tensor."""
+        return whole.narrow(self.dim, self.begin, self.end - self.begin)
+
+
+_EXPERT = re.compile(
+    r"(?P<front>.*)\b(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\.(?P<projection>w[123]|(?:gate|up|down)_proj)\.weight"
+)
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def experts_among(names: Iterable[str]) -> dict[str, list[str]]:
+    """The projections of whole mixtures of experts, see `models.experts`, that lie on disk expert by expert.
+
+    Args:
+        names: the names on disk.
+
+    Returns: name in the model -> names on disk, by expert.
+    """
+    experts: dict[str, dict[int, str]] = {}
+    for name in names:
+        if match := _EXPERT.fullmatch(name):
+            projection = _MIXTRAL.get(match["projection"], match["projection"])
+            whole = f"{match['front']}mlp.experts.{projection}.weight"
+            experts.setdefault(whole, {})[int(match["expert"])] = name
+    return {whole: [of[expert] for expert in sorted(of)] for whole, of in experts.items()}
+
+
+def pieces(names: Sequence[str], dim: int, size: int) -> list[Piece]:
+    """Tensors on disk, in order, as pieces of `size` each."""
+    return [Piece(name, dim, number * size, (number + 1) * size) for number, name in enumerate(names)]
+
+
+def experts_dimension(projection: str) -> int:
+    """Along which experts lie side by side in a projection of all."""
+    return int(projection.endswith("down_proj.weight"))
+
+
 class BaseWeights:
-    """The tensors of an HF model directory.
+    """The tensors of an HF model directory. Projections of mixtures of experts are found under the model's names too,
+    though on disk they lie in pieces.
 
     Raises:
         ModelError: the directory is missing or incomplete, a file is missing or truncated, the index is damaged or
@@ -49,17 +100,24 @@ class BaseWeights:
         for path in self.layout.paths:
             self._open[path] = file = _unpickle(path) if self.layout.pickled else _open_safetensors(path)
             self._file_of.update(dict.fromkeys(file.names, path))
+        self._experts = experts_among(self._file_of)
+        self._known = self._file_of.keys() | self._experts.keys()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._known
+
+    def pieces(self, name: str) -> list[Piece]:
+        """What a projection of all experts consists of on disk, in order; none for what is whole there."""
+        names, dim = self._experts.get(name, []), experts_dimension(name)
+        return pieces(names, dim, self.read(names[0]).shape[dim] if names else 0)
 
     def names(self) -> Iterator[str]:
         """Names of all tensors on disk."""
         return iter(self._file_of)
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._file_of[name]
+        """The file that holds a tensor, or its first piece."""
+        return self._file_of[self._experts.get(name, [name])[0]]
 
     def files(self) -> list[Path]:
         """All weight files."""
@@ -74,13 +132,24 @@ class BaseWeights:
         return dict(self._open[path].metadata)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor called `name` on disk. It lies in the mapped file and takes no memory of its own; who writes
-        into it must copy it first."""
+        """The tensor called `name` on disk. It lies in the mapped file and takes no memory of its own, unless it is in
+        pieces; who writes into it must copy it first.
+
+        Raises:
+            ModelError: its pieces do not fit together.
+        """
+        if name in self._experts:
+            experts = [self.read(one) for one in self._experts[name]]
+            if len({(expert.shape, expert.dtype) for expert in experts}) > 1:
+                raise ModelError(
+                    f"{self.directory}: the experts of {name} differ in shape or type: copy the model directory again"
+                )
+            return torch.cat(experts, experts_dimension(name))
         return self._open[self._file_of[name]].read(name)
 
     def stored_name(self, name: str, prefix: str, renamed: Sequence[tuple[str, str]] = ()) -> str | None:
         """Name on disk of the model tensor `name`, or None; see `stored_among`."""
-        return stored_among(self._file_of, name, prefix, renamed)
+        return stored_among(self._known, name, prefix, renamed)
 
 
 def stored_among(
@@ -95,12 +164,12 @@ def stored_among(
         stored: the names on disk.
         name: name in the HF model.
         prefix: `base_model_prefix` of the model class.
-        renamed: the family's (start of the name in the model, start on disk).
+        renamed: the family's (part of a name in the model, that part on disk).
     """
     bare = name.removeprefix(f"{prefix}.")
     candidates = [name, bare, f"language_model.{name}", f"model.language_model.{bare}"]
     candidates.append(f"model.language_model.{name}")
-    candidates += [old + name.removeprefix(new) for new, old in renamed if name.startswith(new)]
+    candidates += [name.replace(new, old) for new, old in renamed if new in name]
     return next((candidate for candidate in candidates if candidate in stored), None)
 
 

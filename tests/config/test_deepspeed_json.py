@@ -339,7 +339,12 @@ def test_the_resolved_configuration_says_everything(workspace: Workspace) -> Non
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
         "data_types": {"keep_in_fp32_modules": "auto", "grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 3, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": False,
+            "offload_optimizer": {"device": "cpu"},
+            "leaf_module": {"classes": []},
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

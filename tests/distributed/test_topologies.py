@@ -23,6 +23,7 @@ from support.tiny_run import NEURONS, PAIRS, SELECTED, STEPS, WIDTH, TinyRun
 from support.training_runs import HAS_BITSANDBYTES
 
 from lander_ds.checkpoint import checkpoint
+from lander_ds.common.run_directory import RunDirectory
 from lander_ds.method.awareness import Awareness
 from lander_ds.method.selection import Selection
 
@@ -274,17 +275,33 @@ def test_every_stage_in_one_process_group_ends_in_the_same_translations(
 ) -> None:
     """From data to report without a stop: with sharded weights on two ranks, with whole ones on four and on one."""
     run, expected = runs.run(name_of(topology, grid, "whole")), runs.run("whole-1")
+    assert_same_stages(run, expected)
+
+
+def test_every_stage_with_a_mixture_of_experts_in_a_pipeline(runs: TinyRun) -> None:
+    assert_same_stages(runs.run("pipeline-2x1-experts-2"), runs.run("experts-1"))
+
+
+def test_every_stage_with_a_mixture_of_experts_whose_weights_are_sharded(
+    world_1: TinyRun, world_2: TinyRun
+) -> None:
+    assert_same_stages(world_2.run("experts-2"), world_1.run("experts-1"))
+
+
+def assert_same_stages(run: RunDirectory, expected: RunDirectory) -> None:
+    """Same detection, selection, training, translations and export."""
     assert_same_awareness(run, expected)
     one, other = Selection.load(run.selection), Selection.load(expected.selection)
     assert [layer.banks for layer in one.layers] == [layer.banks for layer in other.layers]
     assert_same_training(run, expected, 1e-4)
+    texts = {
+        (system, r.path.name): [(r.translations / system / f"{pair}.jsonl").read_text() for pair in PAIRS]
+        for system in ("base", "trained")
+        for r in (run, expected)
+    }
     for system in ("base", "trained"):
-        for pair in PAIRS:
-            texts = [(r.translations / system / f"{pair}.jsonl").read_text() for r in (run, expected)]
-            assert texts[0] == texts[1]
-    assert (run.translations / "trained" / "en-de.jsonl").read_text() != (
-        run.translations / "base" / "en-de.jsonl"
-    ).read_text()
+        assert texts[system, run.path.name] == texts[system, expected.path.name]
+    assert texts["trained", run.path.name] != texts["base", run.path.name]
     assert Awareness.load(run.awareness).pairs == PAIRS
     tensors = load_file(run.path / "export" / "dense" / "model.safetensors")
     for name, value in load_file(expected.path / "export" / "dense" / "model.safetensors").items():

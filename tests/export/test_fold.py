@@ -44,7 +44,7 @@ def fold(recipe: Recipe, means: dict[str, dict[str, float]], pair: str, out: Pat
     return out
 
 
-@pytest.mark.parametrize("case", ["gemma3", "bloom", "opt", "gpt_neox"])
+@pytest.mark.parametrize("case", ["gemma3", "bloom", "opt", "gpt_neox", "mixtral-moe"])
 @pytest.mark.parametrize(
     ("gate", "init", "other"),
     [

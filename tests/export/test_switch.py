@@ -42,7 +42,7 @@ def same(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(actual, wanted, strict=True))
 
 
-@pytest.mark.parametrize("case", ["gemma3", "bloom", "opt", "gpt_neox", "llama"])
+@pytest.mark.parametrize("case", ["gemma3", "bloom", "opt", "gpt_neox", "llama", "qwen3-moe"])
 def test_each_delta_gives_what_it_gives_alone(case: str, tmp_path: Path) -> None:
     base = base_of(tmp_path, case)
     gated = {name: delta_of(base, tmp_path / name, scale) for name, scale in (("one", 1.1), ("two", 0.7))}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_models import CONFIGS, GATED, examples, save, tiny_model
+from support.tiny_models import CONFIGS, GATED, examples, laid_out, save, tiny_model
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -52,9 +52,9 @@ def activation_by_hand(layer: nn.Module, case: str, z: torch.Tensor) -> torch.Te
     return torch.relu(z) if case.startswith("opt") else functional.silu(z)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", [case for case in CONFIGS if not case.endswith("moe")])
 def test_a_hook_on_the_down_projection_sees_h(case: str) -> None:
-    model = tiny_model(case)
+    model = laid_out(case)
     family = family_of(model.config.model_type)
     seen: dict[str, list[torch.Tensor]] = {"x": [], "h": []}
     downs = family.down_projections(model)

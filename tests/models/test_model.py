@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.checkpoints import PAIRS, recipe_for, selection_for
 from support.selections import random_selection
-from support.tiny_models import DIFFERENT, VOCABULARY, save, tiny_model
+from support.tiny_models import DIFFERENT, VOCABULARY, laid_out, save, tiny_model
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -194,7 +194,7 @@ def test_no_graph_below_the_first_trained_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["llama", "llama-tied", "opt", "bloom"])
 def test_where_the_graph_must_begin(case: str, tmp_path: Path) -> None:
-    model = tiny_model(case)
+    model = laid_out(case)
     save(model, tmp_path)
     model, family = build(recipe_for(tmp_path, tmp_path).model)
     layers = family.layers_of(model)

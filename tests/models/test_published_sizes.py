@@ -95,6 +95,27 @@ MODELS = {
         # A norm of head_dim on queries and on keys.
         total=llama_like(4096, 12288, 36, 151936, query=32 * 128, key=8 * 128, extra=2 * 128),
     ),
+    "Qwen3-30B-A3B": Published(
+        {"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144}
+        | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        d=2048,
+        f=128 * 768,
+        layers=48,
+        # The router, and norms as above.
+        total=llama_like(
+            2048, 128 * 768, 48, 151936, query=32 * 128, key=4 * 128, extra=2 * 128 + 128 * 2048
+        ),
+    ),
+    "Mixtral-8x7B-v0.1": Published(
+        {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2},
+        d=4096,
+        f=8 * 14336,
+        layers=32,
+        total=46_702_792_704,
+    ),
     "Mistral-7B-v0.1": Published(
         {"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
         | {

@@ -125,7 +125,7 @@ def run(case: Case) -> dict[str, Any]:
         to_fake_cuda(part)
         for _, ffn in routed_ffns(part):
             # Tables of banks are made once and kept: no matter of a micro-batch.
-            ffn._runs_on(CUDA)
+            ffn._parts_on(CUDA)
         with counts:
             engine.train_step([packed.to(CUDA)], TOTALS, 1.0, GateStatistics())
     trained = {name: p.grad for name, p in part.named_parameters() if p.requires_grad}

@@ -21,6 +21,7 @@ from support.training_runs import (
     DIVERGE,
     DIVERGED,
     EVERY_STAGE,
+    EXPERTS,
     FEW,
     FULL,
     GATHER,
@@ -101,6 +102,7 @@ def _two(topology: str) -> tuple[Job, ...]:
         job("bfloat16", BFLOAT16),
         job("looked-into", ("model.dtype=bfloat16",), LOOK),
         job("whole", (*WHOLE, "translate.weights=sharded"), EVERY_STAGE),
+        *((job("experts", EXPERTS, EVERY_STAGE),) if topology == PIPELINE else ()),
         *(
             (job("nf4", (*NF4, "translate.weights=sharded"), EVERY_STAGE), job("int8-lora", INT8_LORA))
             if HAS_BITSANDBYTES and topology != ZERO3

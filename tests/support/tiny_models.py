@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OPTConfig,
@@ -32,9 +33,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
+
+from lander_ds.models.experts import unstack
 
 VOCABULARY = 97
 HIDDEN = 32
@@ -118,6 +122,15 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "glm": lambda: GlmConfig(**GROUPED, attention_bias=True),
     "glm-4": lambda: Glm4Config(**GROUPED, attention_bias=True),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **GROUPED, moe_intermediate_size=12, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True
+    ),
+    "mixtral-moe": lambda: MixtralConfig(
+        **{**GROUPED, "intermediate_size": 16},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        router_jitter_noise=0.1,
+    ),
     "bloom": lambda: BloomConfig(
         vocab_size=VOCABULARY,
         hidden_size=36,
@@ -173,6 +186,13 @@ def random_model(config: PretrainedConfig, attention: str = "eager") -> PreTrain
                 parameter.add_(noise * 0.3)
             else:
                 parameter.copy_(noise * 0.3)
+    return model
+
+
+def laid_out(case: str) -> PreTrainedModel:
+    """The same model with experts side by side, as `build` makes it."""
+    model = tiny_model(case)
+    unstack(model)
     return model
 
 

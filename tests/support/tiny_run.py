@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
@@ -93,6 +99,11 @@ class TinyRun:
         return self.root / "untied"
 
     @property
+    def experts(self) -> Path:
+        """A base model with a mixture of experts."""
+        return self.root / "experts"
+
+    @property
     def model(self) -> Path:
         """The base model."""
         return self.root / "model"
@@ -137,8 +148,10 @@ def make_tiny_run(root: Path) -> TinyRun:
     )
     built = TinyRun(root)
     shutil.copytree(built.model, built.untied)
+    shutil.copytree(built.model, built.experts)
     _random_gemma(tied=True).save_pretrained(built.model)
     _random_gemma(tied=False).save_pretrained(built.untied)
+    _random_mixture().save_pretrained(built.experts)
     prepare.run(built.recipe("prepared"), RunDirectory(root / "prepared"))
     return built
 
@@ -155,7 +168,7 @@ def _with_worse(line: str) -> str:
     return json.dumps({**row, "worse": " ".join(row["tgt"].split()[:0:-1]) or "?"}) + "\n"
 
 
-def _random_gemma(tied: bool) -> Gemma3ForCausalLM:
+def _random_gemma(tied: bool) -> PreTrainedModel:
     """Weights large enough that every neuron matters."""
     config = Gemma3TextConfig(
         vocab_size=VOCABULARY,
@@ -174,7 +187,31 @@ def _random_gemma(tied: bool) -> Gemma3ForCausalLM:
         bos_token_id=2,
         tie_word_embeddings=tied,
     )
-    model = Gemma3ForCausalLM(config)
+    return _with_random_weights(Gemma3ForCausalLM(config))
+
+
+def _random_mixture() -> PreTrainedModel:
+    """Six experts of a quarter of the neurons each, two for every token."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        moe_intermediate_size=NEURONS // 4,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    return _with_random_weights(Qwen3MoeForCausalLM(config))
+
+
+def _with_random_weights(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

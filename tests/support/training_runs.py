@@ -82,6 +82,7 @@ WHOLE = (
     "select.layers.k=2",
 )
 NF4 = (*WHOLE, "model.quantize=nf4")
+EXPERTS = (*NOISY, *WHOLE, "model.path=$root/experts")
 INT8_LORA = (*LORA, "model.quantize=int8")
 ONE_REPLICATED = ("topology=replicated", "deepspeed=$root/replicated.json")
 HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
@@ -126,6 +127,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("bfloat16", BFLOAT16),
         Job("further-bfloat16", STAYS_ROUNDED, FURTHER),
         Job("whole", WHOLE, EVERY_STAGE),
+        Job("experts", EXPERTS, EVERY_STAGE),
         Job("detect", (), DETECT),
         Job("detect-large", ("detect.batch_tokens=4096",), DETECT),
         *(
@@ -160,6 +162,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("averaged", AVERAGED),
         Job("bfloat16", BFLOAT16),
         Job("looked-into", sets(model__dtype="bfloat16"), LOOK),
+        Job("experts", (*EXPERTS, "translate.weights=sharded"), EVERY_STAGE),
         Job("collectives", (), COLLECTIVES),
         Job("detect", (), DETECT),
         # Last, because it ends in an error.

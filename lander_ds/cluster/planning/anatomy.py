@@ -25,7 +25,7 @@ from lander_ds.models.loading import build, tied_parameters
 from lander_ds.models.parameter_groups import mark_trained, prepare_model
 from lander_ds.models.quantization import quantized_bytes, quantized_parameters
 from lander_ds.models.span import Span, spans, units, whole
-from lander_ds.models.surgery import gradient_elements
+from lander_ds.models.surgery import gradient_elements, used_shares
 from lander_ds.models.translation_model import first_trained_layer
 from lander_ds.training.session import METHODS_WITH_SELECTION
 
@@ -38,13 +38,13 @@ class Tensor:
 
     name: str
     elements: int
-    matrix: bool
-    """It takes part in a matrix product for every token (norms and biases do not)."""
+    product: int
+    """Elements that a token is multiplied by: 0 for norms and biases, of experts those that it is sent to."""
     group: str | None
     """Parameter group; None: frozen."""
     shape: tuple[int, ...]
     gradient: int
-    """Elements of the matrix whose gradient it needs; 0 for what is frozen or no matrix."""
+    """Elements of the matrix whose gradient a token adds to; 0 for what is frozen or no matrix."""
     quantized: int | None
     """Bytes of its codes and scales; None: it is held in the type of the weights."""
 
@@ -96,6 +96,11 @@ class Anatomy:
         return first_trained_layer(self.model, self.family)
 
     @cached_property
+    def shares(self) -> dict[int, float]:
+        """id of a parameter of experts -> the share of them that a token is sent to."""
+        return used_shares(self.model)
+
+    @cached_property
     def quantized(self) -> set[int]:
         """ids of the parameters that training holds quantised."""
         if self.recipe.model.quantize is None:
@@ -128,11 +133,13 @@ class Anatomy:
     def _tensor(self, name: str, parameter: nn.Parameter) -> Tensor:
         shape = tuple(parameter.shape)
         group = self.groups.get(id(parameter))
-        gradient = 0 if group is None else gradient_elements(parameter)
+        share = self.shares.get(id(parameter), 1.0)
+        gradient = 0 if group is None else round(share * gradient_elements(parameter))
+        product = round(share * parameter.numel()) if parameter.dim() > 1 else 0
         kind, quantized = self.recipe.model.quantize, None
         if kind is not None and id(parameter) in self.quantized:
             quantized = quantized_bytes(parameter.numel(), kind)
-        return Tensor(name, parameter.numel(), parameter.dim() > 1, group, shape, gradient, quantized)
+        return Tensor(name, parameter.numel(), product, group, shape, gradient, quantized)
 
     def stage_spans(self, stages: int) -> tuple[Span, ...]:
         """The spans of pipeline stages, cut as training cuts them (`parallel.topology.span_of`)."""

@@ -39,20 +39,19 @@ def operations(model: Anatomy, span: Span, batch: MicroBatch) -> Operations:
     forward = backward = recompute = 0.0
     for index in range(span.start, span.stop):
         everything = model.layer(index)
-        tensors = [tensor for tensor in everything if tensor.matrix]
+        product = sum(tensor.product for tensor in everything)
         attention = _attention(model, index, batch)
-        once = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + attention
+        once = PRODUCT * batch.tokens * product + attention
         forward += once
         if index < model.first_trained:
             continue
         backward += PRODUCT * batch.tokens * sum(tensor.gradient for tensor in everything)
         if index > model.first_trained or (model.first_trained == 0 and _below_layers(model)):
             # Each of attention's two products has two gradients.
-            inputs = PRODUCT * batch.tokens * sum(tensor.elements for tensor in tensors) + 2 * attention
+            inputs = PRODUCT * batch.tokens * product + 2 * attention
         else:
-            inputs = (
-                PRODUCT * batch.tokens * sum(t.elements for t in tensors if _after_trained(t, everything))
-            )
+            after = (tensor.product for tensor in everything if _after_trained(tensor, everything))
+            inputs = PRODUCT * batch.tokens * sum(after)
             inputs += 2 * attention if _attends(everything) else 0.0
         backward += inputs
         recompute += once if model.recipe.train.activation_checkpointing else 0.0

@@ -45,7 +45,7 @@ def counted(recipe: Recipe) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma3", "bloom", "opt"])
+@pytest.mark.parametrize("case", ["llama", "gemma3", "bloom", "opt", "qwen3-moe"])
 @pytest.mark.parametrize(
     "overrides",
     [
