@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lander_ds.data.entry import Counts, EntryWriter, fill_entry, too_many_token
 from lander_ds.data.filters import Filter, Sentences
 from lander_ds.data.passes import HELD_OUT, held_out, shots_of, size_of
 from lander_ds.data.prepared import FORMAT, corpus_options, prepared_options
+from lander_ds.data.quality import JUDGED, Judge
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.rows import Row
 from lander_ds.data.tokens.encoding import Encoded, Encoder
@@ -31,7 +32,13 @@ class TrainedOn:
     """Pair -> the examples that stand in every prompt (`data.prompt.shots`)."""
 
 
-def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str], tokenizer: str) -> str:
+def entry_hash(
+    recipe: Recipe,
+    corpora: list[Corpus],
+    contents: Mapping[str, str],
+    tokenizer: str,
+    metrics: Mapping[str, str] | None = None,
+) -> str:
     """Name of the cache entry for these data options, corpus contents and tokenizer.
 
     Where the corpora and the model lie does not count, only what stands in them.
@@ -41,10 +48,12 @@ def entry_hash(recipe: Recipe, corpora: list[Corpus], contents: Mapping[str, str
         corpora: from `resolve`.
         contents: content hash of every path in `corpora`.
         tokenizer: from `tokenizer_fingerprint`.
+        metrics: name -> identity, of those in `data.filters.quality`.
     """
     options = prepared_options(recipe)
     data = {name: value for name, value in options["data"].items() if name != "corpora"}
-    return json_hash([FORMAT, data, described(corpora, contents), options["seed"], tokenizer])
+    parts = [FORMAT, data, described(corpora, contents), options["seed"], tokenizer]
+    return json_hash([*parts, dict(metrics)] if metrics else parts)
 
 
 def described(corpora: list[Corpus], contents: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -64,6 +73,7 @@ def build(
     digest: str,
     anew: bool = False,
     trained_on: Callable[[], TrainedOn] | None = None,
+    judges: Sequence[Judge] = (),
 ) -> dict[str, Any]:
     """Fill the cache entry `entry` unless it is there already; returns its manifest (see `fill_entry`).
 
@@ -75,6 +85,7 @@ def build(
         digest: from `entry_hash`.
         anew: replace what is there.
         trained_on: for a test set that has an entry of its own; called when there is something to do.
+        judges: of `data.filters.quality`.
 
     Raises:
         DataError: a corpus is unfit, or a split is empty after filtering.
@@ -84,7 +95,7 @@ def build(
         known = None if trained_on is None else trained_on()
         read = sum(size_of(corpus) * _readings(recipe, corpus) for corpus in corpora)
         with EntryWriter(directory, recipe.data.pairs, read, recipe.data.prompt.context) as writer:
-            _Builder(recipe, corpora, encoder, writer, known).run()
+            _Builder(recipe, corpora, encoder, writer, known, judges).run()
         return writer.counts
 
     return fill_entry(entry, digest, fill, anew)
@@ -103,10 +114,11 @@ class _Builder:
         encoder: Encoder,
         writer: EntryWriter,
         trained_on: TrainedOn | None,
+        judges: Sequence[Judge],
     ) -> None:
         self._recipe, self._data = recipe, recipe.data
         self._corpora, self._encoder, self._writer = corpora, encoder, writer
-        self._trained_on = trained_on
+        self._trained_on, self._judges = trained_on, judges
         self._shots: dict[str, list[tuple[str, str]]] = {}
 
     def run(self) -> None:
@@ -147,7 +159,8 @@ class _Builder:
     def _examples(
         self, pair: str, split: Split, corpora: list[Corpus], keep: Filter
     ) -> Iterator[tuple[Row, Encoded]]:
-        rows = (row for corpus in corpora for row in self._writer.kept_rows(corpus, keep, keep.apart))
+        judges = self._judges if split in JUDGED else ()
+        rows = (row for corpus in corpora for row in self._writer.kept_rows(corpus, keep, keep.apart, judges))
         for row, encoded in self._encoder.encode(pair, rows, self._data.prompt, self._shots[pair]):
             if encoded.longest > self._data.max_length:
                 self._writer.reject(pair, split, too_many_tokens(row, encoded.longest))

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from lander_ds.data.context import Preceding
 from lander_ds.data.filters import Sentences
 from lander_ds.data.passes import HELD_OUT, reading
 from lander_ds.data.prepared import DOC, FEATURES, FORMAT, TOKENS, read_manifest, split_file
+from lander_ds.data.quality import Judge, judged
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.rows import Reason, Rejection, Row
 from lander_ds.data.tokens.encoding import Encoded
@@ -92,10 +94,18 @@ class EntryWriter:
         """The counts of a split."""
         return self.counts[pair].setdefault(split, Counts())
 
-    def kept_rows(self, corpus: Corpus, keep: Keep, apart: Sentences | None = None) -> Iterator[Row]:
+    def kept_rows(
+        self, corpus: Corpus, keep: Keep, apart: Sentences | None = None, judges: Sequence[Judge] = ()
+    ) -> Iterator[Row]:
         """The rows of a corpus that pass the filters, up to its limit; the others are recorded. Contexts have no sentence of
         `apart`."""
-        counts, kept = self.of(corpus.pair, corpus.split), 0
+        rows = self._passing(corpus, keep, apart)
+        if judges:
+            rows = judged(rows, judges, lambda rejection: self.reject(corpus.pair, corpus.split, rejection))
+        return islice(rows, corpus.limit)
+
+    def _passing(self, corpus: Corpus, keep: Keep, apart: Sentences | None) -> Iterator[Row]:
+        counts = self.of(corpus.pair, corpus.split)
         preceding = Preceding(self._context)
         for item in reading(corpus, self.bar):
             counts.read += 1
@@ -111,9 +121,6 @@ class EntryWriter:
                 self.reject(corpus.pair, corpus.split, Rejection(item.file, item.line, reason, text))
             else:
                 yield replace(item, context=context) if context else item
-                kept += 1
-                if kept == corpus.limit:
-                    return
 
     def reject(self, pair: str, split: Split, rejection: Rejection) -> None:
         """Record a line that is dropped."""

@@ -213,6 +213,10 @@ def prepared_options(recipe: Recipe) -> dict[str, Any]:
     data["corpora"] = [corpus_options(corpus) for corpus in recipe.data.corpora]
     if not recipe.data.filters.min_score:
         del data["filters"]["min_score"]
+    # What a metric computes follows from its files, which are inputs of their own.
+    del data["filters"]["quality"]
+    if quality := recipe.data.filters.quality:
+        data["filters"]["quality"] = {name: config.min for name, config in quality.items()}
     data["prompt"] = prompt_options(recipe.data.prompt)
     return {
         "data": data,

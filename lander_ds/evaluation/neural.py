@@ -21,7 +21,7 @@ import yaml
 from lander_ds.common.errors import ConfigError, ModelError
 from lander_ds.common.files import file_hash, json_hash
 from lander_ds.common.hash_cache import content_hash
-from lander_ds.config.schema.results import NeuralConfig
+from lander_ds.config.schema.neural import NeuralConfig, QualityConfig
 from lander_ds.models.hub import is_hub_id, snapshot
 from lander_ds.models.weights import base_name
 
@@ -42,7 +42,9 @@ class NeuralMetric:
     """A metric of the recipe whose program and model are there."""
 
     name: str
-    """Its key in `score.neural`."""
+    """Its key in `score.neural`, or `data.filters.quality`."""
+    key: str
+    """The whole key, for messages."""
     config: NeuralConfig
     """Its options."""
     python: str
@@ -59,10 +61,12 @@ class NeuralMetric:
         """Look for what the recipe names; a model that is named by its hub id is downloaded.
 
         Raises:
-            ConfigError: the interpreter is missing, or has no unbabel-comet.
+            ConfigError: the interpreter is missing, or has no unbabel-comet; or the metric reads references and is to
+                filter.
             ModelError: the model, or the tokenizer of its encoder, is missing or cannot be had.
         """
-        key = f"score.neural.{name}"
+        filters = isinstance(config, QualityConfig)
+        key = f"data.filters.quality.{name}" if filters else f"score.neural.{name}"
         python = config.python or os.environ.get(PYTHON_VARIABLE) or sys.executable
         version = _version(python, f"{key}.python")
         checkpoint = _checkpoint(config.model, f"{key}.model")
@@ -71,7 +75,12 @@ class NeuralMetric:
         # Unified models say what they read; the others are of one kind or the other.
         read = hparams.get("input_segments", ("src", "mt", "ref"))
         uses_references = "ref" in read and hparams["class_identifier"] != "referenceless_regression_metric"
-        return NeuralMetric(name, config, python, version, checkpoint, uses_references)
+        if filters and uses_references:
+            raise ConfigError(
+                f"{key}.model: {config.model} reads references, and training data have none; name a model without, such as "
+                "Unbabel/wmt22-cometkiwi-da"
+            )
+        return NeuralMetric(name, key, config, python, version, checkpoint, uses_references)
 
     @cached_property
     def identity(self) -> str:

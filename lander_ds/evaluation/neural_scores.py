@@ -15,7 +15,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -47,6 +47,7 @@ LAUNCHER_VARIABLES = (
 
 Sample = dict[str, str]
 """What a metric reads of a sentence: `src`, `mt`, and perhaps `ref`."""
+_Ask = Callable[[Sequence[Sample]], Sequence[float]]
 
 
 class Segment(NamedTuple):
@@ -79,16 +80,38 @@ def neural_scores(metric: NeuralMetric, segments: Iterable[Segment], cache: Path
         ArtefactError: a file of the cache is damaged.
         ModelError: the worker failed, or gave no numbers.
     """
+    with scorer(metric, cache) as score:
+        return NeuralScores(metric.signature, score(segments))
+
+
+@contextmanager
+def scorer(
+    metric: NeuralMetric, cache: Path
+) -> Iterator[Callable[[Iterable[Segment]], Mapping[Segment, float]]]:
+    """A function from segments to their scores, for as many calls as there are, with one worker process.
+
+    Args, Raises: as `neural_scores`.
+    """
     directory = cache / f"neural-{metric.identity[:20]}"
-    samples = {segment: metric.sample(*segment) for segment in segments}
-    keys = {segment: json_hash(sample) for segment, sample in samples.items()}
     known = _read(directory)
-    wanted = {keys[segment]: sample for segment, sample in samples.items() if keys[segment] not in known}
-    total = len(set(keys.values()))
-    logger.info("score: %s: %d of %d sentences are known", metric.name, total - len(wanted), total)
-    if wanted:
-        known |= _score(metric, wanted, directory)
-    return NeuralScores(metric.signature, {segment: known[key] for segment, key in keys.items()})
+    with ExitStack() as stack:
+        worker: list[_Ask] = []
+
+        def score(segments: Iterable[Segment]) -> Mapping[Segment, float]:
+            samples = {segment: metric.sample(*segment) for segment in segments}
+            keys = {segment: json_hash(sample) for segment, sample in samples.items()}
+            wanted = {
+                keys[segment]: sample for segment, sample in samples.items() if keys[segment] not in known
+            }
+            total = len(set(keys.values()))
+            logger.info("%s: %d of %d sentences are known", metric.key, total - len(wanted), total)
+            if wanted:
+                if not worker:
+                    worker.append(stack.enter_context(_worker(metric, directory)))
+                known.update(_score(metric, worker[0], wanted, directory))
+            return {segment: known[key] for segment, key in keys.items()}
+
+        yield score
 
 
 def _read(directory: Path) -> dict[str, float]:
@@ -105,11 +128,13 @@ def _read(directory: Path) -> dict[str, float]:
     return known
 
 
-def _score(metric: NeuralMetric, wanted: Mapping[str, Sample], directory: Path) -> dict[str, float]:
+def _score(
+    metric: NeuralMetric, ask: _Ask, wanted: Mapping[str, Sample], directory: Path
+) -> dict[str, float]:
     """Scores by key, each batch kept as soon as it is there."""
     scored: dict[str, float] = {}
     keys = list(wanted)
-    with _worker(metric, directory) as ask, progress(f"score: {metric.name} (sentences)", len(keys)) as bar:
+    with progress(f"{metric.key} (sentences)", len(keys)) as bar:
         for start in range(0, len(keys), BATCH):
             batch = keys[start : start + BATCH]
             scores = dict(zip(batch, ask([wanted[key] for key in batch]), strict=True))
@@ -121,7 +146,7 @@ def _score(metric: NeuralMetric, wanted: Mapping[str, Sample], directory: Path) 
 
 
 @contextmanager
-def _worker(metric: NeuralMetric, directory: Path) -> Iterator[Callable[[Sequence[Sample]], Sequence[float]]]:
+def _worker(metric: NeuralMetric, directory: Path) -> Iterator[_Ask]:
     """A process that has the model loaded, as a function from samples to scores."""
     config = metric.config
     options = (str(metric.checkpoint), str(config.batch_size), config.device, config.dtype)
@@ -165,8 +190,8 @@ def _failure(metric: NeuralMetric, code: int, said: IO[str], directory: Path) ->
     write_text(log, text)
     reason = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
     return (
-        f"score.neural.{metric.name}: {metric.python} could not score with {metric.checkpoint} (code {code}; {reason}): "
-        f"see {log}; where memory ran out, lower score.neural.{metric.name}.batch_size"
+        f"{metric.key}: {metric.python} could not score with {metric.checkpoint} (code {code}; {reason}): "
+        f"see {log}; where memory ran out, lower {metric.key}.batch_size"
     )
 
 
@@ -174,7 +199,7 @@ def _finite(metric: NeuralMetric, samples: Sequence[Sample], scores: Sequence[fl
     for sample, score in zip(samples, scores, strict=True):
         if not math.isfinite(score):
             raise ModelError(
-                f"score.neural.{metric.name}: the score of {sample['mt']!r} is {score}: use dtype: float32, or correct "
+                f"{metric.key}: the score of {sample['mt']!r} is {score}: use dtype: float32, or correct "
                 f"{metric.checkpoint}"
             )
     return scores

@@ -13,6 +13,7 @@ from lander_ds.config.data_consistency import evaluated_pairs
 from lander_ds.config.document import Document, Problems
 from lander_ds.config.loading import read_recipe
 from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.neural import NeuralConfig
 from lander_ds.data.filters import check_filters
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.evaluation.metrics import check_tokenizers
@@ -116,13 +117,20 @@ def _check_quantize(check: Check) -> None:
 
 
 def _check_neural(check: Check) -> None:
-    for name, config in check.recipe.score.neural.items():
-        if not check.runs("score") and not (check.runs("train") and name == check.recipe.train.keep_best):
-            continue
+    recipe = check.recipe
+    wanted: list[tuple[str, str, NeuralConfig]] = [
+        ("score.neural", name, config)
+        for name, config in recipe.score.neural.items()
+        if check.runs("score") or (check.runs("train") and name == recipe.train.keep_best)
+    ]
+    if check.runs("prepare"):
+        quality = recipe.data.filters.quality
+        wanted += [("data.filters.quality", name, config) for name, config in quality.items()]
+    for section, name, config in wanted:
+        own = f"{section}.{name}"
         try:
             NeuralMetric.resolve(name, config)
         except LanderError as error:
-            own = f"score.neural.{name}"
             key, _, message = str(error).partition(": ")
             check.refuse(*((key, message) if key.startswith(own) else (own, str(error))))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from lander_ds.common.files import file_hash, json_hash, write_json, writing
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import evaluated_pairs
 from lander_ds.config.recipe import Recipe
+from lander_ds.config.schema.neural import QualityConfig
 from lander_ds.config.schema.types import Split
 from lander_ds.data.build import TrainedOn, build, entry_hash
 from lander_ds.data.filters import check_filters
@@ -30,14 +32,18 @@ from lander_ds.data.prepared import (
     set_directory,
     set_options,
 )
+from lander_ds.data.quality import Judge
 from lander_ds.data.replay import build_replay, kept_apart, replay_hash
 from lander_ds.data.sets import TRAINED, set_recipe, what_was_trained_on
 from lander_ds.data.sources.corpus import Corpus, resolve, resolve_replay, resolve_set
+from lander_ds.data.sources.rows import Row
 from lander_ds.data.sources.sacrebleu_sets import origin
 from lander_ds.data.tokens.encoding import Encoder
 from lander_ds.data.tokens.prompt import check_prompt
 from lander_ds.data.tokens.tokenizer import embedding_rows, load_tokenizer, tokenizer_fingerprint
 from lander_ds.distributed.start import Start
+from lander_ds.evaluation.neural import NeuralMetric
+from lander_ds.evaluation.neural_scores import Segment, scorer
 from lander_ds.stages.stage import Part, Result, Stage
 
 logger = logging.getLogger(__name__)
@@ -51,7 +57,7 @@ def _parts(start: Start) -> list[Part]:
     `data/sets/NAME`.
 
     Raises:
-        ConfigError: data options that cannot work.
+        ConfigError: data options that cannot work; the program of a metric that filters is missing.
         DataError: a corpus is missing or unfit.
         ModelError: the tokenizer is missing or unfit, or gives ids that the model does not know.
     """
@@ -62,7 +68,9 @@ def _parts(start: Start) -> list[Part]:
     known: dict[str, str] = {}
     contents = _content_hashes(corpora, known)
     fingerprint = tokenizer_fingerprint(tokenizer, recipe.data.prompt.chat)
-    inputs = contents | {"tokenizer": fingerprint}
+    metrics = [NeuralMetric.resolve(name, config) for name, config in recipe.data.filters.quality.items()]
+    identities = {metric.name: metric.identity for metric in metrics}
+    inputs = contents | {"tokenizer": fingerprint} | {metric.key: metric.identity for metric in metrics}
 
     def make(digest: str, fill: Callable[[Encoder, Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The cache entry of that name, filled, and its manifest."""
@@ -75,10 +83,15 @@ def _parts(start: Start) -> list[Part]:
         return entry, manifest
 
     def prepare() -> Result:
-        digest = entry_hash(recipe, corpora, contents, fingerprint)
-        made = make(
-            digest, lambda encoder, entry: build(recipe, corpora, encoder, entry, digest, start.force)
-        )
+        digest = entry_hash(recipe, corpora, contents, fingerprint, identities)
+        with ExitStack() as stack:
+            judges = [_judge(metric, run.cache(recipe.data.cache_dir), stack) for metric in metrics]
+            made = make(
+                digest,
+                lambda encoder, entry: build(
+                    recipe, corpora, encoder, entry, digest, start.force, judges=judges
+                ),
+            )
         return _finished(*made, run, run.data, options, "Prepared data")
 
     def replay() -> Part:
@@ -145,6 +158,19 @@ def _parts(start: Start) -> list[Part]:
 
 STAGE = Stage("prepare", _parts)
 run = STAGE.run
+
+
+def _judge(metric: NeuralMetric, cache: Path, stack: ExitStack) -> Judge:
+    """The filter of a metric, whose process ends with `stack`."""
+    assert isinstance(metric.config, QualityConfig)
+    score = stack.enter_context(scorer(metric, cache))
+
+    def scores(rows: Sequence[Row]) -> list[float]:
+        segments = [Segment(row.src, row.tgt, "") for row in rows]
+        of = score(segments)
+        return [of[segment] for segment in segments]
+
+    return Judge(metric.name, metric.config.min, scores)
 
 
 def _check_ids(data: PreparedData, model: Path, tokenizer: PreTrainedTokenizerBase) -> None:

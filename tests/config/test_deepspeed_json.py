@@ -382,6 +382,7 @@ def test_a_pipeline_looks_not_ahead_even_where_the_json_is_silent(workspace: Wor
         "stage3_prefetch_bucket_size": 0,
         "stage3_max_reuse_distance": 0,
         "overlap_comm": False,
+        "leaf_module": {"classes": []},
     }
     # The pipeline engine would act on these.
     assert "pipeline" not in config
@@ -396,7 +397,11 @@ def test_sharded_inference_is_zero3_in_every_topology(workspace: Workspace) -> N
     )
     recipe = recipe_of(workspace, *PIPELINE, "model.dtype=bfloat16", "train.micro_batch=2")
     config = resolve_inference_config(recipe, world_size=4)
-    assert config["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": False,
+        "leaf_module": {"classes": []},
+    }
     assert config["bf16"] == {"enabled": True}
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (8, 1)
     workspace.write_deepspeed(

@@ -14,7 +14,7 @@ from statistics import fmean
 import pytest
 from support.neural import translated_run
 
-from lander_ds.config.schema.results import NeuralConfig
+from lander_ds.config.schema.neural import NeuralConfig
 from lander_ds.evaluation.neural import PYTHON_VARIABLE
 from lander_ds.inference.translations import read_translations
 from lander_ds.stages import score

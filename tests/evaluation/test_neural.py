@@ -16,7 +16,7 @@ import pytest
 from support.neural import calls, metric_model, stand_in
 
 from lander_ds.common.errors import ArtefactError, ConfigError, ModelError
-from lander_ds.config.schema.results import NeuralConfig
+from lander_ds.config.schema.neural import NeuralConfig
 from lander_ds.evaluation import neural_scores as module
 from lander_ds.evaluation.neural import PYTHON_VARIABLE, NeuralMetric
 from lander_ds.evaluation.neural_scores import Segment, neural_scores

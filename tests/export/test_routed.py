@@ -212,7 +212,7 @@ def test_it_is_a_directory_of_its_own(exports: dict[str, Exported]) -> None:
     directory = exports["gemma3"].directory
     assert {path.name for path in directory.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("modeling_lander.py", "routed_ffn.py"),
+        *("experts.py", "joined.py", "modeling_lander.py", "routed_ffn.py"),
     }
     text = (directory / "config.json").read_text()
     assert str(exports["gemma3"].recipe.model.path) not in text, "no path of this machine"

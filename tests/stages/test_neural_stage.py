@@ -14,7 +14,8 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.common.files import write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.config.schema.results import EvaluateConfig, NeuralConfig, SetConfig
+from lander_ds.config.schema.neural import NeuralConfig
+from lander_ds.config.schema.results import EvaluateConfig, SetConfig
 from lander_ds.export.card import Exactness, render
 from lander_ds.inference.translations import read_translations, write_translations
 from lander_ds.report.page import render_report

@@ -11,7 +11,8 @@ from pathlib import Path
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import ModelConfig, Recipe
 from lander_ds.config.schema.data import DataConfig
-from lander_ds.config.schema.results import NeuralConfig, ScoreConfig, TranslateConfig
+from lander_ds.config.schema.neural import NeuralConfig
+from lander_ds.config.schema.results import ScoreConfig, TranslateConfig
 from lander_ds.inference.translations import Translation, write_translations
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"

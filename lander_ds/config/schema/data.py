@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from lander_ds.config.schema.neural import QualityConfig
 from lander_ds.config.schema.types import (
     Count,
     Limit,
@@ -108,6 +109,10 @@ class FilterConfig:
     min_score: dict[str, float] = field(default_factory=dict)
     """Drop sentence pairs that score lower, by column: `{qe: 0.8}`. It concerns corpora that name the column in
     `columns.scores`."""
+    quality: dict[str, QualityConfig] = field(default_factory=dict)
+    """Drop training and detection pairs by metrics without references, by name: `{kiwi: {model:
+    Unbabel/wmt22-cometkiwi-da, min: 0.7}}`. They see what passes the other filters, on the first rank; examples of prompts
+    (`data.prompt.shots`) are chosen before."""
 
 
 @dataclass(frozen=True, config=STRICT)

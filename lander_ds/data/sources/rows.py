@@ -22,6 +22,7 @@ Reason = Literal[
     "training_overlap_exact",
     "training_overlap_normalised",
     "duplicate",
+    "low_quality",
     "too_many_tokens",
 ]
 """Why a line is dropped, in the order in which the reasons are tried."""
