@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
-from lander_ds.common import launch
 from lander_ds.distributed import collectives, process_group
 
-
-@dataclass(frozen=True)
-class Seat:
-    """Where a rank runs, and which part of the model it works on."""
-
-    host: str
-    """Name of the machine."""
-    local_rank: int
-    """Number of the rank there."""
-    part: int = 0
-    """Pipeline stage."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def node_group(part: int = 0) -> dist.ProcessGroup:
@@ -30,21 +19,24 @@ def node_group(part: int = 0) -> dist.ProcessGroup:
     Args:
         part: pipeline stage of this rank.
     """
-    own = Seat(socket.gethostname(), launch.local_rank(), part)
-    return process_group.part_of(by_node(collectives.gather_objects(own)))
+    return process_group.part_of(by_node(collectives.gather_objects((this_node(), part))))
 
 
-def by_node(seats: Sequence[Seat]) -> tuple[tuple[int, ...], ...]:
-    """The ranks in groups of one node and part.
+def this_node() -> str:
+    """What this machine's processes have in common, and those of no other machine: names of machines need not differ.
 
-    Nodes may have different numbers of ranks, in any order. Names of machines need not differ: no node has a local rank
-    twice.
+    Local ranks would not do: where a launcher shows each rank its own device alone, all of them are 0.
+    """
+    return f"{socket.gethostname()} {_BOOT_ID.read_text() if _BOOT_ID.exists() else ''}"
+
+
+def by_node(places: Sequence[tuple[str, int]]) -> tuple[tuple[int, ...], ...]:
+    """The ranks in groups of one node and part. Nodes may have different numbers of ranks, in any order.
 
     Args:
-        seats: of every rank, in rank order.
+        places: node and part of every rank, in rank order.
     """
-    nodes: dict[tuple[str, int, int], list[int]] = {}
-    for rank, seat in enumerate(seats):
-        before = sum((other.host, other.local_rank) == (seat.host, seat.local_rank) for other in seats[:rank])
-        nodes.setdefault((seat.host, before, seat.part), []).append(rank)
-    return tuple(map(tuple, nodes.values()))
+    groups: dict[tuple[str, int], list[int]] = {}
+    for rank, place in enumerate(places):
+        groups.setdefault(place, []).append(rank)
+    return tuple(map(tuple, groups.values()))

@@ -15,7 +15,7 @@ from support.tiny_run import TinyRun
 from support.training_runs import DETECT, GATHER, RELAYED
 from support.worlds import Job, run_world
 
-from lander_ds.distributed.nodes import Seat, by_node
+from lander_ds.distributed.nodes import by_node, this_node
 from lander_ds.method.awareness import Awareness
 
 COUNT = "support.nodes:train_and_count"
@@ -31,7 +31,7 @@ JOBS = (
     OnNodes(Job("world", TRAINED, COUNT)),
     OnNodes(Job("node", (*TRAINED, NODE), COUNT)),
     # A node of three ranks, and one of a single one.
-    OnNodes(Job("uneven", (*TRAINED, NODE), GATHER), (0, 1, 2, 0)),
+    OnNodes(Job("uneven", (*TRAINED, NODE), GATHER), "aaab"),
     OnNodes(Job("resumed", (*TRAINED, NODE), "support.nodes:train_in_two_goes")),
     OnNodes(Job("detect-world", (), DETECT)),
     OnNodes(Job("detect-node", (NODE,), DETECT)),
@@ -39,7 +39,7 @@ JOBS = (
     OnNodes(Job("translate-node", (*TRANSLATED, NODE), TRANSLATE)),
     OnNodes(Job("stages-world", STAGES)),
     # Every stage has a rank on both nodes.
-    OnNodes(Job("stages-node", (*STAGES, NODE)), (0, 0, 1, 1)),
+    OnNodes(Job("stages-node", (*STAGES, NODE)), "abab"),
 )
 FLOAT = 4
 
@@ -111,11 +111,6 @@ def test_detection_and_translation(runs: TinyRun) -> None:
 
 
 def test_ranks_of_a_node_in_any_order() -> None:
-    assert by_node([Seat("a", 0), Seat("b", 0), Seat("a", 1), Seat("b", 1), Seat("b", 2)]) == (
-        (0, 2),
-        (1, 3, 4),
-    )
-    same_name = [Seat("localhost", number) for number in (0, 1, 0, 1)]
-    assert by_node(same_name) == ((0, 1), (2, 3))
-    staged = [Seat("a", 0), Seat("a", 1), Seat("a", 2, 1), Seat("b", 0, 1)]
-    assert by_node(staged) == ((0, 1), (2,), (3,))
+    assert by_node([("a", 0), ("b", 0), ("a", 0), ("b", 0), ("b", 0)]) == ((0, 2), (1, 3, 4))
+    assert by_node([("a", 0), ("a", 0), ("a", 1), ("b", 1)]) == ((0, 1), (2,), (3,))
+    assert this_node() == this_node() != ""

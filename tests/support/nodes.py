@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed.comm.comm as of_deepspeed
 import torch.distributed as dist
 
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.recipe import Recipe
-from lander_ds.distributed import collectives, process_group
+from lander_ds.distributed import collectives, nodes, process_group
 from lander_ds.stages import train
 from lander_ds.training.trainer import Trainer
 from support.worlds import Job
@@ -25,10 +25,11 @@ TRAFFIC = "traffic.json"
 
 @dataclass(frozen=True)
 class OnNodes:
-    """A job whose ranks have other local ranks than their world has: a new node begins wherever one comes again."""
+    """A job whose ranks take themselves for ranks on several machines."""
 
     job: Job
-    local_ranks: tuple[int, ...] = (0, 1, 0, 1)
+    nodes: str = "aabb"
+    """A letter for the machine of every rank."""
 
     @property
     def name(self) -> str:
@@ -37,12 +38,8 @@ class OnNodes:
 
     def __call__(self, root: Path, ranks: int) -> None:
         """Run the job."""
-        before = os.environ["LOCAL_RANK"]
-        os.environ["LOCAL_RANK"] = str(self.local_ranks[process_group.rank()])
-        try:
+        with patch.object(nodes, "this_node", lambda: self.nodes[process_group.rank()]):
             self.job(root, ranks)
-        finally:
-            os.environ["LOCAL_RANK"] = before
 
 
 @dataclass
