@@ -105,7 +105,7 @@ def part_of(division: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
         division: every rank in one part; the same on all ranks.
     """
     if division not in _divisions:
-        _divisions[division], _ = dist.new_subgroups_by_enumeration(
+        _divisions[division], _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
             [list(part) for part in division], timeout=_patience
         )
     return _divisions[division]
