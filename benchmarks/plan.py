@@ -214,7 +214,7 @@ def _compare(job: Job, ranks: int) -> Iterator[Case]:
     stages = recipe.pipeline_stages
     model = anatomy(recipe)
     batch, count = micro_batch(recipe, Workload(EXAMPLE_TOKENS, TARGET_SHARE), ranks // stages)
-    sharding = sharding_of(recipe, stages, ranks // stages, count)
+    sharding = sharding_of(recipe, stages, [ranks], count)
     for stage, span in enumerate(model.stage_spans(stages)):
         tensors = model.tensors(span)
         predicted = {

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         result = {
             "cluster": vars(cluster),
-            "best": None if fastest is None else f"{fastest.name} {fastest.stages}x{fastest.data_ranks}",
+            "best": None if fastest is None else f"{fastest.label} {fastest.stages}x{fastest.data_ranks}",
             "plans": [plan.as_json() for plan in plans],
         }
         console.write_line(json.dumps(result, indent=2))

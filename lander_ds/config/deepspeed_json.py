@@ -102,7 +102,7 @@ def check_deepspeed_json(recipe: Recipe) -> dict[str, Any]:
     document = read_deepspeed_json(Path(recipe.deepspeed))
     config: dict[str, Any] = document.value
     problems = Problems(document)
-    check_zero(config.get("zero_optimization") or {}, recipe.topology, problems)
+    check_zero(config.get("zero_optimization") or {}, recipe, problems)
     counts = "follows from the recipe keys train.batch_tokens, train.pack_tokens and the number of ranks"
     for key in ("train_batch_size", "gradient_accumulation_steps"):
         if config.get(key, "auto") not in ("auto", None):

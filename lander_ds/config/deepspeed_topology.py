@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lander_ds.config.document import Problems, lookup
-from lander_ds.config.recipe import Topology
+from lander_ds.config.recipe import Recipe, Topology
 
 ZERO_STAGE: dict[Topology, int] = {"zero3": 3, "replicated": 1, "pipeline": 1, "pipeline_zero3": 3}
 """ZeRO stage of each topology."""
@@ -29,8 +29,9 @@ _INTERLEAVED = (
 )
 
 
-def check_zero(zero: dict[str, Any], topology: Topology, problems: Problems) -> None:
-    """Record what in `zero_optimization` contradicts the topology or cannot work with it."""
+def check_zero(zero: dict[str, Any], recipe: Recipe, problems: Problems) -> None:
+    """Record what in `zero_optimization` contradicts the recipe's topology or cannot work with it."""
+    topology = recipe.topology
 
     def refuse(reason: str, *path: str) -> None:
         problems.add(("zero_optimization", *path), f"topology: {topology}: {reason}")
@@ -59,6 +60,12 @@ def check_zero(zero: dict[str, Any], topology: Topology, problems: Problems) -> 
             )
         if zero.get("compute_grad_norm") is False:
             refuse("the gradient norm is clipped by and logged; remove it", "compute_grad_norm")
+    if uses_hpz(zero) and recipe.frozen_shards == "node":
+        refuse(
+            "frozen_shards: node shards frozen weights inside a node already, and hpZ would keep a second set of shards; "
+            "write 1 or remove it",
+            "zero_hpz_partition_size",
+        )
     if topology != "pipeline_zero3":
         return
     for name in (*_LOOKAHEAD, *_LOOKAHEAD.values()):
@@ -67,11 +74,17 @@ def check_zero(zero: dict[str, Any], topology: Topology, problems: Problems) -> 
     for name in ("stage3_allgather_sequential", "allgather_sequential"):
         if zero.get(name) is True:
             refuse(f"it makes DeepSpeed prefetch, but {_INTERLEAVED}; remove it", name)
-    if zero.get("zero_hpz_partition_size") not in (None, "auto", 0, 1):
+    if uses_hpz(zero) and recipe.frozen_shards == "world":
         refuse(
-            "weights are sharded once, over the ranks of a stage; write 1 or remove it",
+            "weights are sharded once, over the ranks of a stage; write 1 or remove it (frozen_shards: node in the recipe "
+            "shards frozen ones inside a node)",
             "zero_hpz_partition_size",
         )
+
+
+def uses_hpz(zero: dict[str, Any]) -> bool:
+    """Whether DeepSpeed keeps a second set of shards inside a node (hpZ)."""
+    return zero.get("zero_hpz_partition_size") not in (None, "auto", 0, 1)
 
 
 def complete_zero(zero: dict[str, Any], topology: Topology) -> None:

@@ -22,6 +22,7 @@ from lander_ds.config.schema.types import PathText, PositiveInt, Quantization, S
 from lander_ds.config.strict import STRICT
 
 Topology = Literal["zero3", "replicated", "pipeline", "pipeline_zero3"]
+FrozenShards = Literal["world", "node"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -68,6 +69,10 @@ class Recipe:
     """`zero3`: every weight sharded over all ranks. `replicated`: every rank holds the whole model, ZeRO-1 shards the
     optimizer state. `pipeline`: every rank holds whole layers, ZeRO-1 shards the optimizer state. `pipeline_zero3`:
     ZeRO-3 inside every pipeline stage (I)."""
+    frozen_shards: FrozenShards = "world"
+    """Over which ranks ZeRO-3 shards frozen weights. `world`: over all, as what is trained. `node`: over those of one
+    machine, so that every machine holds a whole copy and frozen weights do not travel between machines (R: hpZ of ZeRO++).
+    In `pipeline_zero3` both within the pipeline stage."""
     pipeline_stages: PositiveInt = 1
     """Stages of a pipeline topology; the number of ranks must be a multiple."""
     pipeline_cut: tuple[int, ...] = ()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 from lander_ds.config.check import Check
+from lander_ds.config.deepspeed_topology import ZERO_STAGE
 
 
 def check_topology(check: Check) -> None:
-    """Record what is wrong with `topology`, `pipeline_stages` and `pipeline_cut`; opens no file."""
+    """Record what is wrong with `topology`, `frozen_shards`, `pipeline_stages` and `pipeline_cut`; opens no file."""
     recipe = check.recipe
     stages, cut = recipe.pipeline_stages, recipe.pipeline_cut
     if recipe.model.quantize is not None and recipe.sharded:
@@ -16,6 +17,12 @@ def check_topology(check: Check) -> None:
             "model.quantize",
             f"{recipe.model.quantize} does not work with topology: {recipe.topology}, which shards every weight; set "
             "topology: replicated or pipeline, or remove it",
+        )
+    if recipe.frozen_shards == "node" and ZERO_STAGE[recipe.topology] != 3:
+        check.refuse(
+            "frozen_shards",
+            f"topology: {recipe.topology} does not shard frozen weights, found node; remove it, or set topology: zero3 or "
+            "pipeline_zero3",
         )
     if not recipe.pipelined:
         cure = "set topology: pipeline or pipeline_zero3, or remove it"

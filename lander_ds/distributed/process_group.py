@@ -28,6 +28,12 @@ WAIT_SECONDS = 24 * 3600.0
 _waiting: dist.ProcessGroup | None = None
 """Of the CPU, beside a group of the compute device, whose time limit is shorter."""
 
+_patience = timedelta(seconds=COLLECTIVE_SECONDS)
+"""How long a collective of the compute device may take."""
+
+_divisions: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+"""How the ranks were divided -> the group of this rank's part. Each has connections and threads, so none is made twice."""
+
 
 def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
     """Bind this rank's device and initialise torch.distributed through DeepSpeed (gloo on CPU, NCCL on GPU); does nothing
@@ -39,7 +45,7 @@ def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
         ConfigError: the network that the ranks are to use is not there, or not clear (see discovery.py); or this host has
             more ranks than devices.
     """
-    global _waiting  # noqa: PLW0603
+    global _waiting, _patience  # noqa: PLW0603
     if dist.is_initialized():
         return
     if "RANK" not in os.environ and launch.mpi_size() is None:
@@ -55,7 +61,8 @@ def start(timeout_seconds: float = COLLECTIVE_SECONDS) -> None:
     _find_others()
     accelerator.bind()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    _patience = timedelta(seconds=timeout_seconds)
+    deepspeed.init_distributed(timeout=_patience, verbose=False)
     if world_size() > 1:
         _waiting = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
 
@@ -91,6 +98,19 @@ def _find_others() -> None:
     os.environ.pop("LOCAL_SIZE", None)
 
 
+def part_of(division: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    """The group, of the compute device, of those ranks that are in one part with this rank (collective).
+
+    Args:
+        division: every rank in one part; the same on all ranks.
+    """
+    if division not in _divisions:
+        _divisions[division], _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+            [list(part) for part in division], timeout=_patience
+        )
+    return _divisions[division]
+
+
 def wait_for_rank_zero() -> None:
     """Wait, on the CPU, until every rank is here; rank 0 may come a day later."""
     if world_size() > 1:
@@ -103,6 +123,7 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _waiting = None
+    _divisions.clear()
 
 
 def free_port() -> int:

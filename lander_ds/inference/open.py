@@ -83,7 +83,9 @@ def open_for_inference(
         _check_pairs(model, recipe, saved)
     weights = BaseWeights(recipe.model.path, recipe.model.allow_pickle)
     if options.weights == "sharded":
-        engine = Zero3(resolve_inference_config(recipe, process_group.world_size()))
+        # Sharded as what is frozen.
+        model.requires_grad_(False)
+        engine = Zero3(resolve_inference_config(recipe, process_group.world_size()), recipe.frozen_shards)
         fill(model, family, weights, engine.placement, trained, reads=engine.reads_weights)
         model = engine.shard(model).module
     else:

@@ -161,6 +161,13 @@ OVERRIDES = [
         ["train.method=lora", "train.prefix_cache=disk"],
         "train.prefix_cache: method: lora trains every",
     ),
+    (
+        "train",
+        [*TWO_STAGES, "frozen_shards=node"],
+        "frozen_shards: topology: pipeline does not shard",
+        "zero3",
+    ),
+    ("train", ["frozen_shards=nod"], "frozen_shards: expected one of world, node", "did you mean node?"),
     ("train", ["pipeline_cut=[3]"], "pipeline_cut: topology: zero3 has no stages", "set topology: pipeline"),
     ("train", ["topology=pipeline"], "pipeline_stages: topology: pipeline needs at least 2, found 1"),
     ("train", [*TWO_STAGES, "pipeline_cut=[2, 4]"], "pipeline_cut: 2 stages need 1 entries", "found 2"),

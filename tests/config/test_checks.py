@@ -129,6 +129,10 @@ THREE_STAGES = ("topology=pipeline_zero3", "pipeline_stages=3")
             "pipeline_stages: every stage needs a decoder layer and the",
         ),
         (
+            ["topology=replicated", "frozen_shards=node"],
+            "frozen_shards: topology: replicated does not shard frozen weights, found node; remove it, or set",
+        ),
+        (
             ["topology=pipeline", "pipeline_stages=2", "model.dtype=float16"],
             "model.dtype: float16 does not work with topology: pipeline",
         ),

@@ -240,6 +240,12 @@ def test_contradictions_name_both_keys(
         (BOTH, {"stage3_max_reuse_distance": 9}, "does not repeat; write 0 or remove it"),
         (BOTH, {"stage3_allgather_sequential": True}, "it makes DeepSpeed prefetch"),
         (BOTH, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size: topology: pipeline_zero3: "),
+        (
+            [*BOTH, "frozen_shards=node"],
+            {"zero_hpz_partition_size": 2},
+            "hpZ would keep a second set of shards",
+        ),
+        (["frozen_shards=node"], {"zero_hpz_partition_size": 2}, "hpZ would keep a second set of shards"),
         (BOTH, {"zero_quantized_weights": True}, "zero_quantized_weights: frozen weights must stay"),
         (BOTH, {"zero_quantized_gradients": True}, "zero_quantized_gradients: frozen weights must stay"),
         (BOTH, {"zero_quantized_nontrainable_weights": True}, "frozen weights must stay"),
@@ -248,7 +254,7 @@ def test_contradictions_name_both_keys(
 def test_what_a_topology_cannot_do(
     topology: list[str], changes: dict[str, Any], fragment: str, workspace: Workspace
 ) -> None:
-    stage = 3 if topology is BOTH else 1
+    stage = 1 if topology in (REPLICATED, PIPELINE) else 3
     message = refusal(workspace, *topology, zero_optimization={"stage": stage, **changes})
     assert fragment in message
     assert "zero3.json, line " in message

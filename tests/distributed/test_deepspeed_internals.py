@@ -46,6 +46,12 @@ def test_an_attribute_that_moved_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
         deepspeed_internals.check_deepspeed()
 
 
+def test_a_group_of_its_own_that_parameters_have_no_more_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_internals, "_OWN_GROUP", "ds_group_of_another_version")
+    with pytest.raises(ConfigError, match="lacks ds_group_of_another_version of a parameter"):
+        deepspeed_internals.check_deepspeed()
+
+
 def test_every_engine_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed_internals, "version", lambda _: "0.20.1")
     for engine in (

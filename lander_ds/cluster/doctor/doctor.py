@@ -184,7 +184,7 @@ def _look(fleet: Fleet, options: Options, run: Run) -> dict[str, Answer]:
             "look",
             recipe=None if run.recipe is None else str(options.recipe),
             overrides=list(options.overrides),
-            world=run.world if host in counting else None,
+            ranks=[each.slots for each in run.hosts] if host in counting else None,
             address=options.master_addr,
         )
 

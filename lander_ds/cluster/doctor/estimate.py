@@ -5,6 +5,7 @@ Activations and buffers come on top of the memory; `lander plan` counts those to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,19 +41,19 @@ class Need:
         return asdict(self)
 
 
-def need_of(recipe: Recipe, world: int) -> Need:
+def need_of(recipe: Recipe, ranks: Sequence[int]) -> Need:
     """Count on meta.
 
     Args:
         recipe: the run.
-        world: ranks; a multiple of the pipeline stages.
+        ranks: of every host; together a multiple of the pipeline stages.
 
     Raises:
         ModelError, ArtefactError, ConfigError: model, selection or DeepSpeed JSON are unfit.
     """
     model, stages = anatomy(recipe), recipe.pipeline_stages
-    data_ranks = max(1, world // stages)
-    sharding = sharding_of(recipe, stages, data_ranks, micro_batches(recipe, data_ranks))
+    data_ranks = max(1, sum(ranks) // stages)
+    sharding = sharding_of(recipe, stages, ranks, micro_batches(recipe, data_ranks))
     parts = [
         rank_memory(model, span, sharding, targets=0, activations=0) for span in model.stage_spans(stages)
     ]

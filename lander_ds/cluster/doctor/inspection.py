@@ -16,14 +16,14 @@ _HERE = __package__
 
 
 def inspect(
-    recipe: Path | None, overrides: list[str], world: int | None, address: str | None
+    recipe: Path | None, overrides: list[str], ranks: list[int] | None, address: str | None
 ) -> dict[str, dict[str, Any]]:
     """All parts.
 
     Args:
         recipe: the recipe's path here; None leaves out what depends on it.
         overrides: `--set` arguments.
-        world: ranks on all hosts, to count what each will hold, which takes seconds; None: leave that out.
+        ranks: of every host, to count what each will hold, which takes seconds; None: leave that out.
         address: where the ranks meet, to see which interface leads there; None: by what `hostname -I` says.
     """
     parts: dict[str, tuple[str, tuple[object, ...]]] = {
@@ -39,8 +39,8 @@ def inspect(
         parts["recipe"] = ("recipe_parts:facts", (recipe, overrides))
         parts["disk"] = ("recipe_parts:disk", (recipe, overrides))
         parts["topology"] = ("recipe_parts:topology", ())
-        if world is not None:
-            parts["need"] = ("recipe_parts:need", (recipe, overrides, world))
+        if ranks is not None:
+            parts["need"] = ("recipe_parts:need", (recipe, overrides, ranks))
     return {name: _look(target, arguments) for name, (target, arguments) in parts.items()}
 
 

@@ -45,10 +45,10 @@ class Probe:
         return {"time": time.time()}
 
     def look(
-        self, recipe: str | None, overrides: list[str], world: int | None, address: str | None
+        self, recipe: str | None, overrides: list[str], ranks: list[int] | None, address: str | None
     ) -> dict[str, Any]:
         """Everything that can be seen without the other hosts; see `inspection.inspect`."""
-        return inspect(None if recipe is None else Path(recipe), overrides, world, address)
+        return inspect(None if recipe is None else Path(recipe), overrides, ranks, address)
 
     def listen(self, port: int, token: str) -> dict[str, Any]:
         """Wait for connections at the rendezvous port, and greet them with `token`."""

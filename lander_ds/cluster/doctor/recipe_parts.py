@@ -54,6 +54,6 @@ def topology() -> Part:
     return {}
 
 
-def need(path: Path, overrides: list[str], world: int) -> Part:
+def need(path: Path, overrides: list[str], ranks: list[int]) -> Part:
     """See `estimate.need_of`."""
-    return need_of(with_local_model(load_recipe(path, overrides), download=False), world).as_json()
+    return need_of(with_local_model(load_recipe(path, overrides), download=False), ranks).as_json()

@@ -29,6 +29,8 @@ class Sharding:
     """DeepSpeed's `DeepSpeedZeroConfig` of the resolved JSON."""
     ranks: int
     """Data-parallel ranks that share the span."""
+    frozen_ranks: int
+    """Those of them that share its frozen weights under ZeRO-3: all, or the fewest of a node."""
     gradient_bytes: int
     """Per element of accumulated gradients."""
     pipeline: bool
@@ -38,6 +40,10 @@ class Sharding:
     def sharded(self) -> bool:
         """ZeRO-3: weights and gradients too."""
         return int(self.zero.stage) == 3
+
+    def sharing(self, tensor: Tensor) -> int:
+        """Ranks that share a weight under ZeRO-3."""
+        return self.ranks if tensor.trained else self.frozen_ranks
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -98,7 +104,7 @@ def shard(elements: int, ranks: int) -> int:
 def weight_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> int:
     """Bytes of a rank's weights (exact)."""
     if sharding.sharded:
-        return item * sum(shard(tensor.elements, sharding.ranks) for tensor in tensors)
+        return item * sum(shard(tensor.elements, sharding.sharing(tensor)) for tensor in tensors)
     return sum(item * t.elements if t.quantized is None else t.quantized for t in tensors)
 
 

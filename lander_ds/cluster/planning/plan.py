@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -23,8 +24,9 @@ from lander_ds.cluster.planning.memory import (
 from lander_ds.cluster.planning.work import Operations, Traffic, operations, traffic
 from lander_ds.cluster.planning.workload import Workload, micro_batch
 from lander_ds.common.errors import ConfigError
-from lander_ds.config.deepspeed_json import resolve_deepspeed_config
-from lander_ds.config.recipe import Recipe, Topology
+from lander_ds.config.deepspeed_json import check_deepspeed_json, resolve_deepspeed_config
+from lander_ds.config.deepspeed_topology import ZERO_STAGE, uses_hpz
+from lander_ds.config.recipe import FrozenShards, Recipe, Topology
 from lander_ds.models.span import Span
 
 GB = 1e9
@@ -65,6 +67,7 @@ class Plan:
     name: str
     """Of the DeepSpeed JSON, without .json."""
     topology: Topology
+    frozen_shards: FrozenShards
     stages: int
     data_ranks: int
     micro_batches: int
@@ -80,6 +83,11 @@ class Plan:
     fits: bool
     short_of: str
     """What it does not fit into; empty when it fits."""
+
+    @property
+    def label(self) -> str:
+        """Its JSON, and whether frozen weights are sharded inside a node."""
+        return self.name if self.frozen_shards == "world" else f"{self.name} (node)"
 
     @property
     def ranks(self) -> int:
@@ -121,14 +129,15 @@ class Planner:
         self._trace = cache(lambda batch, sharded: trace(recipe, batch, sharded, fused=True))
 
     def plans(self, cluster: Cluster) -> list[Plan]:
-        """Every way to use all GPUs of the cluster: JSONs beside the recipe's, and every number of stages.
+        """Every way to use all GPUs of the cluster: JSONs beside the recipe's, frozen weights sharded over all nodes and
+        inside one, and every number of stages.
 
         Raises:
             ConfigError: a JSON is wrong; or there is no way at all.
         """
         plans = [
             self.plan(cluster, recipe, name, stages)
-            for name, recipe in self._recipes().items()
+            for name, recipe in self._recipes(cluster)
             for stages in self._stage_counts(recipe, cluster.nodes * cluster.gpus_per_node)
         ]
         if not plans:
@@ -138,12 +147,21 @@ class Planner:
             )
         return plans
 
-    def _recipes(self) -> Mapping[str, Recipe]:
+    def _recipes(self, cluster: Cluster) -> Iterator[tuple[str, Recipe]]:
+        for name, recipe in self._of_jsons().items():
+            yield name, recipe
+            zero = check_deepspeed_json(recipe).get("zero_optimization") or {}
+            if cluster.nodes > 1 and ZERO_STAGE[recipe.topology] == 3 and not uses_hpz(zero):
+                yield name, replace(recipe, frozen_shards="node")
+
+    def _of_jsons(self) -> Mapping[str, Recipe]:
         own = Path(self.recipe.deepspeed)
-        recipes = {own.stem: self.recipe}
+        recipes = {own.stem: replace(self.recipe, frozen_shards="world")}
         for name, topology in NAMES.items():
             beside = own.with_name(f"{name}.json")
-            own_of_name = replace(self.recipe, topology=topology, deepspeed=str(beside))
+            own_of_name = replace(
+                self.recipe, topology=topology, frozen_shards="world", deepspeed=str(beside)
+            )
             if beside.exists() and name not in recipes and self._is_possible(own_of_name):
                 recipes[name] = own_of_name
         return recipes
@@ -173,10 +191,11 @@ class Planner:
             stages: pipeline stages.
         """
         model = self.model
-        data_ranks = cluster.nodes * cluster.gpus_per_node // stages
+        ranks = [cluster.gpus_per_node] * cluster.nodes
+        data_ranks = sum(ranks) // stages
         links = Links(cluster, stages, data_ranks)
         batch, count = micro_batch(recipe, self.workload, data_ranks)
-        sharding = sharding_of(recipe, stages, data_ranks, count)
+        sharding = sharding_of(recipe, stages, ranks, count)
         overlap = bool(sharding.zero.overlap_comm)
         kept = self._trace(batch, sharding.sharded)
         parts = []
@@ -196,6 +215,7 @@ class Planner:
         return Plan(
             name,
             recipe.topology,
+            recipe.frozen_shards,
             stages,
             data_ranks,
             count,
@@ -218,15 +238,30 @@ class Planner:
         return in_flight * (each + received) + again
 
 
-def sharding_of(recipe: Recipe, stages: int, data_ranks: int, micro_batches: int) -> Sharding:
+def sharding_of(recipe: Recipe, stages: int, ranks: Sequence[int], micro_batches: int) -> Sharding:
     """How DeepSpeed will hold a span, by the recipe's resolved JSON.
+
+    Args:
+        recipe: with topology and DeepSpeed JSON.
+        stages: pipeline stages.
+        ranks: of every node.
+        micro_batches: per data-parallel rank and step.
 
     Raises:
         ConfigError: the JSON is wrong.
     """
+    data_ranks = max(1, sum(ranks) // stages)
     config = resolve_deepspeed_config(replace(recipe, pipeline_stages=stages), data_ranks, micro_batches)
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
-    return Sharding(zero, data_ranks, GRADIENT_BYTES[config["data_types"]["grad_accum_dtype"]], stages > 1)
+    frozen_ranks = _fewest_of_a_node(ranks, data_ranks) if recipe.frozen_shards == "node" else data_ranks
+    item = GRADIENT_BYTES[config["data_types"]["grad_accum_dtype"]]
+    return Sharding(zero, data_ranks, frozen_ranks, item, stages > 1)
+
+
+def _fewest_of_a_node(ranks: Sequence[int], data_ranks: int) -> int:
+    """The fewest ranks of one pipeline stage that are on one node; those of a stage, and of a node, lie side by side."""
+    nodes = [node for node, count in enumerate(ranks) for _ in range(count)]
+    return min(Counter((rank // data_ranks, node) for rank, node in enumerate(nodes)).values())
 
 
 @dataclass(frozen=True)
@@ -241,7 +276,11 @@ class Links:
         """One micro-batch in one stage: computing, weights, gradients (ZeRO-3), sending on."""
         cluster = self.cluster
         computing = self._computing(work.total)
-        gathering = self._collective(wire.gathers) + wire.collectives * cluster.latency * 1e-6
+        gathering = (
+            self._collective(wire.gathers - wire.inside)
+            + self._inside(wire.inside)
+            + wire.collectives * cluster.latency * 1e-6
+        )
         if wire.collectives or wire.over_bus:
             gathering += self._collective(wire.reductions)
         gathering += wire.over_bus / (cluster.host_bandwidth * GB)
@@ -275,13 +314,17 @@ class Links:
         if self.data_ranks == 1:
             return 0.0
         cluster, speed = self.cluster, self.cluster.bandwidth_efficiency * GB
-        inside = received / (cluster.intra_bandwidth * speed)
+        inside = self._inside(received)
         per_node = min(self.data_ranks, cluster.gpus_per_node)
         if self.data_ranks <= cluster.gpus_per_node and cluster.gpus_per_node % self.data_ranks == 0:
             return inside
         # One ring enters and leaves each machine once; the rings of several stages share its cards.
         rings = cluster.gpus_per_node / per_node
         return max(inside, received * rings / (cluster.inter_bandwidth * speed))
+
+    def _inside(self, received: float) -> float:
+        """A ring over ranks of one machine."""
+        return received / (self.cluster.intra_bandwidth * self.cluster.bandwidth_efficiency * GB)
 
     def _between_stages(self, sends: float) -> float:
         """Point to point to the rank of the next stage, which is `data_ranks` further."""
@@ -323,10 +366,11 @@ def best(plans: Sequence[Plan]) -> Plan | None:
 
 
 def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
-    """Per JSON the fastest that fits, else the one that needs least memory; the fastest first."""
+    """Per JSON, and way to shard frozen weights, the fastest that fits, else the one that needs least memory; the fastest
+    first."""
     chosen = []
-    for name in dict.fromkeys(plan.name for plan in plans):
-        own = [plan for plan in plans if plan.name == name]
+    for label in dict.fromkeys(plan.label for plan in plans):
+        own = [plan for plan in plans if plan.label == label]
         chosen.append(best(own) or min(own, key=lambda plan: plan.device_bytes))
     return sorted(chosen, key=lambda plan: (not plan.fits, plan.step_seconds))
 

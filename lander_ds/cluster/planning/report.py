@@ -34,7 +34,7 @@ def memory_table(plans: Sequence[Plan], cluster: Cluster) -> Table:
             part.on_host,
         )
         fits = "yes" if plan.fits else "no"
-        table.add_row(plan.name, _grid(plan), *(f"{size / GB:.1f}" for size in sizes), fits)
+        table.add_row(plan.label, _grid(plan), *(f"{size / GB:.1f}" for size in sizes), fits)
     return table
 
 
@@ -50,7 +50,7 @@ def speed_table(plans: Sequence[Plan]) -> Table:
         seconds = [part.seconds for part in plan.parts]
         staged = plan.stages > 1
         table.add_row(
-            plan.name + (" *" if plan is fastest else ""),
+            plan.label + (" *" if plan is fastest else ""),
             _grid(plan),
             str(plan.micro_batches),
             f"{100 * plan.bubble:.0f} %" if staged else "-",
@@ -86,7 +86,7 @@ def model_lines(planner: Planner, plans: Sequence[Plan]) -> list[str]:
     everything = sum(part.operations.total for part in plan.parts)
     steps = plan.micro_batches * plan.data_ranks
     lines = [
-        *(f"{p.name} {_grid(p)} does not fit into {p.short_of}" for p in plans if not p.fits),
+        *(f"{p.label} {_grid(p)} does not fit into {p.short_of}" for p in plans if not p.fits),
         f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.2f} %), lowest trained layer "
         f"{model.first_trained} of {model.layers}",
         f"checkpoint: {planner.checkpoint / GB:.2f} GB",
@@ -105,16 +105,16 @@ def save_plot(plans_by_nodes: Mapping[int, Sequence[Plan]], cluster: Cluster, pa
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     speed, memory = figure.subplots(1, 2)
-    names = dict.fromkeys(plan.name for plans in plans_by_nodes.values() for plan in plans)
-    for name in names:
+    labels = dict.fromkeys(plan.label for plans in plans_by_nodes.values() for plan in plans)
+    for label in labels:
         own = [
-            (nodes, plan) for nodes, plans in plans_by_nodes.items() for plan in plans if plan.name == name
+            (nodes, plan) for nodes, plans in plans_by_nodes.items() for plan in plans if plan.label == label
         ]
         fitting = [(nodes, plan) for nodes, plan in own if plan.fits]
         tokens = [_tokens_per_second(plan) for _, plan in fitting]
-        speed.plot([nodes for nodes, _ in fitting], tokens, marker="o", label=name)
+        speed.plot([nodes for nodes, _ in fitting], tokens, marker="o", label=label)
         memory.plot(
-            [nodes for nodes, _ in own], [p.device_bytes / GB for _, p in own], marker="o", label=name
+            [nodes for nodes, _ in own], [p.device_bytes / GB for _, p in own], marker="o", label=label
         )
     limit = cluster.gpu_memory - cluster.reserved_memory
     memory.axhline(limit, color="black", linestyle="--", label="there is")

@@ -104,6 +104,8 @@ class Traffic:
 
     gathers: float
     """Of weights, per micro-batch."""
+    inside: float
+    """Those of them that come from ranks of the same node wherever the ranks are: frozen weights, per micro-batch."""
     reductions: float
     """Of gradients, per micro-batch (ZeRO-3) or per step (ZeRO-1)."""
     updates: float
@@ -123,17 +125,22 @@ def traffic(model: Anatomy, span: Span, sharding: Sharding) -> Traffic:
     bus_step = (4 + item) * trained / sharding.ranks if sharding.offloads_optimizer else 0.0
     if not sharding.sharded:
         # An all-reduce; DeepSpeed sends gradients in the type of the weights, whatever they are added up in.
-        return Traffic(0.0, 2 * item * trained * share, item * trained * share, 0, 0.0, bus_step)
+        return Traffic(0.0, 0.0, 2 * item * trained * share, item * trained * share, 0, 0.0, bus_step)
     threshold = sharding.zero.param_persistence_threshold
     large = [tensor for tensor in tensors if tensor.elements > threshold]
     again = _gathered_again(model, span, large, sharding)
-    elements = sum(tensor.elements for tensor in [*large, *again])
-    bus = item * elements / sharding.ranks if sharding.offloads_weights else 0.0
+    wanted = [(tensor, sharding.sharing(tensor)) for tensor in [*large, *again]]
+    received = [(tensor.trained, item * tensor.elements * (1.0 - 1.0 / ranks)) for tensor, ranks in wanted]
+    inside = sum(size for learns, size in received if not learns and sharding.frozen_ranks < sharding.ranks)
+    bus = (
+        sum(item * tensor.elements / ranks for tensor, ranks in wanted) if sharding.offloads_weights else 0.0
+    )
     return Traffic(
-        item * elements * share,
+        sum(size for _, size in received),
+        inside,
         item * trained * share,
         0.0,
-        (len(large) + len(again)) if sharding.ranks > 1 else 0,
+        sum(ranks > 1 for _, ranks in wanted),
         bus,
         bus_step,
     )

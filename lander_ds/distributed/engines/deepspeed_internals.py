@@ -12,8 +12,9 @@ import inspect
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -73,6 +74,9 @@ _ATTRIBUTES: tuple[tuple[Any, str], ...] = (
 )
 """What objects have and classes have not."""
 
+_OWN_GROUP = "ds_zero_partition_process_group"
+"""Attribute of a parameter: the group that ZeRO-3 shards it over, where it is not that of all others."""
+
 
 def check_deepspeed() -> None:
     """Refuse a DeepSpeed in which what this file relies on has moved.
@@ -89,6 +93,8 @@ def check_deepspeed() -> None:
     ]
     if "zero_optimization_stage" not in inspect.getsource(PipelineEngine.__init__):
         missing.append("the refusal of ZeRO-3 in PipelineEngine.__init__")
+    if _OWN_GROUP not in inspect.getsource(Init):
+        missing.append(f"{_OWN_GROUP} of a parameter")
     if missing or not installed.startswith(TESTED):
         what = f"lacks {', '.join(missing)}" if missing else "was never tested with it"
         raise ConfigError(
@@ -116,6 +122,29 @@ def set_shard(parameter: nn.Parameter, value: torch.Tensor, moment: str | None) 
         safe_set_local_fp32_param(parameter, shard)
     else:
         safe_set_local_optimizer_state(parameter, shard, moment)
+
+
+@contextmanager
+def frozen_within(unit: nn.Module, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Within this context ZeRO-3 shards frozen parameters of the unit over the ranks of a group; None: over all.
+
+    hpZ, which DeepSpeed has for this, keeps a second set of shards inside the node beside the one over all ranks.
+    """
+    if group is None:
+        yield
+        return
+    for parameter in unit.parameters():
+        if not parameter.requires_grad:
+            setattr(parameter, _OWN_GROUP, group)
+    yield
+    for parameter in unit.parameters():
+        gather: Any = parameter.all_gather_coalesced  # type: ignore[attr-defined]
+        parameter.all_gather_coalesced = partial(_in_order, gather)  # type: ignore[attr-defined]
+
+
+def _in_order(gather: Callable[..., Any], parameters: Iterable[Any], **options: Any) -> Any:
+    """DeepSpeed goes through a set, whose order differs between ranks; those of two groups must not meet crosswise."""
+    return gather(sorted(parameters, key=lambda parameter: parameter.ds_id), **options)
 
 
 def zero1_masters(optimizer: Any) -> list[torch.Tensor]:

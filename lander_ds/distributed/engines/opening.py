@@ -24,10 +24,10 @@ def open_engine(recipe: Recipe, config: dict[str, Any]) -> Engine:
     """
     match recipe.topology:
         case "zero3":
-            return Zero3(config)
+            return Zero3(config, recipe.frozen_shards)
         case "replicated":
             return Replicated(config)
         case "pipeline":
             return Pipeline(config, recipe.pipeline_stages)
         case "pipeline_zero3":
-            return PipelineZero3(config, recipe.pipeline_stages)
+            return PipelineZero3(config, recipe.pipeline_stages, recipe.frozen_shards)

@@ -1,4 +1,4 @@
-"""Topology zero3: every parameter is sharded over all ranks by DeepSpeed ZeRO-3."""
+"""Topology zero3: every parameter is sharded by DeepSpeed ZeRO-3, over all ranks, or frozen ones over those of a node."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lander_ds.distributed import process_group
+from lander_ds.config.recipe import FrozenShards
 from lander_ds.distributed.engines.deepspeed_internals import (
     allocate_zero3,
+    frozen_within,
     local_shard,
     set_shard,
     zero3_gradients,
@@ -20,22 +22,25 @@ from lander_ds.distributed.engines.deepspeed_internals import (
 from lander_ds.distributed.engines.engine import Engine, preserved_buffers
 from lander_ds.distributed.engines.figures import RankBytes, bytes_of, optimizer_bytes
 from lander_ds.distributed.engines.single_span import SingleSpan
+from lander_ds.distributed.nodes import node_group
 from lander_ds.models.loading import Placement
 from lander_ds.models.surgery import banks_of, routed_ffns
 from lander_ds.models.translation_model import TranslationModel
 
 
-def sharding(config: dict[str, Any], grid: Any = None) -> Placement:
+def sharding(config: dict[str, Any], node: dist.ProcessGroup | None, grid: Any = None) -> Placement:
     """A placement that shards a unit as soon as it is read.
 
     Args:
         config: resolved DeepSpeed configuration.
+        node: over which ranks to shard what is frozen; None: over the same as the rest.
         grid: DeepSpeed's process grid, to shard over the ranks of this pipeline stage; default: over all.
     """
     group = None if grid is None else grid.get_data_parallel_group()
 
     def shard(unit: nn.Module) -> None:
-        deepspeed.zero.Init(module=unit, config_dict_or_path=config, mpu=grid, data_parallel_group=group)
+        with frozen_within(unit, node):
+            deepspeed.zero.Init(module=unit, config_dict_or_path=config, mpu=grid, data_parallel_group=group)
         for _, routed in routed_ffns(unit):
             # All banks in one exchange: a routed FFN multiplies by all of them at once.
             for bank in banks_of(routed):
@@ -72,15 +77,25 @@ class ShardedState(Engine):
 class Zero3(ShardedState, SingleSpan):
     """DeepSpeed's engine under ZeRO-3."""
 
+    def __init__(self, config: dict[str, Any], frozen_shards: FrozenShards = "world") -> None:
+        """Prepare.
+
+        Args:
+            config: resolved DeepSpeed configuration.
+            frozen_shards: over which ranks frozen weights are sharded.
+        """
+        super().__init__(config)
+        self._node = node_group() if frozen_shards == "node" else None
+
     @property
     def placement(self) -> Placement:
-        """Shards a unit over all ranks."""
-        return sharding(self._config)
+        """Shards a unit over all ranks; what is frozen perhaps over those of this node."""
+        return sharding(self._config, self._node)
 
     @property
     def reads_weights(self) -> bool:
-        """One rank reads and hands out."""
-        return process_group.rank() == 0
+        """One rank, or one on every node, reads and hands out."""
+        return dist.get_rank(self._node) == 0
 
     def shard(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """DeepSpeed's engine around any module whose units have been through `placement`.

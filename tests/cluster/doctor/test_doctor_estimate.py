@@ -22,7 +22,7 @@ def recipe(workspace: Workspace) -> Recipe:
 
 def test_with_a_selection_the_checkpoint_is_known_and_without_one_estimated(tiny_run: TinyRun) -> None:
     def need(name: str, *overrides: str) -> Need:
-        return need_of(tiny_run.recipe(name, *overrides), 2)
+        return need_of(tiny_run.recipe(name, *overrides), [2])
 
     run_dir = tiny_run.root / "doctor"
     tiny_run.selection(SELECTED).save(run_dir / "selection.safetensors")
@@ -37,7 +37,7 @@ def test_with_a_selection_the_checkpoint_is_known_and_without_one_estimated(tiny
 
 def test_more_ranks_hold_less_each(tiny_run: TinyRun) -> None:
     recipe = tiny_run.recipe("none")
-    assert need_of(recipe, 8).device < need_of(recipe, 2).device
+    assert need_of(recipe, [8]).device < need_of(recipe, [2]).device
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from support.tiny_models import save, tiny_model
 
 from lander_ds.cluster.planning.anatomy import anatomy, estimated_selection
 from lander_ds.cluster.planning.cluster import Cluster, load_cluster
-from lander_ds.cluster.planning.plan import Plan, Planner, best, best_of_each, over_nodes
+from lander_ds.cluster.planning.plan import Plan, Planner, best, best_of_each, over_nodes, sharding_of
 from lander_ds.cluster.planning.workload import Workload, micro_batch
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.run_directory import RunDirectory
@@ -33,7 +33,7 @@ WORKLOAD = Workload(example_tokens=12)
 
 def plans_of(folder: Path, *overrides: str, cluster: Cluster = CLUSTER) -> dict[str, Plan]:
     planner = Planner(recipe_of(folder, "llama", *overrides), WORKLOAD)
-    return {plan.name: plan for plan in best_of_each(planner.plans(cluster))}
+    return {plan.label: plan for plan in best_of_each(planner.plans(cluster))}
 
 
 def test_every_json_beside_the_recipes_is_planned(tmp_path: Path) -> None:
@@ -142,8 +142,34 @@ def test_more_machines_hold_less_each(tmp_path: Path) -> None:
     planner = Planner(recipe_of(tmp_path, "llama"), WORKLOAD)
     actual = over_nodes(planner, CLUSTER, 4)
     assert list(actual) == [1, 2, 4]
-    weights = [next(p for p in actual[n] if p.name == "zero3").parts[0].memory.weights for n in actual]
+    weights = [next(p for p in actual[n] if p.label == "zero3").parts[0].memory.weights for n in actual]
     assert weights[0] > weights[1] > weights[2]
+
+
+def test_frozen_weights_sharded_inside_a_node(tmp_path: Path) -> None:
+    cluster = replace(CLUSTER, nodes=2)
+    plans = plans_of(tmp_path, everything_sharded(tmp_path), cluster=cluster)
+    world, node = plans["zero3"], plans["zero3 (node)"]
+    before, after = world.parts[0], node.parts[0]
+    tensors = Planner(recipe_of(tmp_path, "llama"), WORKLOAD).model
+    frozen = sum(t.elements for t in tensors.tensors(tensors.whole) if not t.trained)
+    assert after.memory.weights - before.memory.weights == pytest.approx(
+        4 * frozen * (1 / 2 - 1 / 4), rel=0.01
+    )
+    assert after.memory.optimizer == before.memory.optimizer
+    assert (before.traffic.inside, after.traffic.reductions) == (0.0, before.traffic.reductions)
+    # What is trained comes from all ranks.
+    assert after.traffic.gathers - after.traffic.inside < 0.5 * before.traffic.gathers
+    assert node.step_seconds < world.step_seconds
+    assert best([world, node]) is node
+    assert best([world, replace(node, fits=False)]) is world
+    assert "zero3 (node)" not in plans_of(tmp_path, everything_sharded(tmp_path), "frozen_shards=node")
+
+
+def test_a_node_counts_by_its_fewest_ranks(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", "frozen_shards=node")
+    for stages, ranks, expected in ((1, [2, 2], 2), (1, [3, 1], 1), (2, [2, 2], 2), (2, [4, 4, 4], 2)):
+        assert sharding_of(recipe, stages, ranks, 1).frozen_ranks == expected
 
 
 def test_a_slow_network_favours_pipelines(tmp_path: Path) -> None:

@@ -84,13 +84,13 @@ def test_zero3_gathers_every_weight_for_every_micro_batch(tmp_path: Path) -> Non
     zero = '"stage": 3, "stage3_param_persistence_threshold": 100, "stage3_max_reuse_distance": 0'
     (tmp_path / "z.json").write_text(f'{{"zero_optimization": {{{zero}}}}}')
     built = anatomy(recipe)
-    actual = traffic(built, built.whole, sharding_of(recipe, 1, 4, 1))
+    actual = traffic(built, built.whole, sharding_of(recipe, 1, [4], 1))
     large = sum(tensor.elements for tensor in built.tensors(built.whole) if tensor.elements > 100)
     again = sum(tensor.elements for tensor in built.layer(2) if tensor.elements > 100)
     assert actual.gathers == pytest.approx(4 * (large + again) * 3 / 4)
     trained = sum(tensor.elements for tensor in built.tensors(built.whole) if tensor.trained)
     assert actual.reductions == pytest.approx(4 * trained * 3 / 4)
-    alone = traffic(built, built.whole, sharding_of(recipe, 1, 1, 1))
+    alone = traffic(built, built.whole, sharding_of(recipe, 1, [1], 1))
     assert (alone.gathers, alone.reductions, alone.collectives) == (0.0, 0.0, 0)
 
 
@@ -98,7 +98,7 @@ def test_replicated_sends_what_is_trained_and_nothing_else(tmp_path: Path) -> No
     recipe = recipe_of(tmp_path, "llama", "topology=replicated", f"deepspeed={tmp_path}/r.json")
     (tmp_path / "r.json").write_text('{"zero_optimization": {"stage": 1}}')
     built = anatomy(recipe)
-    actual = traffic(built, built.whole, sharding_of(recipe, 1, 4, 1))
+    actual = traffic(built, built.whole, sharding_of(recipe, 1, [4], 1))
     trained = sum(tensor.elements for tensor in built.tensors(built.whole) if tensor.trained)
     assert (actual.gathers, actual.collectives, actual.over_bus) == (0.0, 0, 0.0)
     assert actual.reductions == pytest.approx(2 * 4 * trained * 3 / 4)
