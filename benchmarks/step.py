@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import processor  # noqa: F401 - before DeepSpeed is imported
@@ -35,27 +36,33 @@ COMPARED = [name for name in OTHERS if name not in OWN]
 """Without being asked for others: other trainers."""
 
 
-def sit(systems: list[str], workload: Workload, logs: Path, profile: bool = False) -> Sitting:
-    """Start the systems one after the other, let them take turns to the end, and stop them.
+def sit(jobs: Mapping[str, tuple[str, Workload]], logs: Path, profile: bool = False) -> Sitting:
+    """Start systems one after the other, let them take turns to the end, and stop them.
 
-    Every round starts with another system, so that each follows each.
+    Every round starts with another one, so that each follows each.
+
+    Args:
+        jobs: name -> system and what it trains; the number of steps is the same in all.
+        logs: gets a directory for each.
+        profile: record the operators of the last step.
     """
     groups: list[Group] = []
-    times: dict[str, list[StepTime]] = {name: [] for name in systems}
+    times: dict[str, list[StepTime]] = {name: [] for name in jobs}
+    (steps,) = {workload.steps for _, workload in jobs.values()}
     try:
-        for name in systems:
+        for name, (system, workload) in jobs.items():
             say(f"starting {name}")
             directory = logs / name
             directory.mkdir()
-            job = work(name, workload, directory)
-            groups.append(Group(name, job, workload.ranks, workload.steps, directory, profile))
+            job = work(system, workload, directory)
+            groups.append(Group(name, job, workload.ranks, steps, directory, profile))
             groups[-1].wait_until_ready()
-        for number in range(workload.steps):
+        for number in range(steps):
             first = number % len(groups)
             for group in groups[first:] + groups[:first]:
                 times[group.name].append(group.step())
             last = ", ".join(f"{name} {taken[-1].seconds:.2f} s" for name, taken in times.items())
-            say(f"round {number + 1} of {workload.steps}{' (warm-up)' if number < WARM_UP else ''}: {last}")
+            say(f"round {number + 1} of {steps}{' (warm-up)' if number < WARM_UP else ''}: {last}")
         return {group.name: Measured(times[group.name][WARM_UP:], group.facts()) for group in groups}
     finally:
         for group in groups:
@@ -160,14 +167,15 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="lander-step-") as logs:
             if options.profile:
-                measured = sit([options.profile], workload, Path(logs), profile=True)[options.profile]
+                name = options.profile
+                measured = sit({name: (name, workload)}, Path(logs), profile=True)[name]
                 print(measured.facts[0].profile)
                 return 0
             sittings = []
             for number, part in enumerate(parts):
                 directory = Path(logs) / f"sitting-{number + 1}"
                 directory.mkdir()
-                sittings.append(sit(["lander", *part], workload, directory))
+                sittings.append(sit({name: (name, workload) for name in ["lander", *part]}, directory))
     except SystemFailed as error:
         say(f"error: {error}")
         return 1

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from turns import Turns, Work
-from workload import PAIRS, Workload
+from workload import Workload
 
 from lander_ds.data.batching.packing import Example
 
 REPLICATED_JSON = Path(__file__).parents[1] / "ds_configs" / "270m" / "replicated.json"
 LORA_RANK = 16
-SPECIFIC_SHARE = 0.025
-"""Of a layer's neurons, for each pair: with four pairs, 90 % are general (the default of `select.banks.rho`)."""
+SPECIFIC_SHARE = 0.1
+"""Of a layer's neurons, for all pairs together: 90 % are general (the default of `select.banks.rho`)."""
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -88,7 +88,7 @@ def recipe_of(workload: Workload, directory: Path) -> Any:
     return Recipe(
         run_dir=str(directory / "run"),
         model=ModelConfig(workload.model, dtype=workload.dtype),  # type: ignore[arg-type]
-        data=DataConfig(PAIRS, ()),
+        data=DataConfig(workload.pairs, ()),
         deepspeed=workload.deepspeed,
         seed=workload.seed,
         train=TrainConfig(
@@ -111,10 +111,11 @@ def _save_selection(workload: Workload, recipe: Any, run: Any) -> None:
 
     model, family = build(recipe.model)
     neurons = family.neurons(model)
-    size = max(1, round(SPECIFIC_SHARE * neurons))
+    pairs = workload.pairs
+    size = max(1, round(SPECIFIC_SHARE * neurons / len(pairs)))
     banks = (
-        Bank("general", PAIRS, neurons - size * len(PAIRS)),
-        *(Bank("specific", (pair,), size) for pair in PAIRS),
+        Bank("general", pairs, neurons - size * len(pairs)),
+        *(Bank("specific", (pair,), size) for pair in pairs),
     )
     generator = torch.Generator().manual_seed(workload.seed)
     layers = tuple(
@@ -122,7 +123,7 @@ def _save_selection(workload: Workload, recipe: Any, run: Any) -> None:
         for layer in workload.layers
     )
     metadata = {"base_fingerprint": base_fingerprint(workload.model)}
-    Selection(PAIRS, neurons, layers, metadata).save(run.selection)
+    Selection(pairs, neurons, layers, metadata).save(run.selection)
 
 
 def hugging_face(

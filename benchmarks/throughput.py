@@ -192,7 +192,7 @@ def main() -> int:
             if min(options.ranks, options.tokens, options.steps) < 1:
                 raise ValueError("--ranks, --tokens and --steps must be at least 1")
             workload = workload_of(options, directory / "data")
-            measured = sit(["lander", "lora"], workload, directory)
+            measured = sit({name: (name, workload) for name in ("lander", "lora")}, directory)
         except (LanderError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

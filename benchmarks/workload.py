@@ -47,6 +47,8 @@ class Workload:
     """Of the token ids, the order of the examples, and new weights."""
     learning_rate: float = 1e-5
     """Of every parameter."""
+    pairs: tuple[str, ...] = PAIRS
+    """Language pairs; an equal share of the examples is of each."""
 
     @property
     def prompt(self) -> int:
@@ -102,7 +104,7 @@ class UniformSplit(PreparedSplit):
         self.lengths = np.full(EXAMPLES_PER_PAIR, workload.length, dtype=np.int32)
         self.target_lengths = self.lengths - workload.prompt
         self._prompt = workload.prompt
-        generator = np.random.default_rng([workload.seed, PAIRS.index(pair)])
+        generator = np.random.default_rng([workload.seed, workload.pairs.index(pair)])
         # The first ids are those of special tokens in most vocabularies.
         shape = (EXAMPLES_PER_PAIR, workload.length)
         self._ids = generator.integers(min(8, workload.vocabulary - 1), workload.vocabulary, shape, np.int32)
@@ -116,8 +118,8 @@ class UniformData(PreparedData):
     """Made-up training data of every pair, and no other split."""
 
     def __init__(self, workload: Workload) -> None:
-        self.pairs, self._workload = PAIRS, workload
-        self._train = {pair: UniformSplit(pair, workload) for pair in PAIRS}
+        self.pairs, self._workload = workload.pairs, workload
+        self._train = {pair: UniformSplit(pair, workload) for pair in workload.pairs}
 
     def content_hash(self, *splits: str) -> str:
         """Of everything that the examples follow from."""

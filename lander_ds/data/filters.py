@@ -132,7 +132,7 @@ class Filter:
             return "no_preference"
         if any(score < self._config.min_score.get(name, -math.inf) for name, score in row.scores):
             return "low_score"
-        if self.apart and (reason := self.apart.overlap(row.src, row.tgt)):
+        if self.apart and (reason := self.apart.overlap(*row.texts)):
             return reason
         # One source may have several worse translations.
         if self._config.drop_duplicates and not self._seen.add(text_hash("\0".join(texts))):
@@ -141,12 +141,12 @@ class Filter:
 
     def _shape(self, row: Row) -> Reason | None:
         config = self._config
-        shorter, longer = sorted((len(row.src), len(row.tgt)))
+        lengths = [len(text) for text in row.texts]
         if not all(map(visible, row.texts)):
             return "empty"
-        if shorter < config.min_chars:
+        if min(lengths) < config.min_chars:
             return "too_short"
-        if longer > config.max_chars:
+        if max(lengths) > config.max_chars:
             return "too_long"
         if config.max_length_ratio:
             small, large = sorted((letters(row.src), letters(row.tgt)))

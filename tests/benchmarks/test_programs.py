@@ -17,6 +17,7 @@ PROGRAMS = (
     "parity",
     "plan",
     "resume",
+    "scale",
     "step",
     "throughput",
 )

@@ -11,7 +11,7 @@ from support.data_helpers import MakeRecipe, write_jsonl
 
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.config.schema.data import ColumnConfig, CorpusConfig
+from lander_ds.config.schema.data import ColumnConfig, CorpusConfig, FilterConfig
 from lander_ds.data.prepared import PreparedData
 from lander_ds.stages import prepare
 
@@ -53,6 +53,30 @@ def test_preparation(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (split,) = PreparedData.load(run, plain).split("train").values()
     assert split.rejected(0) is None
     assert split.rejected_lengths.tolist() == [0] * len(split)
+
+
+def test_the_worse_translation_is_filtered_like_the_better_one(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    rows = [
+        ("One house.", "Ein Haus.", "Ein Huhn."),
+        ("One tree.", "Ein Baum.", "Guten Morgen!"),
+        ("One cat.", "Eine Katze.", "Eine " + "sehr " * 10),
+    ]
+    train = write_jsonl(tmp_path / "train.jsonl", rows, ("src", "tgt", "worse"))
+    test = write_jsonl(tmp_path / "test.jsonl", [("Good morning.", "Guten Morgen.")])
+    recipe = make_recipe(
+        CorpusConfig(str(train), columns=WORSE),
+        CorpusConfig(str(test), split="test"),
+        pairs=("en-de",),
+        detect_examples=0,
+        filters=FilterConfig(max_chars=40),
+    )
+    run = RunDirectory(recipe.run_dir)
+    prepare.run(recipe, run)
+    counts = json.loads((run.data / "statistics.json").read_text())["en-de"]["train"]
+    assert counts["kept"] == 1
+    assert counts["dropped"] == {"test_overlap_normalised": 1, "too_long": 1}
 
 
 def test_a_corpus_without_the_column(make_recipe: MakeRecipe, tmp_path: Path) -> None:
