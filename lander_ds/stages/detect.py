@@ -18,8 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def _parts(start: Start) -> list[Part]:
-    """One part: the awareness of every FFN neuron for every pair."""
+    """One part: the awareness of every FFN neuron for every pair; none where `train.start_from` brings the selection."""
     recipe, run = start.recipe, start.run
+    if recipe.train.start_from is not None:
+        logger.info("detect: not needed: the selection is that of train.start_from")
+        return []
     data = PreparedData.load(run, recipe)
     options = {**section(recipe, "detect"), **recipe.model.numerics}
     inputs = {"data": data.content_hash("detect"), "base": start.base_fingerprint}

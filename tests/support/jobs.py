@@ -22,7 +22,7 @@ from lander_ds.distributed.engines import zero3
 from lander_ds.distributed.engines.deepspeed_internals import local_shard
 from lander_ds.distributed.start import Start
 from lander_ds.models.parameter_groups import active_groups
-from lander_ds.stages import prepare, select, train, translate
+from lander_ds.stages import detect, prepare, select, train, translate
 from lander_ds.stages.catalogue import STAGES
 from lander_ds.training.session import Session, open_session
 from lander_ds.training.trainer import Outcome, Trainer
@@ -92,7 +92,8 @@ def prepare_and_train(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def select_and_train(recipe: Recipe, run: RunDirectory) -> None:
-    """Stages select and train, with the selection of the run that training starts from."""
+    """Stages detect, select and train, with the selection of the run that training starts from."""
+    detect.run(recipe, run)
     if process_group.rank() == 0:
         run.selection.unlink()
         select.run(recipe, run)

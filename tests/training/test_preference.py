@@ -116,6 +116,7 @@ def test_a_run_starts_from_another(world_1: TinyRun, first: str, second: str) ->
     """With its selection and its weights, but steps and schedule of its own."""
     earlier, further = world_1.run(first), world_1.run(second)
     assert file_hash(earlier.selection) == file_hash(further.selection)
+    assert not further.awareness.exists(), "nothing had to be detected"
     assert distance(trained(further), trained(earlier)) < 1e-6
     rounded = {name: tensor.bfloat16().float() for name, tensor in trained(earlier).items()}
     assert distance(rounded, trained(earlier)) > 1e-4
