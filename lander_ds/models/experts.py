@@ -61,15 +61,18 @@ class Dispatch:
         return torch.zeros_like(like).index_add(0, self.tokens, weighted.to(like.dtype))
 
 
-class ExpertLinear(nn.Linear):
-    """A projection of all experts."""
+class ExpertLinear(nn.Module):
+    """A projection of all experts. It is no `nn.Linear`, so that nobody takes it for one that maps every token."""
+
+    bias = None
 
     def __init__(self, weight: nn.Parameter, experts: int, dim: int) -> None:
         """Take the weight over: [E f, d] (`dim` 0), or [d, E f] (`dim` 1)."""
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        super().__init__()
         self.weight, self.experts, self.dim = weight, experts, dim
+        self.out_features, self.in_features = weight.shape
 
-    def forward(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """Rows [R, d] -> [R, f] (`dim` 0), or [R, f] -> [R, d] (`dim` 1)."""
         f = self.weight.shape[self.dim] // self.experts
         run = Run("frozen", 1, 0, f, None)

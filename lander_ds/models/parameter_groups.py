@@ -17,7 +17,6 @@ from lander_ds.common.errors import ConfigError
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.training import TrainConfig
 from lander_ds.method.selection import Selection
-from lander_ds.models.experts import ExpertLinear
 from lander_ds.models.family import Family
 from lander_ds.models.shira import ENTRIES, install_shira
 from lander_ds.models.surgery import banks_of, install, routed_ffns
@@ -52,9 +51,7 @@ def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> None:
     lora = recipe.train.lora
     head = model.get_output_embeddings()
     targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear) and module is not head
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     ]
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
@@ -126,7 +123,6 @@ def _ffn_parameters(model: PreTrainedModel, family: Family, layers: list[int]) -
         layer = family.layers_of(model)[index]
         for path in family.ffn.projections:
             projection = layer.get_submodule(path)
-            assert isinstance(projection, nn.Linear)
             for name, parameter in projection.named_parameters():
                 if name == "weight" or path != family.ffn.down:
                     yield parameter

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lander_ds.common.errors import ConfigError
-from lander_ds.models.experts import ExpertLinear
 from lander_ds.models.routed_ffn import replace
 from lander_ds.models.surgery import Slice, mark
 
@@ -104,11 +103,7 @@ def install_shira(model: PreTrainedModel, r: int, seed: int) -> None:
         ConfigError: a projection has fewer entries than that.
     """
     head = model.get_output_embeddings()
-    linear = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear) and module is not head
-    ]
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     for name, base in linear:
         count = r * (base.in_features + base.out_features)
         if count > base.weight.numel():

@@ -96,7 +96,7 @@ def install(
         _put_in(layer, family.ffn, routed)
 
 
-Projections = dict[str, tuple[str, nn.Linear]]
+Projections = dict[str, tuple[str, nn.Linear | ExpertLinear]]
 """Role (up, down, gate) -> base name and module."""
 
 
@@ -105,7 +105,7 @@ def _projections(layer: nn.Module, name: str, paths: FFNPaths) -> Projections:
     for role, path in (("up", paths.up), ("down", paths.down), ("gate", paths.gate)):
         if path is not None:
             module = layer.get_submodule(path)
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear | ExpertLinear):
                 raise ModelError(
                     f"{name}.{path}: expected a linear projection, found {type(module).__name__}"
                 )
@@ -248,10 +248,11 @@ def remove(model: PreTrainedModel, family: Family) -> None:
             replace(layer, paths.block, routed.replaced[0])
         for path in paths.projections:
             base = f"{family.decoder}.{family.layers}.{routed.layer}.{path}"
-            linear = _linear(whole[f"{base}.weight"], whole.get(f"{base}.bias"))
+            projection: nn.Module = _linear(whole[f"{base}.weight"], whole.get(f"{base}.bias"))
             if experts := len(banks_of(routed)[0].experts):
-                linear = ExpertLinear(linear.get_parameter("weight"), experts, int(path == paths.down))
-            replace(layer, path, linear)
+                weight = projection.get_parameter("weight")
+                projection = ExpertLinear(weight, experts, int(path == paths.down))
+            replace(layer, path, projection)
         replace(layer, paths.activation, routed.activation)
 
 

@@ -31,6 +31,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from lander_ds.cli.main import main
@@ -220,13 +221,19 @@ def half_gelu(values: torch.Tensor) -> torch.Tensor:
     [({"load_in_8bit": True}, 0.15), ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.75)],
     ids=["int8", "nf4"],
 )
-def test_a_routed_export_is_opened_quantised(options: dict[str, Any], most: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_routed_export_is_opened_quantised(
+    options: dict[str, Any], most: float, mixture: bool, tmp_path: Path
+) -> None:
     """Linear layers are quantised; banks and gates, which are none, keep the type that they were trained in."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     # The kernels for CPUs want widths that are multiples of their blocks.
-    config = LlamaConfig(**{**COMMON, "hidden_size": 128}, intermediate_size=128)
+    wide = {**COMMON, "hidden_size": 128}
+    config: PretrainedConfig = LlamaConfig(**wide, intermediate_size=128)
+    if mixture:
+        config = Qwen3MoeConfig(**wide, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
     recipe = recipe_for(save(random_model(config), tmp_path / "base"), tmp_path / "run")
     write_checkpoint(recipe)
     export_routed(open_trained(recipe), tmp_path / "routed", Form())
