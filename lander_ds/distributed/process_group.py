@@ -7,7 +7,9 @@ One process without a launcher is a world of size 1 and needs no process group f
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+from contextlib import suppress
 from datetime import timedelta
 
 import deepspeed
@@ -127,10 +129,13 @@ def stop() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free a moment ago. It is none of those that Linux hands out by itself (from 32768 on), which a
+    connection of any program may have taken by the time that somebody listens."""
+    while True:
+        port = 20000 + secrets.randbelow(12768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def rank() -> int:

@@ -4,6 +4,7 @@ plain FFNs compute, expert by expert."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,18 @@ def test_losses_and_gradients_are_those_of_transformers(case: str) -> None:
         loss_and_gradients(laid_out(case)),
         loss_and_gradients(tiny_model(case)),
     )
-    assert torch.equal(loss, expected)
+    torch.testing.assert_close(loss, expected)
+    # Sums in another order; gradients are up to 29.
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-5)
     for name, grad in theirs.items():
         if name.endswith("gate_up_proj"):
             prefix, f = name.removesuffix("gate_up_proj"), grad.shape[1] // 2
             for half, role in ((grad[:, :f], "gate"), (grad[:, f:], "up")):
-                torch.testing.assert_close(ours[f"{prefix}{role}_proj.weight"], half.flatten(0, 1))
+                close(ours[f"{prefix}{role}_proj.weight"], half.flatten(0, 1))
         elif name.endswith("experts.down_proj"):
-            torch.testing.assert_close(ours[f"{name}.weight"], grad.permute(1, 0, 2).flatten(1))
+            close(ours[f"{name}.weight"], grad.permute(1, 0, 2).flatten(1))
         else:
-            torch.testing.assert_close(ours[name], grad, msg=name)
+            close(ours[name], grad, msg=name)
 
 
 def chosen() -> tuple[torch.Tensor, torch.Tensor]:

@@ -143,13 +143,6 @@ def write_model(path: Path, seed: int = 0) -> None:
     LlamaForCausalLM(config).save_pretrained(path)
 
 
-def free_port() -> int:
-    """A TCP port that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def files(directory: Path) -> set[str]:
     """Every file and directory below, hidden ones too."""
     return {os.fspath(path.relative_to(directory)) for path in directory.rglob("*")}

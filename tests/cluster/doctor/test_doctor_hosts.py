@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fake_hosts import FakeHosts, exit_code, failed, files, free_port, replacing, write_model
+from support.fake_hosts import FakeHosts, exit_code, failed, files, replacing, write_model
 from support.workspace import Workspace
+
+from lander_ds.distributed.process_group import free_port
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 
