@@ -55,8 +55,8 @@ def _spec(trained: TrainedModel, name: str, parameter: torch.nn.Parameter, dtype
         return Spec.like(parameter, dtype)
     cut = getattr(parameter, "lander_slice", None)
     plain = name.removeprefix(PREFIX) if cut is None else cut.tensor
-    stored = trained.stored_name(plain)
-    base = trained.weights.read(next((piece.name for piece in trained.weights.pieces(stored)), stored))
+    first, *_ = trained.weights.names_of(trained.stored_name(plain))
+    base = trained.weights.read(first)
     return Spec.like(parameter, kind_of(base, dtype))
 
 

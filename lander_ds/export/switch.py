@@ -181,10 +181,7 @@ class Switch:
         source, changed = Flipped(self._weights, delta), {}
         for name, parameter in self.model.named_parameters():
             stored = self._weights.stored_name(name, self.model.base_model_prefix, self._family.renamed)
-            pieces = (
-                [] if stored is None else [piece.name for piece in self._weights.pieces(stored)] or [stored]
-            )
-            if stored is not None and source.changed() & {*pieces}:
+            if stored is not None and not source.changed().isdisjoint(self._weights.names_of(stored)):
                 changed[name] = whole(source, stored, parameter.dtype).to(parameter.device)
         return changed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ class Unrouted:
         experts = experts_among(names)
         known = names | experts.keys()
 
-        def pieces_of(target: str, experts: Mapping[str, Sequence[str]], shape: torch.Size) -> list[Piece]:
+        def pieces_of(target: str, shape: torch.Size) -> list[Piece]:
             own, dim = experts.get(target, []), experts_dimension(target)
             return pieces(own, dim, shape[dim] // len(own)) if own else []
 
@@ -68,11 +68,10 @@ class Unrouted:
             if target is None or is_gate(name):
                 continue
             if cut is not None:
-                own = pieces_of(target, experts, cut.shape)
-                for share in shares(cut, target, own):
+                for share in shares(cut, target, pieces_of(target, cut.shape)):
                     self._parts.setdefault(share.stored, []).append((PREFIX + name, share))
             elif target in experts:
-                for piece in pieces_of(target, experts, parameter.shape):
+                for piece in pieces_of(target, parameter.shape):
                     self._whole[piece.name] = PREFIX + name, piece
             else:
                 self._whole[target] = PREFIX + name, None

@@ -111,13 +111,17 @@ class BaseWeights:
         names, dim = self._experts.get(name, []), experts_dimension(name)
         return pieces(names, dim, self.read(names[0]).shape[dim] if names else 0)
 
+    def names_of(self, name: str) -> list[str]:
+        """The tensors on disk that one of the model's consists of: those of its experts in order, else itself."""
+        return self._experts.get(name, [name])
+
     def names(self) -> Iterator[str]:
         """Names of all tensors on disk."""
         return iter(self._file_of)
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor, or its first piece."""
-        return self._file_of[self._experts.get(name, [name])[0]]
+        return self._file_of[self.names_of(name)[0]]
 
     def files(self) -> list[Path]:
         """All weight files."""
@@ -139,7 +143,7 @@ class BaseWeights:
             ModelError: its pieces do not fit together.
         """
         if name in self._experts:
-            experts = [self.read(one) for one in self._experts[name]]
+            experts = [self.read(one) for one in self.names_of(name)]
             if len({(expert.shape, expert.dtype) for expert in experts}) > 1:
                 raise ModelError(
                     f"{self.directory}: the experts of {name} differ in shape or type: copy the model directory again"
