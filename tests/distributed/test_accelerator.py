@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import deepspeed
 import pytest
@@ -96,14 +95,3 @@ def test_ranks_on_the_cpu_bind_nothing(host: Host) -> None:
     assert devices.calls == []
     assert os.environ["LOCAL_RANK"] == "3"
     assert accelerator.device() == torch.device("cpu")
-
-
-def test_the_optimizer_is_fused_on_every_kind_of_accelerator(host: Host) -> None:
-    from lander_ds.config.schema.training import TrainConfig
-    from lander_ds.training.optimizer import build_optimizer
-
-    groups = {"gates": [torch.nn.Parameter(torch.zeros(1))]}
-    for kind, fused in (("xpu", True), ("cpu", False)):
-        host(kind, 1, 0)
-        optimizer: Any = build_optimizer(groups, TrainConfig(), offload=False)
-        assert optimizer.defaults["fused"] is fused

@@ -50,7 +50,7 @@ def test_active_groups_move_as_under_torchs_optimizer(kind: str, allocate: bool)
         {"params": holding, "lr": 0.01 if name == "general" else 0.02} for name, holding in theirs.items()
     ]
     reference: torch.optim.Optimizer = (
-        torch.optim.AdamW(described, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+        torch.optim.AdamW(described, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, fused=True)
         if kind == "adamw"
         else torch.optim.SGD(described, weight_decay=0.1)
     )
