@@ -56,6 +56,12 @@ Steps that are up to date are skipped. On two idle CPU cores the first run is me
 Nothing is written outside this directory, except pip's and torch's caches.
 EOF
 
+# Such a processor imitates bfloat16, which would take hours. What --set says comes later, and so wins.
+if ((found_gpus == 0)) && grep -qw avx2 /proc/cpuinfo 2>/dev/null && ! grep -qw avx512f /proc/cpuinfo; then
+    say "this processor has no bfloat16 arithmetic: model.dtype=float32"
+    overrides=(model.dtype=float32 ${overrides[@]+"${overrides[@]}"})
+fi
+
 export_environment "$ranks"
 export_loopback
 # Tables in a log file need not fit the 80 columns of a terminal that is not there.

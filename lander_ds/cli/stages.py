@@ -30,9 +30,20 @@ def run(arguments: argparse.Namespace) -> None:
     start = Start(recipe, RunDirectory(recipe.run_dir), arguments.force, resumes)
     # A DeepSpeed JSON that cannot be used is refused here, before anything waits.
     logger.debug("%s: %s", recipe.deepspeed, start.deepspeed)
+    if launch.rank() == 0 and catalogue.is_collective(arguments.stage):
+        _advise(recipe.model.dtype)
     words = {"stage": arguments.stage, "force": start.force, "auto_resume": start.auto_resume}
     with process_group_for(start, arguments.stage, words):
         _run(start, arguments.stage, arguments.stages)
+
+
+def _advise(dtype: str) -> None:
+    if accelerator.is_cpu() and accelerator.imitates(dtype, accelerator.vectors()):
+        logger.warning(
+            "model.dtype: this processor has no %s arithmetic and imitates it, several times slower than float32: set "
+            "model.dtype=float32 where memory allows",
+            dtype,
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lander_ds.cli.main import main
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
+from lander_ds.distributed import accelerator
 from lander_ds.distributed.start import Start
 from lander_ds.stages import score
 from lander_ds.stages.catalogue import STAGES
@@ -160,6 +162,25 @@ def test_all_runs_every_stage_in_order_in_one_group(
             os.environ.pop(name, None)
     assert ran == [(stage, True, True) for stage in STAGES]
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "advised"),
+    [("translate", "bfloat16", True), ("translate", "float32", False), ("score", "bfloat16", False)],
+)
+def test_a_processor_that_imitates_the_type_is_told(
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    dtype: str,
+    advised: bool,
+) -> None:
+    monkeypatch.setattr(accelerator, "vectors", lambda: "AVX2")
+    monkeypatch.setattr("lander_ds.cli.stages.process_group_for", lambda *_: nullcontext())
+    monkeypatch.setattr(import_module(f"lander_ds.stages.{stage}").STAGE, "perform", lambda start: None)
+    assert main([stage, "--recipe", "recipe.yaml", "--set", f"model.dtype={dtype}"]) == 0
+    assert ("set model.dtype=float32" in capsys.readouterr().err) is advised
 
 
 def test_errors_of_a_stage(

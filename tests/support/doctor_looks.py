@@ -18,7 +18,14 @@ SOUND: dict[str, Any] = {
         "identity": "boot/1",
     },
     "limits": {"open_files": 65536, "locked_memory": -1, "infiniband": False},
-    "accelerator": {"cards": [], "driver": False, "cuda": None, "nccl": None, "gloo": True},
+    "accelerator": {
+        "cards": [],
+        "driver": False,
+        "cuda": None,
+        "nccl": None,
+        "gloo": True,
+        "vectors": "AVX512",
+    },
     "network": {
         "resolved": "10.0.0.1",
         "interfaces": {"lo": "127.0.0.1", "eth0": "10.0.0.1"},

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lander_ds.distributed.accelerator import vectors
+
 
 def accelerator() -> dict[str, Any]:
-    """GPUs with their memory (bytes), and the libraries that ranks communicate with."""
+    """GPUs with their memory (bytes), the libraries that ranks communicate with, and the vectors of the processor."""
     cards = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -22,4 +24,5 @@ def accelerator() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": nccl if dist.is_nccl_available() else None,
         "gloo": dist.is_gloo_available(),
+        "vectors": vectors(),
     }

@@ -11,6 +11,7 @@ from lander_ds.cluster.doctor.finding import Finding, Status
 from lander_ds.cluster.doctor.hostfile import Host
 from lander_ds.cluster.doctor.judge import Run
 from lander_ds.cluster.doctor.judge_resources import judge_resources
+from lander_ds.distributed.accelerator import imitates
 
 DEPENDENT = ("topology", "need", "disk")
 """Parts that cannot be looked at without a sound recipe: their faults are its faults."""
@@ -32,7 +33,7 @@ def judge_hosts(run: Run, looks: Looks) -> list[Finding]:
             cards = look["accelerator"].get("cards", [])
             findings += _broken_parts(host, look)
             findings += _slots(host, look, cards)
-            findings += _accelerator(host, look, cards)
+            findings += _accelerator(run, host, look, cards)
             findings += _interface(run, host, look, cards)
     return findings + judge_resources(run, looks)
 
@@ -88,7 +89,7 @@ def _slots(host: Host, look: Mapping[str, Any], cards: Sequence[Mapping[str, Any
 
 
 def _accelerator(
-    host: Host, look: Mapping[str, Any], cards: Sequence[Mapping[str, Any]]
+    run: Run, host: Host, look: Mapping[str, Any], cards: Sequence[Mapping[str, Any]]
 ) -> Iterable[Finding]:
     own = look["accelerator"]
     if "error" in own:
@@ -108,6 +109,10 @@ def _accelerator(
         yield Finding(
             "accelerator", host.name, "fail", "no GPU, and a PyTorch without gloo", "install another PyTorch"
         )
+    elif run.recipe is not None and imitates(run.recipe.model.dtype, own["vectors"]):
+        dtype = run.recipe.model.dtype
+        detail = f"no GPU, and a processor ({own['vectors']}) that imitates {dtype}, several times slower than float32"
+        yield Finding("accelerator", host.name, "warn", detail, "set model.dtype=float32 where memory allows")
     else:
         yield Finding("accelerator", host.name, "ok", "no GPU: CPU and gloo")
 

@@ -152,6 +152,17 @@ def test_a_warning_does_not_fail(run: Run, name: str) -> None:
     assert all(finding.cure for finding in findings)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "vectors"), [("bfloat16", "AVX2"), ("bfloat16", "AVX512"), ("float32", "AVX2")]
+)
+def test_a_processor_that_imitates_the_type_is_told(run: Run, dtype: Any, vectors: str) -> None:
+    assert run.recipe is not None
+    recipe = replace(run.recipe, model=replace(run.recipe.model, dtype=dtype))
+    findings = judged(replace(run, recipe=recipe), with_fault(**accelerator(vectors=vectors)))
+    slow = [finding.host for finding in findings if "imitates bfloat16" in finding.detail]
+    assert slow == (["node2"] if (dtype, vectors) == ("bfloat16", "AVX2") else [])
+
+
 def test_the_same_machine_twice_fails_where_gpus_would_be_shared(run: Run) -> None:
     findings = judged(run, with_fault(4, machine={"identity": "boot/1"}))
     assert [(f.check, f.host) for f in findings if f.status == "fail"] == [("same_machine", "node2")]
