@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import processor  # noqa: F401 - before DeepSpeed is imported
-from figures import OWN, Measured, Sitting, result, table
-from systems import SYSTEMS, work
+from figures import Measured, Sitting, result, table
+from systems import OTHER_TRAINERS, SYSTEMS, work
 from turns import Group, StepTime, SystemFailed
 from workload import Workload, chosen_layers
 
@@ -32,8 +32,8 @@ WARM_UP = 2
 """Steps before the measured ones: in the first, DeepSpeed records the order of modules and buffers are made."""
 
 OTHERS = [name for name in SYSTEMS if name != "lander"]
-COMPARED = [name for name in OTHERS if name not in OWN]
-"""Without being asked for others: other trainers."""
+COMPARED = list(OTHER_TRAINERS)
+"""Without being asked for others."""
 
 
 def sit(jobs: Mapping[str, tuple[str, Workload]], logs: Path, profile: bool = False) -> Sitting:

@@ -27,9 +27,15 @@ IGNORED = -100
 
 
 def lander(
-    workload: Workload, directory: Path, turns: Turns, *, replicated: bool = False, cached: bool = False
+    workload: Workload,
+    directory: Path,
+    turns: Turns,
+    *,
+    replicated: bool = False,
+    cached: bool = False,
+    gated: bool = True,
 ) -> None:
-    """This trainer: routed FFNs with gates in the chosen layers, one bank per pair.
+    """This trainer: routed FFNs in the chosen layers, one bank per pair.
 
     Args:
         workload: what is trained.
@@ -37,6 +43,7 @@ def lander(
         turns: to take.
         replicated: topology `replicated`, with the DeepSpeed JSON that goes with it; otherwise `zero3`.
         cached: hidden states below the trained layers are computed before the first step and kept.
+        gated: with gates.
     """
     from lander_ds.common.run_directory import RunDirectory
     from lander_ds.distributed import collectives, process_group
@@ -62,6 +69,8 @@ def lander(
     recipe = recipe_of(workload, directory)
     if replicated:
         recipe = replace(recipe, topology="replicated", deepspeed=str(REPLICATED_JSON))
+    if not gated:
+        recipe = replace(recipe, routing=replace(recipe.routing, gate="none"))
     run = RunDirectory(recipe.run_dir)
     if process_group.rank() == 0:
         _save_selection(workload, recipe, run)
@@ -226,14 +235,20 @@ def _collate(examples: list[Example], target_logits: bool) -> dict[str, Any]:
     return batch
 
 
-SYSTEMS: dict[str, Callable[[Workload, Path, Turns], None]] = {
-    "lander": lander,
-    "replicated": partial(lander, replicated=True),
-    "cached": partial(lander, cached=True),
+System = Callable[[Workload, Path, Turns], None]
+OTHER_TRAINERS: dict[str, System] = {
     "full": partial(hugging_face, lora=False, target_logits=False),
     "lora": partial(hugging_face, lora=True, target_logits=False),
     "full_same_logits": partial(hugging_face, lora=False, target_logits=True),
     "lora_same_logits": partial(hugging_face, lora=True, target_logits=True),
+}
+SYSTEMS: dict[str, System] = {
+    "lander": lander,
+    "ungated": partial(lander, gated=False),
+    "replicated": partial(lander, replicated=True),
+    "cached": partial(lander, cached=True),
+    "replicated_cached": partial(lander, replicated=True, cached=True),
+    **OTHER_TRAINERS,
 }
 
 

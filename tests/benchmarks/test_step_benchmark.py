@@ -71,13 +71,16 @@ def test_ratios_stay_within_a_sitting() -> None:
             "lander": measured([3.0], 150),
             "lora": measured([4.0], 200),
             "replicated": measured([2.4], 300),
+            "replicated_cached": measured([1.8], 330),
         },
+        {"lander": measured([1.0], 1), "replicated_cached": measured([9.0], 1)},
     ]
     actual = ratios(sittings)
     assert actual["ratio_full"] == 0.5
     assert actual["peak_memory_ratio_full"] == 0.25
     assert actual["ratio_lora"] == actual["processor_ratio_lora"] == 0.75
     assert (actual["ratio_replicated"], actual["peak_memory_ratio_replicated"]) == (0.8, 2.0)
+    assert (actual["ratio_replicated_cached"], actual["peak_memory_ratio_replicated_cached"]) == (0.75, 1.1)
 
 
 def test_table_names_every_system_and_goal() -> None:
