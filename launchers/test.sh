@@ -29,6 +29,8 @@ say "2. run pytest with $workers worker processes"
 
 # Tests start up to four ranks each: one thread per process.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Or every process that a test starts compiles this package again.
+unset PYTHONDONTWRITEBYTECODE
 export_environment 1
 export_loopback
 cd "$ROOT"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
@@ -56,7 +57,7 @@ def compare(
     observed: dict[str, float] = {}
     drawn = np.zeros(samples)
     for pair, texts in references.items():
-        sides = [[_statistics(texts, one) for one in side[pair]] for side in (a, b)]
+        sides = [[_statistics(tuple(texts), tuple(one)) for one in side[pair]] for side in (a, b)]
         everything = np.ones((1, len(texts)), dtype=np.int64)
         times = generator.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), size=samples)
         observed[pair] = float(_mean_score(sides[0], everything)[0] - _mean_score(sides[1], everything)[0])
@@ -70,7 +71,8 @@ def compare(
 _METRIC: Any = CHRF()
 
 
-def _statistics(references: Texts, hypotheses: Texts) -> NDArray[np.int64]:
+@lru_cache(maxsize=1024)  # the baseline of an experiment is compared with everything else
+def _statistics(references: tuple[str, ...], hypotheses: tuple[str, ...]) -> NDArray[np.int64]:
     """[N, orders * 3] counts of each sentence, from which sacreBLEU computes corpus scores."""
     return np.array(_METRIC._extract_corpus_statistics(list(hypotheses), [list(references)]))
 

@@ -54,8 +54,8 @@ def test_a_stage_in_an_ascii_locale_reads_and_writes_everything(directory: Path)
 @pytest.mark.parametrize("environment", [ASCII, STRICT, LATIN], ids=["locale", "output", "latin"])
 def test_other_locales_are_told_everything(directory: Path, environment: dict[str, str]) -> None:
     dumped = lander(directory, environment, "config", *OPTIONS, "--dump")
-    missing = lander(directory, environment, "config", "--recipe", "nää.yaml")
+    missing = lander(directory, environment, "summary", "nää")
     assert missing.returncode == 2
     assert (dumped.returncode, dumped.stderr) == (0, b"")
     assert "run_dir: läuft/один" in dumped.stdout.decode("utf-8")
-    assert "nää.yaml: the recipe does not exist" in missing.stderr.decode("utf-8")
+    assert "nää does not exist" in missing.stderr.decode("utf-8")

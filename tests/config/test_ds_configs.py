@@ -1,6 +1,6 @@
 """Every JSON under ds_configs: explained, accepted, its batches add up, and models train under it.
 
-The models have the family and depth of the real ones and little width (`support.narrow_models`).
+The models have the family of the real ones, a few layers and little width (`support.narrow_models`).
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def trained(tiny_run: TinyRun) -> TinyRun:
 @pytest.mark.timeout(COMPILE_SECONDS + 300)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_narrow_model_of_the_same_depth_trains(trained: TinyRun, size: str, name: str) -> None:
+def test_a_narrow_model_trains(trained: TinyRun, size: str, name: str) -> None:
     if not (FOLDER / size / f"{name}.json").exists():
         pytest.skip("there is no such JSON for this size; ds_configs/README.md says why")
     if not is_trained(FOLDER / size / f"{name}.json"):

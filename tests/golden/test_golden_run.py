@@ -78,9 +78,10 @@ def test_awareness_is_what_it_was(now: Path) -> None:
     assert actual.pairs == wanted.pairs
     assert torch.equal(actual.tokens, wanted.tokens)
     for statistic in STATISTICS:
-        torch.testing.assert_close(
-            getattr(actual, statistic), getattr(wanted, statistic), rtol=1e-6, atol=1e-9, msg=statistic
-        )
+        one, other = getattr(actual, statistic), getattr(wanted, statistic)
+        # Terms of sum h cancel: its rounding is that of their sizes, and another with every kind of processor.
+        scale = wanted.sum_abs_h if statistic == "sum_h" else other
+        assert bool(((one - other).abs() <= 3e-6 * scale + 1e-9).all()), statistic
 
 
 def test_the_selection_is_what_it_was(now: Path) -> None:

@@ -7,9 +7,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from torch.utils.cpp_extension import _get_build_directory
-
-from support.worlds import search_path, server
+from support.worlds import compilation, server
 
 COMPILE_SECONDS = 900
 
@@ -22,7 +20,7 @@ def compile_cpu_adam() -> None:
         RuntimeError: it failed, or took too long.
     """
     # A compilation that was killed leaves its lock, for which the next one would wait for ever.
-    lock = Path(_get_build_directory("cpu_adam", verbose=False)) / "lock"
+    lock = Path(compilation()["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / "lock"
     if lock.exists() and time.time() - lock.stat().st_mtime > COMPILE_SECONDS:
         lock.unlink()
     process = server().Process(target=_compile)
@@ -37,5 +35,5 @@ def compile_cpu_adam() -> None:
 def _compile() -> None:
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    os.environ["PATH"] = search_path()
+    os.environ.update(compilation())
     CPUAdamBuilder().load(verbose=False)

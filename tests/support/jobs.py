@@ -102,13 +102,14 @@ def select_and_train(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def every_stage(recipe: Recipe, run: RunDirectory) -> None:
-    """What `lander all` does, in this process group."""
+    """What `lander all` does, in this process group; the report, which rank 0 makes of files, with one rank alone."""
     if process_group.rank() == 0:
         run.selection.unlink()
     collectives.barrier()
     for name in STAGES:
-        import_module(f"lander_ds.stages.{name}").run(recipe, run)
-        accelerator.free_memory()
+        if name != "report" or process_group.world_size() == 1:
+            import_module(f"lander_ds.stages.{name}").run(recipe, run)
+            accelerator.free_memory()
 
 
 def relay(recipe: Recipe, run: RunDirectory) -> None:

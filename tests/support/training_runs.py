@@ -37,17 +37,17 @@ COLLECTIVES = "support.jobs:use_collectives"
 RELAY = "support.jobs:relay"
 WATCH = "support.jobs:train_and_watch"
 CACHED = (*ADAMW, *sets(train__prefix_cache="disk"))
-FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
+FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=5))
 """One to three examples a step: fewer than four ranks have micro-batches."""
 ABSENT = sets(
-    routing__gate="none", train__batch_tokens=96, train__steps=12, train__clip=0.2, train__weight_decay=0.1
+    routing__gate="none", train__batch_tokens=96, train__steps=8, train__clip=0.2, train__weight_decay=0.1
 )
 LORA = sets(train__method="lora", train__steps=4, train__lora__r=4)
 SHIRA = sets(train__method="shira", train__steps=4, train__shira__r=3, train__lr__shira=3e-3)
 LAYERS = sets(train__method="layers", train__steps=4, train__clip=0.2)
 OUTPUT = (
     *sets(routing__gate="output", routing__gate_init="paper", routing__other_pairs="mask"),
-    *sets(train__optimizer="sgd", train__steps=6, train__schedule="constant"),
+    *sets(train__optimizer="sgd", train__steps=4, train__schedule="constant"),
     "train.banks=[specific]",
     "train.lr={specific: 1.0, gates: 1.0}",
 )
@@ -146,11 +146,11 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("none", ABSENT, WATCH),
         Job(
             "input",
-            sets(routing__budget_weight=0.5, routing__budget=0.2, train__steps=8, train__clip=0.3),
+            sets(routing__budget_weight=0.5, routing__budget=0.2, train__steps=5, train__clip=0.3),
             GATHER,
         ),
         Job("output", OUTPUT, GATHER),
-        Job("full", sets(train__method="full", train__steps=6, train__weight_decay=0.1)),
+        Job("full", sets(train__method="full", train__steps=4, train__weight_decay=0.1)),
         Job("cached", CACHED),
         Job("replay", (*REPLAY, "train.prefix_cache=disk"), PREPARE_AND_TRAIN),
         Job("cpo", CPO, PREPARE_AND_TRAIN),

@@ -46,10 +46,10 @@ def test_a_record_of_every_step(world_1: TinyRun) -> None:
         assert 0 < record["target_tokens"] < record["tokens"] <= 384
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
     assert records[-1]["eta_seconds"] == 0.0
-    factor = 0.5 * (1 + math.cos(math.pi * 5 / STEPS))
-    assert records[5]["lr"]["general"] == pytest.approx(0.01 * factor)
-    assert records[5]["lr"]["specific:en-de"] == pytest.approx(0.02 * factor)
-    assert records[5]["lr"]["gates"] == pytest.approx(0.04 * factor)
+    factor = 0.5 * (1 + math.cos(math.pi * (STEPS - 1) / STEPS))
+    assert records[-1]["lr"]["general"] == pytest.approx(0.01 * factor)
+    assert records[-1]["lr"]["specific:en-de"] == pytest.approx(0.02 * factor)
+    assert records[-1]["lr"]["gates"] == pytest.approx(0.04 * factor)
 
 
 def test_the_summary_of_a_training(world_2: TinyRun) -> None:
