@@ -25,11 +25,22 @@ from lander_ds.config.schema.types import Split
 from lander_ds.data.context import Preceding
 from lander_ds.data.filters import Sentences
 from lander_ds.data.passes import HELD_OUT, reading
-from lander_ds.data.prepared import DOC, FEATURES, FORMAT, TOKENS, read_manifest, split_file
+from lander_ds.data.prepared import FORMAT, read_manifest, split_file
 from lander_ds.data.quality import Judge, judged
 from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.sources.rows import Reason, Rejection, Row
 from lander_ds.data.tokens.encoding import Encoded
+
+TOKENS, DOC = datasets.List(datasets.Value("int32")), datasets.Value("string")
+FEATURES = {
+    "id": datasets.Value("string"),
+    "src": datasets.Value("string"),
+    "tgt": datasets.Value("string"),
+    "input_ids": TOKENS,
+    "prompt_length": datasets.Value("int32"),
+    "length": datasets.Value("int32"),
+}
+"""Columns of every split. Where a corpus names documents or worse translations there is one more, `doc` or `rejected`."""
 
 REJECTED_TEXT_CHARS = 200
 

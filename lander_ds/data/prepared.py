@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow.compute
+import pyarrow.ipc
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import inside, json_hash, read_json
@@ -30,17 +30,6 @@ from lander_ds.data.sources.corpus import Corpus
 from lander_ds.data.tokens.prompt import prompt_options
 
 FORMAT = "lander-prepared-3"
-
-TOKENS, DOC = datasets.List(datasets.Value("int32")), datasets.Value("string")
-FEATURES = {
-    "id": datasets.Value("string"),
-    "src": datasets.Value("string"),
-    "tgt": datasets.Value("string"),
-    "input_ids": TOKENS,
-    "prompt_length": datasets.Value("int32"),
-    "length": datasets.Value("int32"),
-}
-"""Columns of every split. Where a corpus names documents or worse translations there is one more, `doc` or `rejected`."""
 
 TOKEN_COLUMNS = ("input_ids", "rejected")
 
@@ -67,7 +56,9 @@ class PreparedSplit:
     """One split of one pair. Only lengths are in memory; the rest is read from the memory map."""
 
     def __init__(self, pair: str, split: str, path: Path) -> None:
-        table = datasets.Dataset.from_file(str(path)).data
+        # What ArrowWriter of datasets has written; ranks need not wait for that library, and pandas with it.
+        with pyarrow.memory_map(str(path)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+            table = stream.read_all()
         self.pair, self.split = pair, split
         self.lengths: np.ndarray = table.column("length").to_numpy()
         """[n] int32: tokens of prompt, target and end of sequence."""
@@ -181,6 +172,30 @@ class PreparedData:
         if not recipe.data.replay.corpora:
             return None
         return _open(run, recipe, replay_directory(run), replay_options(recipe))
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A named test set, prepared."""
+
+    name: str
+    """Its key in `evaluate.sets`."""
+    pairs: tuple[str, ...]
+    """Its directions."""
+    split: Split
+    """The split of `data` that it is."""
+    data: PreparedData
+    """Its entry; `train` are few-shot examples of directions outside `data.pairs`."""
+
+    @staticmethod
+    def load(run: RunDirectory, recipe: Recipe, name: str) -> NamedSet:
+        """A set that stage prepare made for this recipe.
+
+        Raises:
+            ArtefactError: as `PreparedData.load_set`.
+        """
+        data = PreparedData.load_set(run, recipe, name)
+        return NamedSet(name, set_pairs(recipe, name), recipe.evaluate.sets[name].split, data)
 
 
 def _open(run: RunDirectory, recipe: Recipe, directory: Path, options: Mapping[str, Any]) -> PreparedData:

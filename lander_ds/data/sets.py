@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lander_ds.common.console import progress
-from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.data_consistency import set_pairs
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.types import Split
@@ -18,30 +17,6 @@ from lander_ds.data.sources.corpus import Corpus
 
 TRAINED: tuple[Split, ...] = ("train", "detect")
 """Splits whose sentences say nothing in a test."""
-
-
-@dataclass(frozen=True)
-class NamedSet:
-    """A named test set, prepared."""
-
-    name: str
-    """Its key in `evaluate.sets`."""
-    pairs: tuple[str, ...]
-    """Its directions."""
-    split: Split
-    """The split of `data` that it is."""
-    data: PreparedData
-    """Its entry; `train` are few-shot examples of directions outside `data.pairs`."""
-
-    @staticmethod
-    def load(run: RunDirectory, recipe: Recipe, name: str) -> NamedSet:
-        """A set that stage prepare made for this recipe.
-
-        Raises:
-            ArtefactError: as `PreparedData.load_set`.
-        """
-        data = PreparedData.load_set(run, recipe, name)
-        return NamedSet(name, set_pairs(recipe, name), recipe.evaluate.sets[name].split, data)
 
 
 def set_recipe(recipe: Recipe, name: str) -> Recipe:

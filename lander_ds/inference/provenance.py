@@ -19,8 +19,7 @@ from lander_ds.common.files import file_hash, json_hash
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.types import Split, System
 from lander_ds.config.systems import model_of, shows_examples
-from lander_ds.data.prepared import PreparedData
-from lander_ds.data.sets import NamedSet
+from lander_ds.data.prepared import NamedSet, PreparedData
 from lander_ds.data.tokens.prompt import prompt_options
 from lander_ds.distributed.start import Start
 

@@ -13,8 +13,7 @@ from lander_ds.config.data_consistency import has_examples, translated_pairs
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.types import System
 from lander_ds.config.systems import shows_examples
-from lander_ds.data.prepared import PreparedData, PreparedSplit, Sentence
-from lander_ds.data.sets import NamedSet
+from lander_ds.data.prepared import NamedSet, PreparedData, PreparedSplit, Sentence
 from lander_ds.data.tokens.prompt import choose_shots, shots_for
 from lander_ds.data.tokens.prompt_format import prompt_format
 from lander_ds.data.tokens.text_encoder import TextEncoder

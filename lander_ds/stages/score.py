@@ -20,8 +20,7 @@ from lander_ds.config.loading import section
 from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.types import System
 from lander_ds.config.systems import set_systems, shows_examples
-from lander_ds.data.prepared import PreparedData
-from lander_ds.data.sets import NamedSet
+from lander_ds.data.prepared import NamedSet, PreparedData
 from lander_ds.data.sources.sacrebleu_sets import origin
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.distributed.start import Start

@@ -14,8 +14,7 @@ from lander_ds.checkpoint.choice import chosen, warn_of_changes
 from lander_ds.common.files import json_hash, write_json
 from lander_ds.config.schema.types import System
 from lander_ds.config.systems import model_of, set_systems, shows_examples, used_systems
-from lander_ds.data.prepared import PreparedData
-from lander_ds.data.sets import NamedSet
+from lander_ds.data.prepared import NamedSet, PreparedData
 from lander_ds.data.tokens.languages import split_pair
 from lander_ds.data.tokens.tokenizer import load_tokenizer
 from lander_ds.distributed import collectives, process_group
