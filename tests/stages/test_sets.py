@@ -28,8 +28,7 @@ from lander_ds.config.recipe import Recipe
 from lander_ds.config.schema.data import CorpusConfig, PromptConfig
 from lander_ds.config.schema.results import EvaluateConfig, ScoreConfig, SetConfig, TranslateConfig
 from lander_ds.config.schema.types import System
-from lander_ds.data.prepared import PreparedData
-from lander_ds.data.prepared import NamedSet
+from lander_ds.data.prepared import NamedSet, PreparedData
 from lander_ds.distributed.start import Start
 from lander_ds.inference.open import open_for_inference
 from lander_ds.inference.provenance import is_up_to_date
