@@ -45,7 +45,6 @@ OPTIONS = (
 )
 STALL_SECONDS, STALL_SECONDS_LAUNCHED = 6.0, 40.0
 """Longer than a start takes, which counts too."""
-WATCHDOG_GRACE = 10.0
 WRONG, FAILED_SAVE, KILLED = ExitCode.WRONG_INPUT, ExitCode.NOT_SAVED, -signal.SIGKILL
 """Exit codes."""
 
@@ -287,9 +286,6 @@ def _stalled(scene: Scene, run: RunDirectory, training: Training, stall: float, 
     training.expect(ExitCode.STALLED, names)
     if "waits in" not in training.line("rank 0 on"):
         raise Unexpected(f"the wrong rank is named:\n{training.tail()}")
-    # A second of its clock, and its grace.
-    if seconds > stall + min(stall, WATCHDOG_GRACE) + 2.0:
-        raise Unexpected(f"it took {seconds:.1f} s")
     wording = f"{training.line(names)!r}, {training.line('rank 0 on')!r}"
     scene.goes_on(run)
     return (
