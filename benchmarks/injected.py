@@ -334,8 +334,9 @@ def dead_worker(scene: Scene) -> str:
     try:
         workers: list[psutil.Process] = []
         while not workers and done.poll() is None:
-            children = psutil.Process(done.pid).children()
-            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            # Its own child is the server that forks them.
+            children = psutil.Process(done.pid).children(recursive=True)
+            workers = [child for child in children if child.ppid() != done.pid]
             time.sleep(0.01)
         if not workers:
             raise Unexpected("ended without a worker")
