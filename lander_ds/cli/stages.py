@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from lander_ds.common import launch
 from lander_ds.common.lazy import load
 from lander_ds.common.run_directory import RunDirectory
-from lander_ds.distributed import accelerator, agreement, process_group
+from lander_ds.distributed import accelerator, agreement, process_group, vectors
 from lander_ds.distributed.start import Start
 from lander_ds.preflight.facts import collect
 from lander_ds.preflight.recipe import load_checked
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _advise(dtype: str) -> None:
-    if accelerator.is_cpu() and accelerator.imitates(dtype, accelerator.vectors()):
+    if accelerator.is_cpu() and vectors.imitate(vectors.widest(), dtype):
         logger.warning(
             "model.dtype: this processor has no %s arithmetic and imitates it, several times slower than float32: set "
             "model.dtype=float32 where memory allows",

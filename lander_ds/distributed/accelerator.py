@@ -31,22 +31,6 @@ def is_cpu() -> bool:
     return kind() == "cpu"
 
 
-def imitates(dtype: str, vectors: str) -> bool:
-    """Whether a processor has to imitate arithmetic of a type: with AVX2, products of bfloat16 take about 6 times as long as
-    those of float32 (torch 2.13.0, 2026-11-30).
-
-    Args:
-        dtype: `model.dtype`.
-        vectors: its widest ones, as `vectors` says.
-    """
-    return dtype != "float32" and vectors == "AVX2"
-
-
-def vectors() -> str:
-    """The widest vectors that PyTorch uses on this processor: AVX2, AVX512, SVE256, ... or DEFAULT."""
-    return str(torch.backends.cpu.get_cpu_capability())
-
-
 def bind() -> None:
     """Make one device of this host the current one of this process, and LOCAL_RANK its number.
 

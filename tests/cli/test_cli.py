@@ -20,7 +20,7 @@ from lander_ds.cli.main import main
 from lander_ds.common.errors import DataError
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.config.loading import load_recipe
-from lander_ds.distributed import accelerator
+from lander_ds.distributed import vectors
 from lander_ds.distributed.start import Start
 from lander_ds.stages import score
 from lander_ds.stages.catalogue import STAGES
@@ -176,7 +176,7 @@ def test_a_processor_that_imitates_the_type_is_told(
     dtype: str,
     advised: bool,
 ) -> None:
-    monkeypatch.setattr(accelerator, "vectors", lambda: "AVX2")
+    monkeypatch.setattr(vectors, "widest", lambda: "AVX2")
     monkeypatch.setattr("lander_ds.cli.stages.process_group_for", lambda *_: nullcontext())
     monkeypatch.setattr(import_module(f"lander_ds.stages.{stage}").STAGE, "perform", lambda start: None)
     assert main([stage, "--recipe", "recipe.yaml", "--set", f"model.dtype={dtype}"]) == 0

@@ -60,7 +60,7 @@ def test_these_trainings_are_worth_comparing(world_1: TinyRun) -> None:
         assert all(len(record["loss_per_pair"]) > 1 for record in records), "every batch mixes pairs"
         assert records[-1]["alpha"] == pytest.approx(1.0)
         assert all(record["budget_loss"] > 0 for record in records)
-        assert min(record["loss"] for record in records) < records[0]["loss"] - 0.1
+        assert records[-1]["loss"] < records[0]["loss"] - 0.1
     assert min(record["grad_norm"] for record in metrics(world_1.run("adamw-1"))) > 0.2, (
         "clipping always bites"
     )

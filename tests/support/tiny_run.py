@@ -31,7 +31,7 @@ from support.selections import random_selection
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample"
 PAIRS = ("en-de", "en-fr", "en-es")
 SENTENCES = {"train": 100, "valid": 4, "test": 6}
-STEPS = 5
+STEPS = 6
 VOCABULARY = 480
 WIDTH, NEURONS = 32, 64
 SELECTED = (1, 3)

@@ -37,7 +37,7 @@ COLLECTIVES = "support.jobs:use_collectives"
 RELAY = "support.jobs:relay"
 WATCH = "support.jobs:train_and_watch"
 CACHED = (*ADAMW, *sets(train__prefix_cache="disk"))
-FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=5))
+FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 """One to three examples a step: fewer than four ranks have micro-batches."""
 ABSENT = sets(
     routing__gate="none", train__batch_tokens=96, train__steps=8, train__clip=0.2, train__weight_decay=0.1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lander_ds.distributed.accelerator import vectors
+from lander_ds.distributed import vectors
 
 
 def accelerator() -> dict[str, Any]:
@@ -24,5 +24,5 @@ def accelerator() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": nccl if dist.is_nccl_available() else None,
         "gloo": dist.is_gloo_available(),
-        "vectors": vectors(),
+        "vectors": vectors.widest(),
     }

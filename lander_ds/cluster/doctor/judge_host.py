@@ -11,7 +11,7 @@ from lander_ds.cluster.doctor.finding import Finding, Status
 from lander_ds.cluster.doctor.hostfile import Host
 from lander_ds.cluster.doctor.judge import Run
 from lander_ds.cluster.doctor.judge_resources import judge_resources
-from lander_ds.distributed.accelerator import imitates
+from lander_ds.distributed import vectors
 
 DEPENDENT = ("topology", "need", "disk")
 """Parts that cannot be looked at without a sound recipe: their faults are its faults."""
@@ -109,7 +109,7 @@ def _accelerator(
         yield Finding(
             "accelerator", host.name, "fail", "no GPU, and a PyTorch without gloo", "install another PyTorch"
         )
-    elif run.recipe is not None and imitates(run.recipe.model.dtype, own["vectors"]):
+    elif run.recipe is not None and vectors.imitate(own["vectors"], run.recipe.model.dtype):
         dtype = run.recipe.model.dtype
         detail = f"no GPU, and a processor ({own['vectors']}) that imitates {dtype}, several times slower than float32"
         yield Finding("accelerator", host.name, "warn", detail, "set model.dtype=float32 where memory allows")
