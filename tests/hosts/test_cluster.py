@@ -13,6 +13,8 @@ import pytest
 from cluster import TOLERANCE
 from lab import HEAD, Lab, missing
 from launches import Job, Launch, idle, laboratory, left, tiny_job
+from support import worlds
+from support.worlds import run_world
 
 WHY = missing()
 pytestmark = [
@@ -30,11 +32,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def job(lab: Lab) -> Job:
-    built = tiny_job(lab.directory / "job", ranks=2, steps=12)
-    built.copy("single")
-    launch = Launch(lab, built, "single", "single")
-    assert launch.wait() == 0, launch.tail()
-    return built
+    return tiny_job(lab.directory / "job", ranks=2, steps=12)
 
 
 def test_hosts_are_apart(lab: Lab) -> None:
@@ -49,6 +47,7 @@ def test_hosts_are_apart(lab: Lab) -> None:
 
 def test_pdsh_after_a_killed_rank_ends_as_one_host(lab: Lab, job: Job) -> None:
     """The launcher starts again by itself; the losses of both attempts together are those of one host."""
+    run_world(job.runs, job.ranks, [worlds.Job("one-host", tuple(job.overrides))])
     job.copy("pdsh")
     before = idle(lab)
     launch = Launch(lab, job, "pdsh", "pdsh", ["--max-restarts", "1"])
@@ -59,7 +58,7 @@ def test_pdsh_after_a_killed_rank_ends_as_one_host(lab: Lab, job: Job) -> None:
     assert "exit code 137: restart 1 of 1" in said
     assert "going on from" in said
     assert left(lab, before) == []
-    difference = job.difference("pdsh", "single")
+    difference = job.difference("pdsh", f"one-host-{job.ranks}")
     assert difference is not None
     assert difference <= TOLERANCE
 

@@ -40,6 +40,7 @@ from support.training_runs import (
     RELAYED,
     RELAYED_NF4,
     REPLAY,
+    ROOMY,
     SGD,
     SHIRA,
     TRAIN_LOWER,
@@ -86,7 +87,7 @@ def _two(topology: str) -> tuple[Job, ...]:
         staged(
             topology, stages, 2, "adamw", ADAMW, json="replicated-overlap" if topology == REPLICATED else ""
         ),
-        job("recompute", (*ADAMW, "train.activation_checkpointing=true")),
+        job("recompute", (*ADAMW, *ROOMY, "train.activation_checkpointing=true")),
         job("detect", (), DETECT),
         job("none", ABSENT, WATCH),
         job("output", OUTPUT, GATHER),
@@ -118,7 +119,7 @@ def _four(topology: str) -> tuple[Job, ...]:
         staged(topology, 2, 4, "adamw", ADAMW),
         staged(topology, 2, 4, "few", FEW),
         staged(topology, 2, 4, "detect", (), DETECT),
-        staged(topology, 2, 4, "recompute", (*ADAMW, "train.activation_checkpointing=true")),
+        staged(topology, 2, 4, "recompute", (*ADAMW, *ROOMY, "train.activation_checkpointing=true")),
         staged(topology, 4, 4, "sgd", SGD),
         staged(topology, 4, 4, "adamw", ADAMW),
         staged(topology, 4, 4, "detect", (), DETECT),

@@ -19,6 +19,10 @@ def sets(**values: object) -> tuple[str, ...]:
     return tuple(f"{key.replace('__', '.')}={value}" for key, value in values.items())
 
 
+ROOMY = ("train.pack_tokens=192",)
+"""Half as many micro-batches, and so half the work, for the same result: see `sgd-micro4` and `sgd-pack128`. Of what is
+about several micro-batches on a rank (sgd, adamw, few, cached) those on several ranks have four a step."""
+
 NOISY = sets(routing__alpha_max=1.0, routing__budget_weight=0.3, routing__budget=0.3)
 SGD = (*NOISY, *sets(train__optimizer="sgd"), "train.lr={general: 1.0, specific: 2.0, gates: 2.0}")
 ADAMW = (*NOISY, *sets(train__clip=0.2, train__weight_decay=0.05))
@@ -42,21 +46,23 @@ FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 ABSENT = sets(
     routing__gate="none", train__batch_tokens=96, train__steps=8, train__clip=0.2, train__weight_decay=0.1
 )
-LORA = sets(train__method="lora", train__steps=4, train__lora__r=4)
-SHIRA = sets(train__method="shira", train__steps=4, train__shira__r=3, train__lr__shira=3e-3)
-LAYERS = sets(train__method="layers", train__steps=4, train__clip=0.2)
+LORA = (*ROOMY, *sets(train__method="lora", train__steps=3, train__lora__r=4))
+SHIRA = (*ROOMY, *sets(train__method="shira", train__steps=3, train__shira__r=3, train__lr__shira=3e-3))
+LAYERS = (*ROOMY, *sets(train__method="layers", train__steps=3, train__clip=0.2))
 OUTPUT = (
+    *ROOMY,
     *sets(routing__gate="output", routing__gate_init="paper", routing__other_pairs="mask"),
-    *sets(train__optimizer="sgd", train__steps=4, train__schedule="constant"),
+    *sets(train__optimizer="sgd", train__steps=3, train__schedule="constant"),
     "train.banks=[specific]",
     "train.lr={specific: 1.0, gates: 1.0}",
 )
-FULL = (*sets(train__method="full", train__steps=4, train__clip=0.5), "model.path=$root/untied")
-LOWER = (*NOISY, *sets(train__steps=4, train__clip=0.2))
-AVERAGED = (*ADAMW, *sets(train__steps=4, train__save_every=1, train__average__last=3))
+FULL = (*ROOMY, *sets(train__method="full", train__steps=3, train__clip=0.5), "model.path=$root/untied")
+LOWER = (*NOISY, *ROOMY, *sets(train__steps=3, train__clip=0.2))
+AVERAGED = (*ADAMW, *ROOMY, *sets(train__steps=4, train__save_every=1, train__average__last=3))
 REPLAY = (
     *ADAMW,
-    *sets(train__steps=4),
+    *ROOMY,
+    *sets(train__steps=3),
     "data.replay={share: 0.4, corpora: [{path: $root/general.txt}]}",
 )
 CPO = (
@@ -74,9 +80,10 @@ STAYS = (
 """Where another run has come to."""
 STAYS_ROUNDED = (*STAYS, "model.dtype=bfloat16", "train.start_from=$root/bfloat16-1")
 """The same where weights are rounded in the model, but not in the optimizer."""
-BFLOAT16 = sets(model__dtype="bfloat16", train__steps=4)
+BFLOAT16 = (*ROOMY, *sets(model__dtype="bfloat16", train__steps=3))
 WHOLE = (
-    *sets(train__steps=4, translate__max_new_tokens=8, score__bootstrap_samples=20),
+    *ROOMY,
+    *sets(train__steps=3, translate__max_new_tokens=8, score__bootstrap_samples=20),
     "translate.systems=[base, trained]",
     "export.formats=[dense]",
     "select.layers.k=2",
@@ -86,9 +93,7 @@ EXPERTS = (*NOISY, *WHOLE, "model.path=$root/experts")
 INT8_LORA = (*LORA, "model.quantize=int8")
 ONE_REPLICATED = ("topology=replicated", "deepspeed=$root/replicated.json")
 HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
-ROOMY = ("train.pack_tokens=192",)
-"""On one rank half as many micro-batches, and so half the work, for the same result: see `sgd-micro4` and `sgd-pack128`."""
-RELAYED = (*ADAMW, *sets(train__steps=8, train__schedule="constant", routing__alpha_max=0.0))
+RELAYED = (*ADAMW, *ROOMY, *sets(train__steps=8, train__schedule="constant", routing__alpha_max=0.0))
 """Nothing in a step depends on how many there will be."""
 RELAYED_NF4 = (*RELAYED, "model.quantize=nf4")
 DIVERGED = (
@@ -114,16 +119,16 @@ JOBS: dict[int, tuple[Job, ...]] = {
         Job("few", FEW),
         Job("recompute", (*ADAMW, *ROOMY, "train.activation_checkpointing=true")),
         Job("none", ABSENT),
-        Job("output", (*OUTPUT, *ROOMY)),
-        Job("layers", (*LAYERS, *ROOMY)),
-        Job("lora", (*LORA, *ROOMY)),
-        Job("shira", (*SHIRA, *ROOMY)),
-        Job("full", (*FULL, *ROOMY), PREPARE_AND_TRAIN),
-        Job("lower", (*LOWER, *ROOMY), TRAIN_LOWER),
-        Job("replay", (*REPLAY, *ROOMY), PREPARE_AND_TRAIN),
-        Job("cpo", (*CPO, *ROOMY), PREPARE_AND_TRAIN),
+        Job("output", OUTPUT),
+        Job("layers", LAYERS),
+        Job("lora", LORA),
+        Job("shira", SHIRA),
+        Job("full", FULL, PREPARE_AND_TRAIN),
+        Job("lower", LOWER, TRAIN_LOWER),
+        Job("replay", REPLAY, PREPARE_AND_TRAIN),
+        Job("cpo", CPO, PREPARE_AND_TRAIN),
         Job("further", STAYS, FURTHER),
-        Job("relayed", (*RELAYED, *ROOMY)),
+        Job("relayed", RELAYED),
         Job("bfloat16", BFLOAT16),
         Job("further-bfloat16", STAYS_ROUNDED, FURTHER),
         Job("whole", WHOLE, EVERY_STAGE),
@@ -150,7 +155,7 @@ JOBS: dict[int, tuple[Job, ...]] = {
             GATHER,
         ),
         Job("output", OUTPUT, GATHER),
-        Job("full", sets(train__method="full", train__steps=4, train__weight_decay=0.1)),
+        Job("full", sets(train__method="full", train__steps=3, train__weight_decay=0.1)),
         Job("cached", CACHED),
         Job("replay", (*REPLAY, "train.prefix_cache=disk"), PREPARE_AND_TRAIN),
         Job("cpo", CPO, PREPARE_AND_TRAIN),
