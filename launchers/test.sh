@@ -8,8 +8,9 @@ usage() {
 usage: launchers/test.sh [--help] [pytest arguments]
 
 Installs the package with its development requirements into .venv (skipped when up to date) and runs pytest on
-tests/ without network. Everything else on the command line goes to pytest:
+tests/ without network. Everything on the command line goes to pytest:
 
+  launchers/test.sh --all                 the long tests too: whole programs of benchmarks/, unbabel-comet itself
   launchers/test.sh tests/data -k tmx
   launchers/test.sh -m "not distributed"
 EOF

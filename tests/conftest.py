@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from support.stage_runs import stages_2, stages_4
 from support.training_runs import tiny_run, world_1, world_2, world_4
 from support.workspace import Workspace
@@ -23,16 +24,34 @@ __all__ = ["stages_2", "stages_4", "tiny_run", "world_1", "world_2", "world_4"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 USES_WORLDS = re.compile(r"\b(world|stages)_([124]\b|\{)")
 """In the text of a test file: a fixture's name, or what makes one."""
 
+WORLDS_SECONDS = 1800
+"""The first test that uses a world waits until all jobs have run in it. A job that hangs ends the world much earlier."""
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, so that nothing long is left at the end."""
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all`."""
+    parser.addoption("--all", action="store_true", help="run tests marked `long` too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long ones, unless they are named; begin with what takes much time, so that none of it is left at the
+    end."""
+    if not config.getoption("--all") and not any("::" in argument for argument in config.args):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     distributed = {item.path for item in items if item.get_closest_marker("distributed")}
     items.sort(key=lambda item: (not _uses_worlds(item.path), item.path not in distributed))
+    for item in items:
+        if _uses_worlds(item.path) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(WORLDS_SECONDS))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:

@@ -114,6 +114,7 @@ def test_the_command_line_of_a_stage(tiny_run: TinyRun) -> None:
     assert actual[3:] == [f"--set=run_dir={run.path}", f"--set=deepspeed={tiny_run.root}/pipeline.json"]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--kills", "2", "--launched", "0", "--json", "--keep", str(tmp_path / "kept")]

@@ -104,6 +104,7 @@ def _not_ok(actual: dict[str, Any]) -> list[str]:
 LISTS = ("cases", "weight_bytes", "load_peaks")
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from plan import Case, validate
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_predictions_are_what_ranks_hold() -> None:
     cases = validate(None, {1: ((1, 1),), 2: ((2, 1),)})

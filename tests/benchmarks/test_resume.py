@@ -76,6 +76,7 @@ def test_the_table() -> None:
     assert ["save_overhead", "1.042"] in rows
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     small = {"SAVED_AT": 4, "STEPS": 8, "WIDTH": 64, "NEURONS": 512, "BATCH_TOKENS": 192}

@@ -212,7 +212,7 @@ numbers = st.floats(0, allow_nan=False, allow_infinity=False)
 shares = st.floats(0, 1, exclude_max=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     texts | st.sampled_from(["1e-4", "off", "0o7", "~", "1_000", "<<", "0x1f", "true", "1:30"]),
     numbers,

@@ -36,7 +36,7 @@ def same(a: GlobalBatch, b: GlobalBatch) -> bool:
 corpora = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=12), min_size=1, max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(corpora, st.integers(30, 200), st.sampled_from([1.0, 3.0, float("inf")]), st.integers(0, 2**32))
 def test_plan_properties(lengths: list[list[int]], batch_tokens: int, temperature: float, seed: int) -> None:
     plan = make_plan(lengths, batch_tokens, temperature, seed)
@@ -65,7 +65,7 @@ def test_plan_properties(lengths: list[list[int]], batch_tokens: int, temperatur
             assert sorted(drawn[epoch * len(sizes) : (epoch + 1) * len(sizes)]) == list(range(len(sizes)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(corpora, st.permutations(range(12)), st.integers(0, 9))
 def test_a_batch_does_not_depend_on_the_calls_before_it(
     lengths: list[list[int]], order: list[int], seed: int

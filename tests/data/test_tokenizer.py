@@ -83,7 +83,7 @@ class TestTraining:
         )
         assert (*names, len(tokenizer)) == (0, 1, 2, 3, 1500)
 
-        @settings(max_examples=200, deadline=None)
+        @settings(max_examples=200)
         @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")))
         def comes_back(text: str) -> None:
             # The spelling of the unknown piece is that piece.

@@ -38,7 +38,7 @@ def every_cut(layers: int, stages: int) -> list[tuple[int, ...]]:
     return list(combinations(range(1, layers), stages - 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(models())
 def test_no_cut_is_better(model: tuple[list[int], int, int]) -> None:
     costs, head, stages = model

@@ -19,10 +19,13 @@ from lander_ds.evaluation.neural import PYTHON_VARIABLE
 from lander_ds.inference.translations import read_translations
 from lander_ds.stages import score
 
-pytestmark = pytest.mark.skipif(
-    PYTHON_VARIABLE not in os.environ,
-    reason=f"{PYTHON_VARIABLE} names no interpreter with unbabel-comet (launchers/comet_env.sh makes one)",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        PYTHON_VARIABLE not in os.environ,
+        reason=f"{PYTHON_VARIABLE} names no interpreter with unbabel-comet (launchers/comet_env.sh makes one)",
+    ),
+]
 MAKE = Path(__file__).parents[1] / "support" / "make_comet.py"
 COUNT = 40
 

@@ -152,7 +152,7 @@ def test_one_pair_without_awareness_does_not_spoil_the_others() -> None:
     assert share.tolist() == [[0, 0, 0], [0.25, 0.5, 0.25]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     phi=st.integers(2, 5).flatmap(
         lambda pairs: st.integers(1, 12).flatmap(

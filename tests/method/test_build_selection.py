@@ -179,7 +179,7 @@ bank_choices = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     pairs=st.integers(1, 5),
     neurons=st.integers(1, 30),

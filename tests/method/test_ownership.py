@@ -107,7 +107,7 @@ class TestTop:
         assert owned(control) != owned(like)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs=st.integers(1, 5), levels=st.integers(2, 5), seed=st.integers(0, 999), share=st.floats(0.1, 1))
 def test_the_top_of_a_pair_is_at_least_its_share(pairs: int, levels: int, seed: int, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
