@@ -57,6 +57,8 @@ mount --bind {files}/hosts.{host} /etc/hosts
 mount --bind {files}/ssh_config /etc/ssh/ssh_config
 hostname {host}
 /usr/sbin/sshd -D -e -f {files}/sshd_config 2>>{files}/sshd.{host}.log &
+# Ready is who answers: port 22 (0x16) is in state LISTEN (0x0A).
+until grep -q ':0016 00000000:0000 0A' /proc/net/tcp; do sleep 0.05; done
 touch {files}/ready.{host}
 # Process 1 has to reap orphans, which bash does as long as it waits.
 while :; do sleep 3600 & wait $! || true; done

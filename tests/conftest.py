@@ -5,6 +5,7 @@ Tests import helpers from `support`, never from a `conftest`: there are several 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -52,6 +53,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _uses_worlds(item.path) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(WORLDS_SECONDS))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: the collector need not look through it during the tests."""
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:

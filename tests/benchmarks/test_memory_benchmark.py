@@ -35,6 +35,7 @@ def test_the_sampler_sees_memory_that_was_given_back() -> None:
     assert 60 * MIB < sampler.growth < 100 * MIB
 
 
+@pytest.mark.long
 def test_a_small_model(tmp_path: Path) -> None:
     options = [
         "--parameters",

@@ -17,6 +17,7 @@ from support import worlds
 from support.worlds import run_world
 
 WHY = missing()
+ONE_HOST = "one-host"
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.distributed,
@@ -32,7 +33,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def job(lab: Lab) -> Job:
-    return tiny_job(lab.directory / "job", ranks=2, steps=12)
+    """Has trained on one host."""
+    built = tiny_job(lab.directory / "job", ranks=2, steps=12)
+    run_world(built.runs, built.ranks, [worlds.Job(ONE_HOST, tuple(built.overrides))])
+    return built
 
 
 def test_hosts_are_apart(lab: Lab) -> None:
@@ -45,12 +49,21 @@ def test_hosts_are_apart(lab: Lab) -> None:
     assert not Path("/tmp/of-the-head").exists()
 
 
-def test_pdsh_after_a_killed_rank_ends_as_one_host(lab: Lab, job: Job) -> None:
-    """The launcher starts again by itself; the losses of both attempts together are those of one host."""
-    run_world(job.runs, job.ranks, [worlds.Job("one-host", tuple(job.overrides))])
+def test_pdsh_trains_as_one_host(lab: Lab, job: Job) -> None:
     job.copy("pdsh")
     before = idle(lab)
-    launch = Launch(lab, job, "pdsh", "pdsh", ["--max-restarts", "1"])
+    launch = Launch(lab, job, "pdsh", "pdsh")
+    assert launch.wait() == 0, launch.tail()
+    assert left(lab, before) == []
+    assert_as_one_host(job, "pdsh")
+
+
+@pytest.mark.long
+def test_pdsh_after_a_killed_rank_ends_as_one_host(lab: Lab, job: Job) -> None:
+    """The launcher starts again by itself; the losses of both attempts together are those of one host."""
+    job.copy("killed")
+    before = idle(lab)
+    launch = Launch(lab, job, "pdsh", "killed", ["--max-restarts", "1"])
     launch.wait_for_step(6)
     launch.rank_on(lab.hosts[-1]).kill()
     assert launch.wait() == 0, launch.tail()
@@ -58,7 +71,11 @@ def test_pdsh_after_a_killed_rank_ends_as_one_host(lab: Lab, job: Job) -> None:
     assert "exit code 137: restart 1 of 1" in said
     assert "going on from" in said
     assert left(lab, before) == []
-    difference = job.difference("pdsh", f"one-host-{job.ranks}")
+    assert_as_one_host(job, "killed")
+
+
+def assert_as_one_host(job: Job, name: str) -> None:
+    difference = job.difference(name, f"{ONE_HOST}-{job.ranks}")
     assert difference is not None
     assert difference <= TOLERANCE
 
