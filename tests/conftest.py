@@ -5,7 +5,6 @@ Tests import helpers from `support`, never from a `conftest`: there are several 
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import re
@@ -32,9 +31,6 @@ settings.load_profile("untimed")
 USES_WORLDS = re.compile(r"\b(world|stages)_([124]\b|\{)")
 """In the text of a test file: a fixture's name, or what makes one."""
 
-WORLDS_SECONDS = 1800
-"""The first test that uses a world waits until all jobs have run in it. A job that hangs ends the world much earlier."""
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--all`."""
@@ -51,13 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     distributed = {item.path for item in items if item.get_closest_marker("distributed")}
     items.sort(key=lambda item: (not _uses_worlds(item.path), item.path not in distributed))
     for item in items:
+        # The first test that uses a world waits for all of its jobs, each of which has a limit of its own.
         if _uses_worlds(item.path) and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(WORLDS_SECONDS))
-
-
-def pytest_collection_finish() -> None:
-    """What was imported is never garbage: the collector need not look through it during the tests."""
-    gc.freeze()
+            item.add_marker(pytest.mark.timeout(func_only=True))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:

@@ -50,10 +50,9 @@ def test_scores_follow_from_the_translations(out: Path, figures: Figures) -> Non
 def metrics(references: tuple[str, ...], tokenizer: str) -> dict[str, Any]:
     """By the key of their score; all translations of a test set share the n-grams of its references."""
     refs = [list(references)]
-    chrfpp = CHRF(word_order=2, references=refs)
     return {
         "chrf": CHRF(references=refs),
-        "chrfpp": chrfpp,
+        "chrfpp": CHRF(word_order=2, references=refs),
         "bleu": BLEU(tokenize=tokenizer, references=refs),
     }
 

@@ -14,7 +14,6 @@ from cluster import TOLERANCE
 from lab import HEAD, Lab, missing
 from launches import Job, Launch, idle, laboratory, left, tiny_job
 from support import worlds
-from support.worlds import run_world
 
 WHY = missing()
 ONE_HOST = "one-host"
@@ -35,7 +34,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def job(lab: Lab) -> Job:
     """Has trained on one host."""
     built = tiny_job(lab.directory / "job", ranks=2, steps=12)
-    run_world(built.runs, built.ranks, [worlds.Job(ONE_HOST, tuple(built.overrides))])
+    worlds.run_world(built.runs, built.ranks, [worlds.Job(ONE_HOST, tuple(built.overrides))])
     return built
 
 
@@ -56,6 +55,14 @@ def test_pdsh_trains_as_one_host(lab: Lab, job: Job) -> None:
     assert launch.wait() == 0, launch.tail()
     assert left(lab, before) == []
     assert_as_one_host(job, "pdsh")
+
+
+@pytest.mark.long
+def test_a_launcher_on_one_host_trains_as_a_world(lab: Lab, job: Job) -> None:
+    job.copy("single")
+    launch = Launch(lab, job, "single", "single")
+    assert launch.wait() == 0, launch.tail()
+    assert_as_one_host(job, "single")
 
 
 @pytest.mark.long

@@ -20,8 +20,8 @@ def sets(**values: object) -> tuple[str, ...]:
 
 
 ROOMY = ("train.pack_tokens=192",)
-"""Half as many micro-batches, and so half the work, for the same result: see `sgd-micro4` and `sgd-pack128`. Of what is
-about several micro-batches on a rank (sgd, adamw, few, cached) those on several ranks have four a step."""
+"""Half as many micro-batches, and so half the work, for the same result: see `sgd-micro4` and `sgd-pack128`. Not for what
+is about several micro-batches on each of several ranks: sgd, adamw, cached."""
 
 NOISY = sets(routing__alpha_max=1.0, routing__budget_weight=0.3, routing__budget=0.3)
 SGD = (*NOISY, *sets(train__optimizer="sgd"), "train.lr={general: 1.0, specific: 2.0, gates: 2.0}")
@@ -46,8 +46,8 @@ FEW = (*NOISY, *sets(train__batch_tokens=96, train__steps=6))
 ABSENT = sets(
     routing__gate="none", train__batch_tokens=96, train__steps=8, train__clip=0.2, train__weight_decay=0.1
 )
-LORA = (*ROOMY, *sets(train__method="lora", train__steps=3, train__lora__r=4))
-SHIRA = (*ROOMY, *sets(train__method="shira", train__steps=3, train__shira__r=3, train__lr__shira=3e-3))
+LORA = (*ROOMY, *sets(train__method="lora", train__steps=4, train__lora__r=4))
+SHIRA = (*ROOMY, *sets(train__method="shira", train__steps=4, train__shira__r=3, train__lr__shira=3e-3))
 LAYERS = (*ROOMY, *sets(train__method="layers", train__steps=3, train__clip=0.2))
 OUTPUT = (
     *ROOMY,
