@@ -13,7 +13,7 @@ from typing import Any
 
 from lander_ds.common.errors import ArtefactError
 from lander_ds.common.files import read_json
-from lander_ds.evaluation.pooled import Difference, compare
+from lander_ds.evaluation.pooled import compare
 from lander_ds.experiment.grid import Experiment, trials
 from lander_ds.experiment.outcome import (
     CURE,
@@ -33,6 +33,8 @@ TEST = "test"
 
 Key = tuple[str, str]
 """(method, variant)."""
+Texts = dict[tuple[str, str, str], list[dict[tuple[str, str], str]]]
+"""(kind, variant, method) -> seed -> (direction, id) -> translation."""
 
 
 def chosen_rates(experiment: Experiment, out: Path) -> dict[Key, float | None]:
@@ -81,6 +83,7 @@ def assemble(experiment: Experiment, name: str, out: Path) -> dict[str, Any]:
     cells = [figures for figures in everything if figures["kind"] != "trial"]
     if not everything:
         raise ArtefactError(f"{out}: no cell is finished yet: run lander experiment first")
+    texts = texts_of(cells, out)
     chosen = chosen_rates(experiment, out)
     times: dict[str, dict[str, float]] = defaultdict(dict)
     for (method, variant), seconds in step_seconds(experiment, out).items():
@@ -101,7 +104,8 @@ def assemble(experiment: Experiment, name: str, out: Path) -> dict[str, Any]:
         "step_seconds": times,
         "signatures": everything[0]["signatures"],
         "cells": [row for figures in cells for row in _rows(figures)],
-        "comparisons": comparisons(experiment.baseline, cells, out),
+        "comparisons": comparisons(experiment.baseline, texts, out),
+        "variants": across_variants(experiment, texts, out),
     }
 
 
@@ -134,20 +138,25 @@ def _rows(figures: Figures) -> list[dict[str, Any]]:
     ]
 
 
-def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict[str, Any]]:
+def texts_of(cells: Sequence[Figures], out: Path) -> Texts:
+    """The published translations of cells that are no trials."""
+    texts: Texts = defaultdict(list)
+    for figures in cells:
+        for system, translations in hypotheses(out, figures).items():
+            method = method_name(system, str(figures["method"]))
+            texts[figures["kind"], figures["variant"], method].append(translations)
+    return texts
+
+
+def comparisons(baseline: str, texts: Texts, out: Path) -> list[dict[str, Any]]:
     """Every method against the baseline at equal steps and at equal time, from the published translations.
 
     Args:
         baseline: method; its runs at equal steps are what both comparisons are against. What prompts with examples
             gave is compared with what they gave the baseline, where it had them.
-        cells: figures of cells that are no trials.
+        texts: translations of cells that are no trials.
         out: the results.
     """
-    texts: dict[tuple[str, str, str], list[dict[tuple[str, str], str]]] = defaultdict(list)
-    for figures in cells:
-        for system, translations in hypotheses(out, figures).items():
-            method = method_name(system, str(figures["method"]))
-            texts[figures["kind"], figures["variant"], method].append(translations)
     sources = {variant: references(out, variant) for variant in {key[1] for key in texts}}
     rows = []
     for (at, variant, method), mine in sorted(texts.items()):
@@ -163,21 +172,31 @@ def comparisons(baseline: str, cells: Sequence[Figures], out: Path) -> list[dict
             rival = next((rival for rival in rivals if common[rival]), method)
             if rival == method:
                 continue
-            its = against[rival]
-            difference = _difference(common[rival], mine, its)
+            compared = _compared(common[rival], mine, against[rival])
+            rows.append({"a": method, "b": rival, "variant": variant, "at": at, "on": name, **compared})
+    return rows
+
+
+def across_variants(experiment: Experiment, texts: Texts, out: Path) -> list[dict[str, Any]]:
+    """Every trained method in the first variant against itself in each other, on the test sentences of both.
+
+    Args:
+        experiment: the experiment.
+        texts: translations of cells that are no trials.
+        out: the results.
+    """
+    first, *others = experiment.variant_names
+    trained = {name for name, method in experiment.methods.items() if method.trained}
+    rows = []
+    for (at, variant, method), its in sorted(texts.items()):
+        mine = texts.get((at, first, method), [])
+        if variant not in others or method not in trained or not mine:
+            continue
+        refs = {key: row["ref"] for key, row in references(out, variant).items() if ":" not in key[0]}
+        common = _common(_common(refs, mine), its)
+        if common:
             rows.append(
-                {
-                    "a": method,
-                    "b": rival,
-                    "variant": variant,
-                    "at": at,
-                    "on": name,
-                    "seeds": [len(mine), len(its)],
-                    "mean_chrf_diff": round(difference.mean, 3),
-                    "interval": [round(difference.low, 3), round(difference.high, 3)],
-                    "p": round(difference.p, 4),
-                    "per_pair": {pair: round(value, 3) for pair, value in difference.per_pair.items()},
-                }
+                {"method": method, "at": at, "a": first, "b": variant, **_compared(common, mine, its)}
             )
     return rows
 
@@ -189,11 +208,11 @@ def _common(
     return {key: ref for key, ref in refs.items() if seeds and all(key in one for one in seeds)}
 
 
-def _difference(
+def _compared(
     refs: Mapping[tuple[str, str], str],
     mine: Sequence[Mapping[tuple[str, str], str]],
     its: Sequence[Mapping[tuple[str, str], str]],
-) -> Difference:
+) -> dict[str, Any]:
     keys: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for key in refs:
         keys[key[0]].append(key)
@@ -201,6 +220,13 @@ def _difference(
     def side(seeds: Sequence[Mapping[tuple[str, str], str]]) -> dict[str, list[list[str]]]:
         return {pair: [[one[key] for key in of_pair] for one in seeds] for pair, of_pair in keys.items()}
 
-    return compare(
+    difference = compare(
         {pair: [refs[key] for key in of_pair] for pair, of_pair in keys.items()}, side(mine), side(its)
     )
+    return {
+        "seeds": [len(mine), len(its)],
+        "mean_chrf_diff": round(difference.mean, 3),
+        "interval": [round(difference.low, 3), round(difference.high, 3)],
+        "p": round(difference.p, 4),
+        "per_pair": {pair: round(value, 3) for pair, value in difference.per_pair.items()},
+    }

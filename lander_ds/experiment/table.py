@@ -59,6 +59,24 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         made.append(_table(results, variant, at, tested, title))
         for name in dict.fromkeys(name for cells in methods.values() for name in cells[0]["sets"]):
             made.append(_set_table(results, variant, at, methods, name, f"{title}: test set {name}"))
+    return [*made, *_variant_tables(results)]
+
+
+def _variant_tables(results: Mapping[str, Any]) -> list[Table]:
+    """By how much chrF2 a method is better in the first variant than in another, on the directions of both."""
+    by_kind: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for row in results["variants"]:
+        by_kind[row["at"], row["a"]][row["method"]][row["b"]] = row
+    made = []
+    for (at, first), methods in by_kind.items():
+        others = list(dict.fromkeys(other for of in methods.values() for other in of))
+        rows = [
+            [method, *("{} (p {})".format(*_versus(of[other])) if other in of else "" for other in others)]
+            for method, of in methods.items()
+        ]
+        made.append(Table(f"{TITLES[at]}: {first} against the other variants", ["method", *others], rows))
     return made
 
 

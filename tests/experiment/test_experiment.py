@@ -20,7 +20,7 @@ from lander_ds.common.files import read_json, write_json
 from lander_ds.common.run_directory import RunDirectory
 from lander_ds.experiment.grid import Cell, load_experiment
 from lander_ds.experiment.outcome import cell_file, published
-from lander_ds.experiment.results import comparisons
+from lander_ds.experiment.results import comparisons, texts_of
 from lander_ds.experiment.runner import Runner
 from lander_ds.training.preemption import Preempted
 
@@ -107,7 +107,9 @@ def test_results_hold_every_cell_and_its_comparison(finished: Path) -> None:
 def test_comparisons_can_be_computed_again(finished: Path) -> None:
     out = finished.parent / "runs" / "results"
     cells = [figures for figures in published(out) if figures["kind"] != "trial"]
-    assert comparisons("lora", cells, out) == read_json(out / "results.json", "")["comparisons"]
+    assert (
+        comparisons("lora", texts_of(cells, out), out) == read_json(out / "results.json", "")["comparisons"]
+    )
 
 
 def test_all_cells_share_data_and_detection(finished: Path) -> None:
