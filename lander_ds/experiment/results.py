@@ -165,8 +165,7 @@ def comparisons(baseline: str, texts: Texts, out: Path) -> list[dict[str, Any]]:
         refs: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
         for key, row in sources[variant].items():
             if all(key in one for one in mine):
-                name, _, _ = key[0].rpartition(":")
-                refs[name or TEST][key] = row["ref"]
+                refs[_set_of(key)][key] = row["ref"]
         for name, of_set in refs.items():
             common = {rival: _common(of_set, its) for rival, its in against.items()}
             rival = next((rival for rival in rivals if common[rival]), method)
@@ -187,18 +186,23 @@ def across_variants(experiment: Experiment, texts: Texts, out: Path) -> list[dic
     """
     first, *others = experiment.variant_names
     trained = {name for name, method in experiment.methods.items() if method.trained}
+    refs = {key: row["ref"] for key, row in references(out, first).items() if _set_of(key) == TEST}
     rows = []
     for (at, variant, method), its in sorted(texts.items()):
         mine = texts.get((at, first, method), [])
         if variant not in others or method not in trained or not mine:
             continue
-        refs = {key: row["ref"] for key, row in references(out, variant).items() if ":" not in key[0]}
         common = _common(_common(refs, mine), its)
         if common:
             rows.append(
                 {"method": method, "at": at, "a": first, "b": variant, **_compared(common, mine, its)}
             )
     return rows
+
+
+def _set_of(key: tuple[str, str]) -> str:
+    """The test set that a published sentence, (pair, id), is of."""
+    return key[0].rpartition(":")[0] or TEST
 
 
 def _common(
