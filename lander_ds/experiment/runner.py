@@ -206,7 +206,9 @@ class Runner:
                         raise Preempted("asked to stop: the cells that were running go on at the next start")
                     free = set(range(self.slots)) - {one.slot for one in running}
                     while queue and free:
-                        running.append(self._start(queue.popleft(), free.pop()))
+                        cell = queue.popleft()
+                        if not self.is_finished(cell):  # by another runner of the same grid, meanwhile
+                            running.append(self._start(cell, free.pop()))
                     time.sleep(POLL_SECONDS)
                     for one in [one for one in running if one.process.poll() is not None]:
                         running.remove(one)

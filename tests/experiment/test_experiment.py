@@ -205,6 +205,19 @@ def test_a_signal_stops_the_cell_too(finished: Path, tmp_path: Path) -> None:
     assert psutil.Process().children() == before
 
 
+def test_a_cell_that_another_runner_finishes_meanwhile_is_not_run(finished: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(changed(finished, tmp_path, "seeds: [1]", "seeds: [1]"))
+    first, second = Runner(experiment, Path(experiment.recipe)).plan()[:2]
+    figures = cell_file(tmp_path / "runs" / "results", second)
+    figures.parent.mkdir(parents=True)
+    # The first cell fails, and while it runs the second one's figures appear.
+    file = changed(finished, tmp_path, "seeds: [1]", f"seeds: [1]\nlaunch: sh -c 'touch {figures}; false'")
+    runner = Runner(load_experiment(file), Path(experiment.recipe))
+    assert runner._run_all([first, second]) == [first]
+    assert runner.directory(first).exists()
+    assert not runner.directory(second).exists()
+
+
 def times(out: Path, method: str, seconds: float) -> None:
     """A finished cell at equal steps that says no more than how long its steps took."""
     cell = Cell("steps", method, "all", 1, None, None)
