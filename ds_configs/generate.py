@@ -25,7 +25,7 @@ class Size:
     whole: int
     """Tensors up to this size stay whole on every rank: norms and biases."""
     prefetch: int | None
-    """The largest matrix of a decoder layer is fetched ahead; None: all thresholds are DeepSpeed's."""
+    """The largest matrix of a decoder layer is fetched ahead; None: what DeepSpeed fetches and keeps by default."""
     live: int = 0
     """Gathered elements that may stay, and the distance within which they are used again."""
     gpu: bool = True
@@ -69,8 +69,7 @@ def zero(size: Size, kind: str) -> dict[str, Any]:
     section["overlap_comm"] = size.gpu and not pipeline
     if size.gpu or kind not in ZERO1:
         section["contiguous_gradients"] = True
-    if size.gpu or kind in ZERO1:
-        section["reduce_bucket_size"] = BUCKET
+    section["reduce_bucket_size"] = BUCKET
     if kind in ZERO1:
         return section
     if pipeline:

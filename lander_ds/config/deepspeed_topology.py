@@ -89,10 +89,9 @@ def uses_hpz(zero: dict[str, Any]) -> bool:
 
 def complete_zero(zero: dict[str, Any], topology: Topology) -> None:
     """Write out what the topology fixes, where DeepSpeed's default would be another."""
-    if ZERO_STAGE[topology] == 1:
-        # DeepSpeed would hold a buffer of 500 million elements, for gradients that are few here.
-        zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
-    else:
+    # DeepSpeed would hold a buffer of 500 million elements, for gradients that are few here.
+    zero.setdefault("reduce_bucket_size", BUCKET_ELEMENTS)
+    if ZERO_STAGE[topology] == 3:
         zero.update({**NO_LEAVES, **zero})
     if topology == "pipeline_zero3":
         for name, second in _LOOKAHEAD.items():

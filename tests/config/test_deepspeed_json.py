@@ -348,6 +348,7 @@ def test_the_resolved_configuration_says_everything(workspace: Workspace) -> Non
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": False,
+            "reduce_bucket_size": 16_777_216,
             "offload_optimizer": {"device": "cpu"},
             "leaf_module": {"classes": []},
         },
@@ -388,6 +389,7 @@ def test_a_pipeline_looks_not_ahead_even_where_the_json_is_silent(workspace: Wor
         "stage3_prefetch_bucket_size": 0,
         "stage3_max_reuse_distance": 0,
         "overlap_comm": False,
+        "reduce_bucket_size": 16_777_216,
         "leaf_module": {"classes": []},
     }
     # The pipeline engine would act on these.

@@ -188,13 +188,16 @@ def _bucket_bytes(tensors: Sequence[Tensor], sharding: Sharding, item: int) -> i
     trained = [tensor.elements for tensor in tensors if tensor.trained]
     if not trained:
         return 0
+    bucket = int(sharding.zero.reduce_bucket_size)
     if sharding.sharded:
-        buffers = item if sharding.zero.contiguous_gradients else 0
+        # What is in the bucket is put in the order of the ranks before it is scattered; a larger gradient goes alone.
+        scattered = min(bucket, sum(elements for elements in trained if elements <= bucket))
+        staged = item * (bucket * bool(sharding.zero.contiguous_gradients) + scattered)
     else:
         # ZeRO-1 stages the accumulated gradients, in their own type; overlapping needs a bucket to fill meanwhile.
-        staged = sharding.zero.contiguous_gradients or sharding.offloads_optimizer
-        buffers = sharding.gradient_bytes * (1 + bool(sharding.zero.overlap_comm)) * bool(staged)
-    return buffers * int(sharding.zero.reduce_bucket_size) + item * max(trained)
+        buffers = sharding.zero.contiguous_gradients or sharding.offloads_optimizer
+        staged = sharding.gradient_bytes * (1 + bool(sharding.zero.overlap_comm)) * bucket * bool(buffers)
+    return staged + item * max(trained)
 
 
 def _loss_bytes(model: Anatomy, targets: int) -> int:

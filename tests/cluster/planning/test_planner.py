@@ -119,6 +119,23 @@ def test_gradients_are_reduced_behind_the_backward_pass(tmp_path: Path) -> None:
     assert buckets[1] - buckets[0] == 4 * 1000
 
 
+def test_gradients_are_copied_before_zero3_scatters_them(tmp_path: Path) -> None:
+    """Those that are together in the bucket, beside the buffer, if it is one, and the largest gradient on its way."""
+    model = anatomy(recipe_of(tmp_path, "llama"))
+    elements = [tensor.elements for tensor in model.tensors(model.whole) if tensor.trained]
+    assert max(elements) < 2_000 < sum(elements)
+    for size, contiguous, staged in (
+        (10**6, "true", 10**6 + sum(elements)),
+        (10**6, "false", sum(elements)),
+        (2_000, "false", 2_000),
+        (max(elements) - 1, "false", sum(one for one in elements if one < max(elements))),
+    ):
+        section = f'"stage": 3, "contiguous_gradients": {contiguous}, "reduce_bucket_size": {size}'
+        (tmp_path / "own.json").write_text(f'{{"zero_optimization": {{{section}}}}}')
+        plan = plans_of(tmp_path, f"deepspeed={tmp_path}/own.json")["own"]
+        assert plan.parts[0].memory.bucket == 4 * (staged + max(elements))
+
+
 def test_what_does_not_fit_says_why(tmp_path: Path) -> None:
     small = replace(CLUSTER, gpu_memory=2.0001)
     plans = plans_of(tmp_path, cluster=small)
