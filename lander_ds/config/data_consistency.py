@@ -184,14 +184,14 @@ def _check_source(check: Check, key: str, corpus: CorpusConfig) -> None:
         check.refuse(f"{key}.path", "is empty; name a file or directory")
     check.refuse_placeholders(f"{key}.path", corpus.path, ("pair", "src", "tgt"))
     texts = {name: value for name, value in vars(columns).items() if isinstance(value, str)}
-    texts |= {f"scores.{place}": name for place, name in enumerate(columns.scores)}
+    texts |= {f"scores.{index}": name for index, name in enumerate(columns.scores)}
     for name, value in texts.items():
         if not value.strip():
             check.refuse(f"{key}.columns.{name}", "is empty; name a column")
-    for place, name in enumerate(columns.scores):
+    for index, name in enumerate(columns.scores):
         if name.strip() and name not in check.recipe.data.filters.min_score:
             check.warn(
-                f"{key}.columns.scores.{place}", f"has no effect: data.filters.min_score does not have {name}"
+                f"{key}.columns.scores.{index}", f"has no effect: data.filters.min_score does not have {name}"
             )
     if (
         columns.doc is not None

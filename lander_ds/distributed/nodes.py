@@ -30,13 +30,13 @@ def this_node() -> str:
     return f"{socket.gethostname()} {_BOOT_ID.read_text() if _BOOT_ID.exists() else ''}"
 
 
-def by_node(places: Sequence[tuple[str, int]]) -> tuple[tuple[int, ...], ...]:
+def by_node(parts: Sequence[tuple[str, int]]) -> tuple[tuple[int, ...], ...]:
     """The ranks in groups of one node and part. Nodes may have different numbers of ranks, in any order.
 
     Args:
-        places: node and part of every rank, in rank order.
+        parts: node and part of every rank, in rank order.
     """
     groups: dict[tuple[str, int], list[int]] = {}
-    for rank, place in enumerate(places):
-        groups.setdefault(place, []).append(rank)
+    for rank, part in enumerate(parts):
+        groups.setdefault(part, []).append(rank)
     return tuple(map(tuple, groups.values()))

@@ -62,7 +62,7 @@ def _candidates(path: Path, number: int, line: bytes, reference: str) -> Candida
     except ValueError as error:
         raise DataError(f"{where} is no JSON object in UTF-8 ({error}): correct it") from None
     row = row if isinstance(row, dict) else {}
-    found = row.pop("n_best", None)
+    listed = row.pop("n_best", None)
     row.pop("hyp", None)
     src, ref = row.pop("src", None), row.pop(reference, None)
     if not isinstance(src, str) or not isinstance(ref, str):
@@ -70,7 +70,7 @@ def _candidates(path: Path, number: int, line: bytes, reference: str) -> Candida
             f'{where} lacks a text under "src" or "{reference}": name the reference with --reference'
         )
     try:
-        texts = [str(one["hyp"]).strip() for one in found]
+        texts = [str(one["hyp"]).strip() for one in listed]
     except (TypeError, KeyError):
         raise DataError(f'{where} has no "n_best": translate with --n-best 2 or more') from None
     different = dict.fromkeys(text for text in texts if text and text != ref.strip())

@@ -24,7 +24,7 @@ def document_lengths(names: Sequence[str | None]) -> list[int]:
             (None) is a document of its own.
     """
     begins = [
-        place for place, name in enumerate(names) if not place or name is None or name != names[place - 1]
+        index for index, name in enumerate(names) if not index or name is None or name != names[index - 1]
     ]
     return [end - begin for begin, end in itertools.pairwise([*begins, len(names)])]
 

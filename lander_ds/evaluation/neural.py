@@ -133,12 +133,12 @@ def _checkpoint(model: str, key: str) -> Path:
             f"{key}: {model} does not exist; name a directory with hparams.yaml and checkpoints/, a checkpoint in such a "
             "directory, or a hub id such as Unbabel/wmt22-comet-da"
         )
-    found = sorted((path / "checkpoints").glob("*.ckpt"))
-    if len(found) != 1:
+    checkpoints = sorted((path / "checkpoints").glob("*.ckpt"))
+    if len(checkpoints) != 1:
         raise ModelError(
-            f"{key}: {path / 'checkpoints'} has {len(found)} checkpoints (*.ckpt); name the one that is meant"
+            f"{key}: {path / 'checkpoints'} has {len(checkpoints)} checkpoints (*.ckpt); name the one that is meant"
         )
-    return found[0]
+    return checkpoints[0]
 
 
 def _hparams_file(checkpoint: Path) -> Path:

@@ -52,14 +52,14 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         ):
             groups[cell["variant"], "time"][cell["method"]].append(cell)
     several = len({variant for variant, _ in groups}) > 1
-    made = []
+    result = []
     for (variant, at), methods in sorted(groups.items()):
         title = f"{TITLES[at]}: {variant}" if several else TITLES[at]
         tested = {name: cells for name, cells in methods.items() if cells[0]["scores"]}
-        made.append(_table(results, variant, at, tested, title))
+        result.append(_table(results, variant, at, tested, title))
         for name in dict.fromkeys(name for cells in methods.values() for name in cells[0]["sets"]):
-            made.append(_set_table(results, variant, at, methods, name, f"{title}: test set {name}"))
-    return [*made, *_variant_tables(results)]
+            result.append(_set_table(results, variant, at, methods, name, f"{title}: test set {name}"))
+    return [*result, *_variant_tables(results)]
 
 
 def _variant_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -69,15 +69,15 @@ def _variant_tables(results: Mapping[str, Any]) -> list[Table]:
     )
     for row in results["variants"]:
         by_kind[row["at"], row["a"]][row["method"]][row["b"]] = row
-    made = []
+    result = []
     for (at, first), methods in by_kind.items():
         others = list(dict.fromkeys(other for of in methods.values() for other in of))
         rows = [
             [method, *("{} (p {})".format(*_versus(of[other])) if other in of else "" for other in others)]
             for method, of in methods.items()
         ]
-        made.append(Table(f"{TITLES[at]}: {first} against the other variants", ["method", *others], rows))
-    return made
+        result.append(Table(f"{TITLES[at]}: {first} against the other variants", ["method", *others], rows))
+    return result
 
 
 def _is_timed(results: Mapping[str, Any], variant: str) -> bool:

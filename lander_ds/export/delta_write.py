@@ -61,7 +61,7 @@ def write_delta(
     weights = source.weights
     names = [name for name in weights.names() if name in source.changed()]
     changes: dict[str, Change] = {}
-    places: dict[str, Slices] = {}
+    slices_of: dict[str, Slices] = {}
     specs = {GATE + name: Spec.like(gate) for name, gate in gates.items()}
     with console.progress("find what changed (tensors)", len(names)) as bar:
         for name in names:
@@ -70,7 +70,7 @@ def write_delta(
             bar.advance()
             if slices is None:
                 continue
-            places[name] = slices
+            slices_of[name] = slices
             count = old.numel() if slices.index is None else len(slices.index)
             changes[name] = Change(
                 *(name, str(old.dtype).removeprefix("torch."), tuple(old.shape), slices.dim, count),
@@ -86,7 +86,7 @@ def write_delta(
         kind, _, name = key.partition("/")
         if f"{kind}/" == GATE:
             return gates[name]
-        slices = places[name]
+        slices = slices_of[name]
         if f"{kind}/" == INDEX:
             assert slices.index is not None
             return slices.index

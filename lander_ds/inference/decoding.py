@@ -229,14 +229,14 @@ class Decoder:
             full = ids.shape[1] - longest == limit
             rows = ids[:, longest:].tolist()
             running = []
-            for place, (index, row) in enumerate(zip(alive, rows, strict=True)):
+            for position, (index, row) in enumerate(zip(alive, rows, strict=True)):
                 written[index] = row
                 ended = not ends.isdisjoint(row) or (
                     bool(stop) and stop in _padded(_decoded(self._tokenizer, [row])[0])
                 )
                 if not ended and not full:
-                    running.append(place)
-            alive = [alive[place] for place in running]
+                    running.append(position)
+            alive = [alive[position] for position in running]
             if alive:
                 kept = torch.tensor(running, device=ids.device)
                 mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - begin), value=1)

@@ -62,9 +62,9 @@ class Sampler(LogitsProcessor):
             self._log_probabilities[index].append(value)
         return noisy
 
-    def keep(self, places: Sequence[int]) -> None:
+    def keep(self, positions: Sequence[int]) -> None:
         """Go on with these of the running rows alone."""
-        self._running = [self._running[place] for place in places]
+        self._running = [self._running[position] for position in positions]
 
     def log_probability(self, row: int, tokens: int) -> float:
         """Of the first `tokens` drawn in a row, under the model itself: temperature 1, nothing cut off."""

@@ -48,13 +48,13 @@ class _Ownership:
     one_hot: torch.Tensor
     """[M, K] float32: 1 where the token belongs to the pair."""
 
-    def places(self, tokens: torch.Tensor) -> torch.Tensor:
+    def positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """Where tokens, by their positions, stand among those that are not padding, or -1."""
         if self.kept is None:
             return tokens
-        place = torch.full((self.tokens,), -1, device=tokens.device)
-        place[self.kept] = torch.arange(len(self.kept), device=tokens.device)
-        return place[tokens]
+        position = torch.full((self.tokens,), -1, device=tokens.device)
+        position[self.kept] = torch.arange(len(self.kept), device=tokens.device)
+        return position[tokens]
 
 
 class StatisticsCollector:
@@ -176,11 +176,11 @@ class StatisticsCollector:
             self._add(self._sums[:, :, layer], h, g, ownership.one_hot)
         else:
             # A token's neurons are those of the experts that it was sent to; of the others h is 0.
-            place = ownership.places(dispatch.tokens)
+            position = ownership.positions(dispatch.tokens)
             for expert, rows in dispatch.rows():
-                kept = torch.nonzero(place[rows] >= 0).squeeze(1)
+                kept = torch.nonzero(position[rows] >= 0).squeeze(1)
                 sums = self._sums[:, :, layer, expert * h.shape[1] : (expert + 1) * h.shape[1]]
-                self._add(sums, h[rows][kept], g[rows][kept], ownership.one_hot[:, place[rows][kept]])
+                self._add(sums, h[rows][kept], g[rows][kept], ownership.one_hot[:, position[rows][kept]])
         self._recorded[layer] += 1
 
     @staticmethod

@@ -51,10 +51,10 @@ def check_files(check: Check) -> None:
 
 def _check_start(check: Check, directory: str) -> None:
     """The run that training starts from, as far as it can be told without the base and the data."""
-    known = identity_of(check.recipe, {"base": "", "data": ""})
-    told = {key: value for key, value in known.items() if not key.endswith(("_fingerprint", "_hash"))}
+    identity = identity_of(check.recipe, {"base": "", "data": ""})
+    known = {key: value for key, value in identity.items() if not key.endswith(("_fingerprint", "_hash"))}
     try:
-        check_fit(earlier_checkpoint(directory), told)
+        check_fit(earlier_checkpoint(directory), known)
     except ArtefactError as error:
         check.refuse(KEY, str(error).removeprefix(f"{KEY}: "))
 

@@ -42,12 +42,12 @@ def scores(pairs: Mapping[str, Mapping[str, Any]]) -> Figure:
     height = 0.8 / max(1, len(systems))
     for number, system in enumerate(systems):
         entries = [entry["systems"].get(system, {}) for entry in pairs.values()]
-        places = np.arange(len(pairs)) + (number - (len(systems) - 1) / 2) * height
+        positions = np.arange(len(pairs)) + (number - (len(systems) - 1) / 2) * height
         values = [entry.get("chrf", np.nan) for entry in entries]
         errors = [entry.get("chrf_ci", 0.0) for entry in entries]
         error_style = {"ecolor": "#3d444d", "elinewidth": 1.0, "capsize": 2}
         axes.barh(
-            places,
+            positions,
             values,
             0.92 * height,
             xerr=errors,
@@ -137,7 +137,7 @@ def bank_sizes(selection: Selection) -> Figure:
     """Neurons per bank in every selected layer."""
     groups = {bank.group: bank for layer in selection.layers for bank in layer.banks}
     figure, (axes,) = new_figure(0.9 + 0.34 * len(selection.layers))
-    places = np.arange(len(selection.layers))
+    positions = np.arange(len(selection.layers))
     left = np.zeros(len(selection.layers))
     kinds = ("general", "specific", "frozen")
     labelled: set[str] = set()
@@ -155,9 +155,9 @@ def bank_sizes(selection: Selection) -> Figure:
             colour, label = BANK_COLOURS[bank.kind], bank.kind
         shown = "_nolegend_" if label in labelled else label
         labelled.add(label)
-        axes.barh(places, sizes, 0.72, left=left, color=colour, edgecolor="white", lw=0.6, label=shown)
+        axes.barh(positions, sizes, 0.72, left=left, color=colour, edgecolor="white", lw=0.6, label=shown)
         left += sizes
-    axes.set_yticks(places, [f"layer {layer.layer}" for layer in selection.layers])
+    axes.set_yticks(positions, [f"layer {layer.layer}" for layer in selection.layers])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlim(0, selection.neurons)

@@ -141,9 +141,9 @@ def _score_table(
     )
     table.add_column("pair", footer="mean")
     for prefix, system in present.items():
-        for place, (metric, label) in enumerate(metrics.items()):
+        for index, (metric, label) in enumerate(metrics.items()):
             column = [figures.get(prefix + metric) for figures in scores.values()]
-            heading = _heading("" if place else system, label)
+            heading = _heading("" if index else system, label)
             table.add_column(heading, number(_mean(column), digits), justify="right")
     if baseline:
         gains = [_gain(figures, baseline, gained) for figures in scores.values()]

@@ -86,13 +86,13 @@ def _parts(start: Start) -> list[Part]:
         digest = entry_hash(recipe, corpora, contents, fingerprint, identities)
         with ExitStack() as stack:
             judges = [_judge(metric, run.cache(recipe.data.cache_dir), stack) for metric in metrics]
-            made = make(
+            prepared = make(
                 digest,
                 lambda encoder, entry: build(
                     recipe, corpora, encoder, entry, digest, start.force, judges=judges
                 ),
             )
-        return _finished(*made, run, run.data, options, "Prepared data")
+        return _finished(*prepared, run, run.data, options, "Prepared data")
 
     def replay() -> Part:
         texts, apart = resolve_replay(recipe.data), kept_apart(recipe, corpora)
@@ -100,13 +100,15 @@ def _parts(start: Start) -> list[Part]:
 
         def prepare_replay() -> Result:
             digest = replay_hash(recipe, texts, apart, hashes, fingerprint)
-            made = make(
+            prepared = make(
                 digest,
                 lambda encoder, entry: build_replay(
                     recipe, texts, apart, encoder, entry, digest, start.force
                 ),
             )
-            return _finished(*made, run, replay_directory(run), replay_options(recipe), "Texts for replay")
+            return _finished(
+                *prepared, run, replay_directory(run), replay_options(recipe), "Texts for replay"
+            )
 
         return Part(
             "prepare_replay",
@@ -129,12 +131,12 @@ def _parts(start: Start) -> list[Part]:
                 logger.info("prepare: test set %s: %s: %s", name, key, " ".join(text.split()))
             training = PreparedData.load(run, recipe).content_hash(*TRAINED)
             digest = json_hash([entry_hash(of_set, own, hashes, fingerprint), training])
-            made = make(
+            prepared = make(
                 digest,
                 lambda encoder, entry: build(of_set, own, encoder, entry, digest, start.force, trained_on),
             )
             directory, title = set_directory(run, name), f"Test set {name}"
-            return _finished(*made, run, directory, set_options(recipe, name), title)
+            return _finished(*prepared, run, directory, set_options(recipe, name), title)
 
         return Part(
             f"prepare.{name}",

@@ -90,8 +90,8 @@ class Mlflow:
             self.id = known
             return
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
-        found = self._client.get_experiment_by_name(experiment)
-        where = self._client.create_experiment(experiment) if found is None else found.experiment_id
+        existing = self._client.get_experiment_by_name(experiment)
+        where = self._client.create_experiment(experiment) if existing is None else existing.experiment_id
         name = os.environ.get("MLFLOW_RUN_NAME", run.path.resolve().name)
         self.id = str(self._client.create_run(where, run_name=name).info.run_id)
         values = flatten(asdict(recipe), lists=True).items()

@@ -128,8 +128,8 @@ def _check_one_pair(corpus: Corpus, files: Sequence[Path]) -> None:
         name = file.relative_to(root).as_posix()
         folders = (part for part in file.relative_to(root).parts[:-1] if is_known(part))
         pairs = ("-".join(pair) for pair in _PAIR.findall(name) if all(map(is_known, pair)))
-        if told := (*folders, *pairs):
-            languages.setdefault(tuple(dict.fromkeys(told)), name)
+        if languages_of_file := (*folders, *pairs):
+            languages.setdefault(tuple(dict.fromkeys(languages_of_file)), name)
     if len(languages) > 1:
         first, second = list(languages.values())[:2]
         raise DataError(

@@ -79,14 +79,14 @@ def _score(corpus: Corpus, line: int, row: Mapping[str, Any], column: str) -> fl
         # Tables hold text; true and false are numbers to Python.
         score = math.nan if isinstance(value, bool) else float(value)
     except KeyError:
-        found = "is not there"
+        fault = "is not there"
     except (TypeError, ValueError):
-        found = f"is {value!r}"
+        fault = f"is {value!r}"
     else:
         if math.isfinite(score):
             return score
-        found = f"is {value!r}"
+        fault = f"is {value!r}"
     raise DataError(
-        f"{corpus.name}: line {line}: the score {column!r} {found}, which is no finite number: correct the line or take it "
+        f"{corpus.name}: line {line}: the score {column!r} {fault}, which is no finite number: correct the line or take it "
         f"out, or correct {corpus.key}.columns.scores"
     )
