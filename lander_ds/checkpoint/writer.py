@@ -241,7 +241,7 @@ def remove_all(directory: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint. Not under its name: who is killed half-way must not leave half a checkpoint."""
+    """Delete a checkpoint. Renamed first: a process killed half-way leaves no half checkpoint under a name that is read."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)

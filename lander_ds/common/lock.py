@@ -1,8 +1,8 @@
-"""One process at a time: a file that names who works on something, and is touched as long as he lives.
+"""One process at a time: a file that names the process at work, which touches it as long as it lives.
 
 It needs nothing of the file system but that a file is created once (network file systems without locks have that). A
 process that was killed leaves its file behind. On the same machine its number tells that it is gone; from another one
-the file is watched: who does not touch it for a while has ended, whatever the clocks say.
+the file is watched: a process that has not touched it for a while has ended, whatever the clocks say.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _discard(path: Path, owner: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, int]:
-    """Who holds the lock, and when he last touched it; None: nobody."""
+    """Which process holds the lock, and when it last touched it; None: no process does."""
     try:
         # Opened, because network file systems look at the server then.
         with path.open(encoding="utf-8") as file:

@@ -174,7 +174,7 @@ def _has_own_head(built: PreTrainedModel, family: Family, model: ModelConfig) ->
 
 
 def _weights(model: ModelConfig) -> BaseWeights | None:
-    """The weights beside config.json, or None: not every model is filled, and who fills it says what is wrong."""
+    """The weights beside config.json, or None: not every model is filled, and what fills it says what is wrong."""
     try:
         return BaseWeights(model.path, model.allow_pickle)
     except ModelError:

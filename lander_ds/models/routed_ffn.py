@@ -167,7 +167,7 @@ class BankFFN(nn.Module):
         return self.up.dim() == 2 and not self.up.is_meta
 
     def forward(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """`run(x)`, during which the weights are here: who offloads or shards weights brings them for this call."""
+        """`run(x)`, during which the weights are here: whatever offloads or shards weights brings them for this call."""
         return run(x)
 
 

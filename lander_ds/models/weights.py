@@ -137,7 +137,7 @@ class BaseWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor called `name` on disk. It lies in the mapped file and takes no memory of its own, unless it is in
-        pieces; who writes into it must copy it first.
+        pieces; copy it before writing into it.
 
         Raises:
             ModelError: its pieces do not fit together.

@@ -24,7 +24,7 @@ class Fleet:
         """Nobody yet.
 
         Args:
-            findings: where to note who is lost.
+            findings: where to note the hosts that are lost.
         """
         self._findings = findings
         self._connections: dict[str, Connection] = {}
@@ -53,7 +53,7 @@ class Fleet:
         return list(self._connections)
 
     def meet(self, names: Sequence[str], access: Access) -> dict[str, Answer]:
-        """Start a probe on every host; who answers is from now on part of the fleet."""
+        """Start a probe on every host; those that answer are the fleet from now on."""
 
         def greet(name: str) -> tuple[Connection, Answer]:
             connection = Connection(name, access)

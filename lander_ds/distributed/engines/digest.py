@@ -16,7 +16,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     et al. 2014), modulo 2^64.
 
     A change of one element always shows; changes of several cancel with probability 2^-64. Against what happens, not
-    against who forges.
+    against a forger.
     """
     flat = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
