@@ -177,7 +177,7 @@ def comparisons(baseline: str, texts: Texts, out: Path) -> list[dict[str, Any]]:
 
 
 def across_variants(experiment: Experiment, texts: Texts, out: Path) -> list[dict[str, Any]]:
-    """Every trained method in the first variant against itself in each other, on the test sentences of both.
+    """Every trained method in the first variant against itself in each other, on the test sentences that both have.
 
     Args:
         experiment: the experiment.
@@ -186,14 +186,19 @@ def across_variants(experiment: Experiment, texts: Texts, out: Path) -> list[dic
     """
     first, *others = experiment.variant_names
     trained = {name for name, method in experiment.methods.items() if method.trained}
-    refs = {key: row["ref"] for key, row in references(out, first).items() if _set_of(key) == TEST}
+    sentences = {name: references(out, name) for name in experiment.variant_names}
     rows = []
     for (at, variant, method), its in sorted(texts.items()):
         mine = texts.get((at, first, method), [])
         if variant not in others or method not in trained or not mine:
             continue
-        common = _common(_common(refs, mine), its)
-        if common:
+        refs = {
+            key: row["ref"]
+            for key, row in sentences[first].items()
+            # Variants may have test corpora of their own, in which an id is another sentence.
+            if _set_of(key) == TEST and sentences[variant].get(key) == row
+        }
+        if common := _common(_common(refs, mine), its):
             rows.append(
                 {"method": method, "at": at, "a": first, "b": variant, **_compared(common, mine, its)}
             )

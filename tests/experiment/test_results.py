@@ -70,6 +70,24 @@ def test_the_first_variant_is_compared_with_each_other_where_both_have_translate
     assert (same["b"], same["mean_chrf_diff"], same["p"]) == ("fr", 0.0, 1.0)
 
 
+def test_sentences_that_only_bear_the_same_name_are_not_compared(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    """A variant with test corpora of its own: two sentences, the first of which the other has under the same name too."""
+    rows = [
+        {"pair": "en-de", "id": "1", "src": "", "ref": REFERENCES["en-de", "1"]},
+        {"pair": "en-de", "id": "2", "src": "", "ref": "Ein anderer Satz."},
+    ]
+    text = "\n".join(map(json.dumps, rows))
+    (tmp_path / "references.de.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    texts: Texts = {
+        ("steps", "joint", "lora"): [right("en-de")],
+        ("steps", "de", "lora"): [{("en-de", "1"): REFERENCES["en-de", "1"], ("en-de", "2"): WORSE}],
+    }
+    (row,) = across_variants(experiment, texts, tmp_path)
+    assert (row["mean_chrf_diff"], row["p"]) == (0.0, 1.0)
+
+
 def test_the_table_has_a_column_per_other_variant() -> None:
     row = {"at": "steps", "a": "joint", "interval": [0.1, 2.9], "seeds": [1, 1], "per_pair": {}}
     results = {
