@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent
+from lander_ds.config.deepspeed_topology import BUCKET_ELEMENTS
 
-BUCKET = 16_777_216
-"""Gradients that are reduced at one time: 32 MiB in bfloat16 are enough for full bandwidth."""
+FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def zero(size: Size, kind: str) -> dict[str, Any]:
     section["overlap_comm"] = size.gpu and not pipeline
     if size.gpu or kind not in ZERO1:
         section["contiguous_gradients"] = True
-    section["reduce_bucket_size"] = BUCKET
+    section["reduce_bucket_size"] = BUCKET_ELEMENTS
     if kind in ZERO1:
         return section
     if pipeline:
